@@ -1,0 +1,457 @@
+"""Every setting of a run: its unit, its default and its check.
+
+A YAML file holds one mapping per section; `--set section.key=value` overrides one key, its value read as YAML.
+Fields marked operational say where and how fast a run works, not what it computes: they are left out of fingerprints,
+so a run may resume with other values of them.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from raydc.errors import ConfigError
+
+OPERATIONAL = {"operational": True}
+
+
+class Section(BaseModel):
+    """A group of settings: unknown keys are refused, values never change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class EmbeddingColumn(Section):
+    """One embedding column of the input; several are concatenated in the order given."""
+
+    name: str
+    """Column name."""
+
+    weight: float = Field(1.0, gt=0)
+    """Factor on the column after preprocessing; squared distances scale with its square."""
+
+    dtype: Literal["float16", "float32", "float64"] | None = None
+    """Element type, needed only for a fixed_size_binary column (little endian)."""
+
+
+class InputConfig(Section):
+    """Where the rows are and what their columns mean."""
+
+    path: str | list[str]
+    """Folder, glob, file, or a list of them; local path or any URI that fsspec knows (s3://, gs://, ...)."""
+
+    id_column: str = "id"
+    """Row identifier, int64 or string; copied to the labels."""
+
+    embedding_columns: list[EmbeddingColumn] = Field([EmbeddingColumn(name="embedding")], min_length=1)
+    """Embedding columns; a plain name or a list of names is accepted too."""
+
+    label_column: str | None = None
+    """Known classes, integers or strings; used for evaluation only, never for training."""
+
+    weight_column: str | None = None
+    """Positive row weights for every loss and statistic; absent means 1 for each row."""
+
+    carry_columns: list[str] = []
+    """Columns copied to the exemplars (a URI, a caption)."""
+
+    image_shape: list[int] | None = Field(None, min_length=2, max_length=3)
+    """(height, width) or (height, width, channels) when the rows themselves are images; the report draws them."""
+
+    on_bad_rows: Literal["fail", "quarantine"] = "fail"
+    """What to do with NaN, Inf, missing, wrong-length and (under l2) zero-norm rows."""
+
+    on_bad_files: Literal["fail", "quarantine"] = "fail"
+    """What to do with a file that cannot be read or has another schema."""
+
+    slice_bytes: int = Field(256 * 2**20, gt=0)
+    """Target size of a slice in uncompressed bytes; a larger file is split between its row groups."""
+
+    sample_rows: int = Field(100_000, gt=0)
+    """Rows that profile reads for mean, spread and bad rows; preprocessing statistics come from them."""
+
+    @pydantic.field_validator("embedding_columns", mode="before")
+    @classmethod
+    def _accept_plain_names(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        return [{"name": n} if isinstance(n, str) else n for n in names] if isinstance(names, list) else value
+
+    @pydantic.model_validator(mode="after")
+    def _columns_are_distinct(self) -> Self:
+        names = [c.name for c in self.embedding_columns]
+        if len(set(names)) != len(names):
+            raise ValueError(f"input.embedding_columns names a column twice: {names}")
+        if self.label_column in names or self.label_column == self.id_column:
+            raise ValueError(f"input.label_column={self.label_column!r} is already the id or an embedding column")
+        return self
+
+
+class StorageConfig(Section):
+    """How to reach an object store; credentials come from the environment or the instance profile."""
+
+    endpoint_url: str | None = Field(None, json_schema_extra=OPERATIONAL)
+    """S3 endpoint other than AWS's own."""
+
+    region: str | None = Field(None, json_schema_extra=OPERATIONAL)
+    """S3 region."""
+
+    profile: str | None = Field(None, json_schema_extra=OPERATIONAL)
+    """Name of a credentials profile."""
+
+    anonymous: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """Read public buckets without credentials."""
+
+
+class PreprocessConfig(Section):
+    """What is done to a raw row before anything else; saved with the model."""
+
+    method: Literal["none", "l2", "standardize", "scale"] = "none"
+    """none; l2 (each column to unit norm); standardize (each dimension to mean 0, deviation 1); scale (one factor)."""
+
+    factor: float | None = Field(None, gt=0)
+    """Factor of `scale`; by default 1 / root mean square of the sample, so that |x|^2 / D is 1 on average."""
+
+
+class AutoencoderConfig(Section):
+    """The fully connected autoencoder: input - hidden_dims - latent_dim, and its mirror."""
+
+    hidden_dims: list[Annotated[int, Field(ge=1)]] = [500, 500, 2000]
+    """Widths of the hidden layers, input side first. Default: Xie et al. 2016."""
+
+    latent_dim: int = Field(10, ge=1)
+    """Width of the code, in which the rows are clustered."""
+
+
+class PretrainConfig(Section):
+    """End-to-end reconstruction before any clustering."""
+
+    num_epochs: int = Field(40, ge=0)
+    """Passes over the rows."""
+
+    batch_rows: int = Field(256, ge=1)
+    """Rows per step, summed over all workers."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate of Adam."""
+
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Course of the rate: constant, or a cosine from the peak to zero."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (AdamW)."""
+
+    corruption: float = Field(0.0, ge=0, lt=1)
+    """Share of the inputs set to zero before encoding (denoising); 0 is plain reconstruction."""
+
+
+class ClusterConfig(Section):
+    """FAISS k-means start, then Lloyd over all rows."""
+
+    num_leaves: int = Field(1000, ge=2)
+    """Leaf clusters (K)."""
+
+    init_rows: int = Field(1_000_000, ge=1)
+    """Rows sampled for the FAISS start. Every row takes part in Lloyd and is assigned."""
+
+    num_restarts: int = Field(5, ge=1)
+    """FAISS starts; the one of least inertia is kept."""
+
+    num_iterations: int = Field(50, ge=1)
+    """Most Lloyd iterations over all rows."""
+
+    tolerance: float = Field(1e-5, ge=0)
+    """Lloyd stops when the inertia falls by a smaller share than this."""
+
+
+class FitConfig(Section):
+    """What is learned, and on which workers."""
+
+    objective: Literal["dec", "idec", "autoencoder", "kmeans"] = "dec"
+    """dec; idec; autoencoder (pretraining and k-means only); kmeans (no network, the preprocessed rows)."""
+
+    max_rows: int | None = Field(None, ge=1)
+    """Train on a sample of about this many rows, chosen by hash of the row key; every row is assigned all the same."""
+
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Arithmetic of the layers in training; auto is bf16 where the hardware computes in it. Sums are float64."""
+
+    num_workers: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Training workers (ranks)."""
+
+    cpus_per_worker: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """CPUs, and compute threads, of a training worker."""
+
+    use_gpu: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """One GPU per training worker (NCCL); otherwise CPU (gloo)."""
+
+    resident_bytes: int | None = Field(None, ge=0, json_schema_extra=OPERATIONAL)
+    """Most bytes of rows that a worker keeps in memory; a larger shard is streamed each epoch. Default: 60 % of the
+    worker's memory."""
+
+    checkpoint_epochs: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """Epochs between checkpoints."""
+
+    max_failures: int = Field(3, ge=-1, json_schema_extra=OPERATIONAL)
+    """Restarts of the worker group after a failure; -1 is no limit."""
+
+
+class RefineConfig(Section):
+    """Deep Embedded Clustering (DEC) and its variant IDEC."""
+
+    num_epochs: int = Field(20, ge=0)
+    """Most passes over the rows."""
+
+    batch_rows: int = Field(256, ge=1)
+    """Rows per step, summed over all workers."""
+
+    optimizer: Literal["sgd", "adam"] = "adam"
+    """sgd uses momentum 0.9."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    """Constant rate."""
+
+    refreshes_per_epoch: int = Field(2, ge=1)
+    """How often the target distribution is recomputed over all rows."""
+
+    tolerance: float = Field(1e-3, ge=0, lt=1)
+    """Stop when a smaller share of rows than this changes its leaf between two refreshes."""
+
+    alpha: float | Literal["auto"] = "auto"
+    """Degrees of freedom of the Student-t kernel; auto takes the least that reaches target_top_q (1 in the paper)."""
+
+    target_top_q: float = Field(0.5, gt=0, lt=1)
+    """Mean largest soft assignment to which the kernel's scale is calibrated at the start."""
+
+    gamma: float = Field(0.1, ge=0)
+    """IDEC: weight of the clustering loss beside the reconstruction."""
+
+    max_grad_norm: float | None = Field(5.0, gt=0)
+    """Gradients are scaled down to this norm; null leaves them as they are."""
+
+
+class MergeConfig(Section):
+    """The weighted Ward tree over the leaves, and its levels."""
+
+    levels: list[Annotated[int, Field(ge=1)]] | None = None
+    """Numbers of groups at which the tree is cut; the cuts nest. Default: the powers of ten below num_leaves."""
+
+    min_population: float | None = Field(None, gt=0, lt=1)
+    """Least share of the rows of a group; smaller groups join their sibling in the tree."""
+
+
+class AssignConfig(Section):
+    """Labels for every row."""
+
+    block_rows: int = Field(8192, ge=1, json_schema_extra=OPERATIONAL)
+    """Rows encoded and assigned at once; peak memory is about 4 * block_rows * (widest layer + K) bytes."""
+
+    num_actors: int | None = Field(None, ge=1, json_schema_extra=OPERATIONAL)
+    """Most actors; by default one per CPU (or GPU) of the cluster, at most one per slice."""
+
+    cpus_per_actor: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """CPUs, and compute threads, of an actor."""
+
+    use_gpu: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """One GPU per actor."""
+
+
+class EvaluateConfig(Section):
+    """What is measured beside the labels."""
+
+    baseline_rows: int = Field(100_000, ge=1)
+    """Rows, chosen by hash of the row key, on which the baselines are fitted and compared."""
+
+    num_exemplars: int = Field(10, ge=1)
+    """Nearest rows kept for each leaf."""
+
+    map_rows: int = Field(2000, ge=10)
+    """Rows, chosen by hash of the row key, drawn in the report's map."""
+
+
+class RayConfig(Section):
+    """The Ray cluster to use."""
+
+    address: str = Field("auto", json_schema_extra=OPERATIONAL)
+    """auto joins the cluster that RAY_ADDRESS names (as inside `ray job submit`), else starts one on this machine;
+    local always starts one."""
+
+    num_cpus: int | None = Field(None, ge=1, json_schema_extra=OPERATIONAL)
+    """Logical CPUs of a local cluster; by default what the machine has, and never fewer than the run needs."""
+
+    object_store_bytes: int | None = Field(None, ge=80 * 2**20, json_schema_extra=OPERATIONAL)
+    """Object store of a local cluster; by default Ray's own choice."""
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    input: InputConfig
+    output: str = Field("runs", json_schema_extra=OPERATIONAL)
+    """Folder or URI under which run folders are made."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of every random choice."""
+
+    storage: StorageConfig = StorageConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    fit: FitConfig = FitConfig()
+    refine: RefineConfig = RefineConfig()
+    merge: MergeConfig = MergeConfig()
+    assign: AssignConfig = AssignConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    ray: RayConfig = RayConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _levels_fit_the_leaves(self) -> Self:
+        problems = [k for k in self.merge.levels or [] if k >= self.cluster.num_leaves]
+        if problems:
+            raise ValueError(
+                f"merge.levels={problems} must be below cluster.num_leaves={self.cluster.num_leaves}; "
+                "a level groups the leaves"
+            )
+        return self
+
+    @property
+    def levels(self) -> list[int]:
+        """Return the level sizes, coarsest first."""
+        if self.merge.levels is not None:
+            return sorted(set(self.merge.levels))
+        return [10**p for p in range(1, 12) if 10**p < self.cluster.num_leaves]
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Return the settings that decide the result of `stage`: its own and those of every stage before it."""
+        sections = [s for name in _up_to(stage) for s in SECTIONS_OF_STAGE[name]]
+        return {name: _decisive(getattr(self, name)) for name in sections}
+
+    def fingerprint(self, stage: str) -> str:
+        """Return a 16-digit hash of `settings(stage)`."""
+        return digest(self.settings(stage))
+
+
+SECTIONS_OF_STAGE: dict[str, tuple[str, ...]] = {
+    "profile": ("input", "preprocess"),
+    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "evaluate"),
+    "merge": ("merge",),
+    "assign": ("assign",),
+    "evaluate": (),
+    "report": (),
+    "publish": (),
+}
+
+
+def digest(value: Any) -> str:
+    """Return a 16-digit hash of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one line for each setting that differs, as `section.key was A, is B`."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    keys = sorted(before.keys() | after.keys())
+    return [f"{k} was {before.get(k)!r}, is {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Return the checked config of a YAML file with `key=value` overrides.
+
+    Raises:
+        ConfigError: the file cannot be read, or any setting is wrong; all problems are in one message.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}. Give an existing YAML file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected a mapping of sections, found {type(values).__name__}.")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Return the checked config of a mapping.
+
+    Raises:
+        ConfigError: all problems in one message; unknown keys name the nearest valid ones.
+    """
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: expected section.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    node = values
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {name} is not a section.")
+        node = child
+    node[last] = value
+
+
+def _describe(problem: Any) -> str:
+    where = ".".join(str(p) for p in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, last = problem["loc"]
+        known = _known_keys(parents)
+        near = difflib.get_close_matches(str(last), known, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return f"{where}: unknown setting. {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: required, but not set."
+    if problem["type"] == "value_error" or not where:
+        return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+    return f"{where}={problem['input']!r}: {problem['msg']}."
+
+
+def _known_keys(parents: list[Any]) -> list[str]:
+    model: type[BaseModel] = Config
+    for name in parents:
+        if isinstance(name, int):
+            model = EmbeddingColumn
+            continue
+        annotation = model.model_fields[name].annotation if name in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)
+
+
+def _up_to(stage: str) -> list[str]:
+    names = list(SECTIONS_OF_STAGE)
+    return names[: names.index(stage) + 1]
+
+
+def _decisive(value: Any) -> Any:
+    if not isinstance(value, Section):
+        return value
+    kept = {n for n, f in type(value).model_fields.items() if not (f.json_schema_extra or {}).get("operational")}  # type: ignore[union-attr]
+    return value.model_dump(mode="json", include=kept)
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _flatten(child, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value

@@ -1,0 +1,66 @@
+"""The fully connected autoencoder. Letters: N rows, D width of a row, L width of the code."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Autoencoder(nn.Module):
+    """An encoder D - hidden - L and its mirror image, ReLU between layers, linear code and linear output.
+
+    Source: Xie, Girshick, Farhadi, "Unsupervised Deep Embedding for Clustering Analysis", arXiv:1511.06335, section 3.
+    """
+
+    def __init__(self, dim: int, hidden_dims: Sequence[int], latent_dim: int) -> None:
+        super().__init__()
+        widths = [dim, *hidden_dims, latent_dim]
+        self.encoder = perceptron(widths)
+        self.decoder = perceptron(widths[::-1])
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (N, L) code and the (N, D) reconstruction, both float32."""
+        z = self.encoder(x_ND)
+        return z.float(), self.decoder(z).float()
+
+
+def perceptron(widths: Sequence[int]) -> nn.Sequential:
+    """Return linear layers of these widths with ReLU between them; the last one stays linear."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw every linear layer's weights anew: uniform with variance 2 / fan_in, biases zero.
+
+    Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", arXiv:1502.01852. The DEC paper draws N(0, 0.01^2) and
+    relies on layer-wise pretraining to get away from it; end-to-end training needs a start that keeps variance.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)
+
+
+@contextmanager
+def precision(device: torch.device, name: str) -> Iterator[None]:
+    """Run the layers inside the block in `bf16` by autocast, or in `float32`."""
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
+        yield
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """Return `bf16` or `float32`; `auto` is bf16 where the hardware multiplies in it, else float32.
+
+    On a CPU that means AVX512-BF16 or AMX; without them bf16 is emulated and slower than float32.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"

@@ -1,0 +1,44 @@
+"""Randomness as a pure function of (seed, row key): the same on any number of workers, in any order of arrival."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), written as signed
+# 64-bit numbers because torch has no unsigned arithmetic; two's complement makes the products the same.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def stream_seed(*parts: int) -> int:
+    """Return one 63-bit seed for a tuple of integers, such as (seed, phase, epoch)."""
+    state = torch.zeros(1, dtype=torch.int64)
+    for part in parts:
+        state = hash_keys(state + part, 0x5DC)
+    return int(state.item()) & (2**63 - 1)
+
+
+def hash_keys(keys: Tensor, seed: int) -> Tensor:
+    """Return a 64-bit hash of each int64 key, of the same shape and device."""
+    state = keys * _GAMMA + seed
+    state = (state ^ _shift_right(state, 30)) * _MIX_1
+    state = (state ^ _shift_right(state, 27)) * _MIX_2
+    return state ^ _shift_right(state, 31)
+
+
+def uniform(keys: Tensor, seed: int) -> Tensor:
+    """Return a float64 number in [0, 1) for each int64 key."""
+    return _shift_right(hash_keys(keys, seed), 11).double() * 2.0**-53
+
+
+def sample_mask(keys: npt.NDArray[np.int64], seed: int, fraction: float) -> npt.NDArray[np.bool_]:
+    """Return which rows belong to a sample of about `fraction` of them; all of them for a fraction of 1 or more."""
+    if fraction >= 1.0:
+        return np.ones(len(keys), bool)
+    return (uniform(torch.from_numpy(np.ascontiguousarray(keys)), seed) < fraction).numpy()
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,180 @@
+"""k-means: a FAISS start on a sample, then Lloyd over all rows. Letters: N rows, K leaves, D width of a row."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydc.core.nearest import nearest
+
+import faiss  # isort: skip
+
+_FAISS_ITERATIONS = 25
+
+
+@dataclass(frozen=True)
+class LeafSums:
+    """Additive statistics of rows under one set of centres, in float64: adding two gives those of the rows together."""
+
+    weights_K: Tensor
+    """Sum of row weights."""
+
+    sums_KD: Tensor
+    """Weighted sum of rows."""
+
+    sse_K: Tensor
+    """Weighted sum of squared distances to the centre."""
+
+    @classmethod
+    def zeros(cls, num_leaves: int, dim: int, device: torch.device) -> "LeafSums":
+        """Return the statistics of no rows."""
+        make = {"dtype": torch.float64, "device": device}
+        return cls(
+            torch.zeros(num_leaves, **make), torch.zeros(num_leaves, dim, **make), torch.zeros(num_leaves, **make)
+        )
+
+    def add(self, z_ND: Tensor, ids_N: Tensor, squared_N: Tensor, weights_N: Tensor) -> None:
+        """Add rows in place."""
+        w = weights_N.double()
+        self.weights_K.index_add_(0, ids_N, w)
+        self.sums_KD.index_add_(0, ids_N, z_ND.double() * w[:, None])
+        self.sse_K.index_add_(0, ids_N, squared_N.double() * w)
+
+    def packed(self) -> Tensor:
+        """Return all numbers as one (K, D + 2) tensor, for one all-reduce."""
+        return torch.cat([self.weights_K[:, None], self.sums_KD, self.sse_K[:, None]], dim=1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> "LeafSums":
+        """Return the statistics that `packed` gave."""
+        return cls(packed[:, 0], packed[:, 1:-1], packed[:, -1])
+
+    def means(self, fallback_KD: Tensor) -> Tensor:
+        """Return the (K, D) float64 mean of each leaf; of an empty one its row of `fallback_KD`."""
+        means = self.sums_KD / self.weights_K.clamp_min(1e-300)[:, None]
+        return torch.where((self.weights_K > 0)[:, None], means, fallback_KD.double())
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """Result of Lloyd's iterations."""
+
+    centers_KD: Tensor
+    """(K, D) float32."""
+
+    inertia: float
+    """Weighted sum of squared distances to the nearest centre, before the last update."""
+
+    num_iterations: int
+    num_reseeded: int
+    """Empty leaves that were given new centres on the way."""
+
+
+def start(sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int) -> Tensor:
+    """Return the (K, D) float32 centres of the best of several FAISS k-means runs on a sample.
+
+    FAISS sums its objective in float32, which stands still at 2^24; the restarts are compared by our own inertia.
+
+    Args:
+        sample_ND: (N, D) float32 on the CPU, N >= K; all of it is used.
+        num_leaves: K.
+        num_restarts: runs, each with its own seed.
+        seed: of the first run.
+
+    Raises:
+        ValueError: fewer rows than leaves.
+    """
+    n, dim = sample_ND.shape
+    if n < num_leaves:
+        raise ValueError(f"{num_leaves} leaves need at least as many rows, the sample has {n}")
+    shift = sample_ND.double().mean(dim=0).float()
+    rows = np.ascontiguousarray((sample_ND - shift).numpy(), np.float32)
+    best, least = None, math.inf
+    for restart in range(num_restarts):
+        kmeans = faiss.Kmeans(
+            dim,
+            num_leaves,
+            niter=_FAISS_ITERATIONS,
+            seed=(seed + restart) % (2**31 - 1),
+            # AFK-MC2 comes close to k-means++ at the price of a random start (Bachem et al., NIPS 2016).
+            init_method=faiss.ClusteringInitMethod_AFK_MC2,
+            # FAISS subsamples beyond this without saying so; the sample was drawn by our seed already.
+            max_points_per_centroid=n,
+            min_points_per_centroid=1,
+        )
+        kmeans.train(rows)
+        centers = torch.from_numpy(kmeans.centroids.copy())
+        inertia = float(nearest(torch.from_numpy(rows), centers)[1].double().sum())
+        if inertia < least:
+            best, least = centers, inertia
+    assert best is not None
+    return best + shift
+
+
+def lloyd(
+    blocks: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    centers_KD: Tensor,
+    *,
+    all_sum: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    num_iterations: int,
+    tolerance: float,
+    on_iteration: Callable[[int, float], None] | None = None,
+) -> KMeans:
+    """Return the centres after Lloyd's iterations over all rows of all ranks.
+
+    Args:
+        blocks: gives this rank's rows as (z (n, D) float32, weights (n,)) blocks, anew at each call.
+        centers_KD: (K, D) float32 start, the same on all ranks.
+        all_sum: elementwise sum over the ranks; the identity for one.
+        generator: CPU generator in the same state on all ranks; it moves re-seeded centres.
+        num_iterations: most passes.
+        tolerance: stop when the inertia falls by a smaller share than this.
+        on_iteration: called with (iteration, inertia).
+
+    Source: Lloyd, "Least squares quantization in PCM", 1982. Empty leaves are re-seeded beside the leaf of largest SSE,
+    from the reduced sums alone, so that all ranks move them alike.
+    """
+    centers, previous = centers_KD.clone(), math.inf
+    inertia, reseeded, iteration = math.inf, 0, 0
+    for iteration in range(1, num_iterations + 1):
+        sums = leaf_sums(blocks(), centers, all_sum=all_sum)
+        inertia = float(sums.sse_K.sum())
+        if on_iteration:
+            on_iteration(iteration, inertia)
+        centers = sums.means(centers).float()
+        num_empty = int((sums.weights_K == 0).sum())
+        if num_empty:
+            centers = _reseed(centers, sums, generator)
+            reseeded += num_empty
+        elif previous - inertia <= tolerance * previous and math.isfinite(previous):
+            break
+        previous = inertia
+    return KMeans(centers, inertia, iteration, reseeded)
+
+
+def leaf_sums(
+    blocks: Iterable[tuple[Tensor, Tensor]], centers_KD: Tensor, *, all_sum: Callable[[Tensor], Tensor]
+) -> LeafSums:
+    """Return the statistics of all rows of all ranks under the nearest of these centres."""
+    sums = LeafSums.zeros(*centers_KD.shape, centers_KD.device)
+    for z, weights in blocks:
+        ids, squared = nearest(z, centers_KD)
+        sums.add(z, ids[:, 0], squared[:, 0], weights)
+    return LeafSums.unpacked(all_sum(sums.packed()))
+
+
+def _reseed(centers_KD: Tensor, sums: LeafSums, generator: torch.Generator) -> Tensor:
+    empty = torch.nonzero(sums.weights_K == 0)[:, 0]
+    donors = sums.sse_K.argsort(descending=True, stable=True)
+    donors = donors[sums.weights_K[donors] > 0]
+    donors = donors[torch.arange(len(empty), device=donors.device) % len(donors)]
+    spread = (sums.sse_K[donors] / sums.weights_K[donors] / centers_KD.shape[1]).sqrt()
+    signs = torch.randint(0, 2, (len(empty), centers_KD.shape[1]), generator=generator).to(centers_KD.device) * 2 - 1
+    moved = centers_KD.clone()
+    # A tenth of the leaf's spread: near enough to share its rows, far enough to take some.
+    moved[empty] = (centers_KD[donors].double() + 0.1 * spread[:, None] * signs).float()
+    return moved

@@ -1,0 +1,91 @@
+"""The Student-t soft assignment that DEC and its relatives share. Letters: N rows, K centres, D latent width."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raydc.core.nearest import squared_distances
+
+ALPHAS = (1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0, 255.0, 511.0, 1023.0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Shape of the Student-t kernel."""
+
+    alpha: float = 1.0
+    """Degrees of freedom."""
+
+    scale: float = 1.0
+    """Squared length unit."""
+
+
+def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
+    """Return the logarithm of each row's Student-t similarity to each centre.
+
+    q_ij = (1 + |z_i - c_j|^2 / (alpha scale)) ^ (-(alpha + 1) / 2), divided by its sum over j.
+
+    The paper has alpha = scale = 1; here the scale is calibrated (see `calibrate`), because distances in a learned code
+    have no unit. The logarithm is taken before the division, so a far row gets a large negative number and never log 0.
+
+    Args:
+        z_ND: (N, D) float32 latent rows.
+        centers_KD: (K, D) float32 centres, same device.
+        kernel: degrees of freedom and scale.
+
+    Returns:
+        (N, K) float32; exp of each row sums to 1.
+
+    Raises:
+        ValueError: the two inputs do not share D.
+
+    Source: Xie, Girshick, Farhadi, arXiv:1511.06335, eq. 1.
+    """
+    logits = -(kernel.alpha + 1.0) / 2.0 * torch.log1p(
+        squared_distances(z_ND, centers_KD) / (kernel.alpha * kernel.scale)
+    )
+    return torch.log_softmax(logits, dim=1)
+
+
+def calibrate(
+    z_ND: Tensor, centers_KD: Tensor, *, target_top_q: float, alpha: float | None = None
+) -> tuple[Kernel, float]:
+    """Return the kernel whose mean largest q over the rows is `target_top_q`, and the mean that it reaches.
+
+    With alpha = 1 the ratio of two similarities saturates at the ratio of squared distances however small the scale, so
+    at large K no scale gives a signal: 1000 centres on the unit sphere leave a largest q of about .002. A larger alpha
+    decays faster. With alpha=None the least of `ALPHAS` is taken that reaches the target with a kernel at least as wide
+    as a tenth of the mean squared distance to the nearest centre; a narrower one is singular at the centres.
+
+    Args:
+        z_ND: (N, D) float32 sample of latent rows, N >= 1.
+        centers_KD: (K, D) float32.
+        target_top_q: in (1/K, 1).
+        alpha: fixed degrees of freedom, or None to choose.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not len(z_ND):
+        raise ValueError("calibration needs at least one row")
+    squared = squared_distances(z_ND, centers_KD).double()
+    width = float(squared.min(dim=1).values.mean()) or 1.0
+    best = Kernel(alpha or ALPHAS[-1], width)
+    for candidate in ALPHAS if alpha is None else (alpha,):
+        narrowest = 0.1 * width / candidate if alpha is None else 1e-9 * width
+        if _mean_top_q(squared, candidate, narrowest) < target_top_q:
+            best = Kernel(candidate, narrowest)
+            continue
+        low, high = narrowest, 1e9 * width
+        for _ in range(100):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if _mean_top_q(squared, candidate, middle) > target_top_q else (low, middle)
+        best = Kernel(candidate, (low * high) ** 0.5)
+        break
+    return best, _mean_top_q(squared, best.alpha, best.scale)
+
+
+def _mean_top_q(squared_NK: Tensor, alpha: float, scale: float) -> float:
+    logits = -(alpha + 1.0) / 2.0 * torch.log1p(squared_NK / (alpha * scale))
+    return float(torch.softmax(logits, dim=1).max(dim=1).values.mean())

@@ -1,0 +1,176 @@
+"""A rank's share of the rows: resident in memory, or streamed anew for each pass. Letters: N rows, D width.
+
+Which rank holds which row changes from run to run, so the batches do not depend on it: in an epoch of T steps a row
+belongs to step `hash(row key, seed of the epoch) mod T`, and a step's loss is divided by the global weight of the step.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raydc.core.collectives import Ranks
+from raydc.core.hashing import hash_keys
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows."""
+
+    keys_N: Tensor
+    """(n,) int64."""
+
+    x_ND: Tensor
+    """(n, D) float16 or float32 raw rows, on the training device."""
+
+    weights_N: Tensor
+    """(n,) float32."""
+
+    positions_N: Tensor | None = None
+    """(n,) int64 places in the resident shard; None for streamed rows."""
+
+    def __len__(self) -> int:
+        return len(self.keys_N)
+
+
+@dataclass(frozen=True)
+class Step:
+    """This rank's rows of one training step; possibly none."""
+
+    batch: Batch
+    total_weight: Tensor
+    """Float64 scalar: the weight of the step's rows on all ranks."""
+
+
+class ResidentRows:
+    """Rows kept in memory in the order of their keys."""
+
+    def __init__(self, x_ND: Tensor, keys_N: Tensor, weights_N: Tensor, ranks: Ranks) -> None:
+        self._x, self._keys, self._weights, self._ranks = x_ND, keys_N, weights_N, ranks
+        self.dim = x_ND.shape[1]
+        self.num_local = len(x_ND)
+        self.num_rows = int(ranks.sum(torch.tensor([self.num_local])))
+
+    @classmethod
+    def collect(cls, chunks: Iterable[Batch], dim: int, dtype: torch.dtype, ranks: Ranks) -> "ResidentRows":
+        """Return the rows of chunks that arrived in any order, each chunk with rising keys.
+
+        A chunk is released as soon as it is copied, so the peak is one copy of the rows and one chunk. On a GPU the
+        rows move there if they leave a quarter of its free memory, else they stay in pinned host memory.
+        """
+        waiting = sorted((c for c in chunks if len(c)), key=lambda c: int(c.keys_N[0]), reverse=True)
+        n = sum(len(c) for c in waiting)
+        x = torch.empty((n, dim), dtype=dtype)
+        keys, weights = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.float32)
+        row = 0
+        while waiting:
+            chunk = waiting.pop()
+            rows = slice(row, row + len(chunk))
+            x[rows], keys[rows], weights[rows] = chunk.x_ND, chunk.keys_N, chunk.weights_N
+            row += len(chunk)
+        if ranks.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(ranks.device)
+            x = x.to(ranks.device) if x.nbytes < 0.75 * free else x.pin_memory()
+        return cls(x, keys, weights, ranks)
+
+    def blocks(self, block_rows: int) -> Iterator[Batch]:
+        """Yield every row of this rank once, in the order of the keys."""
+        for start in range(0, self.num_local, block_rows):
+            yield self._take(torch.arange(start, min(start + block_rows, self.num_local)))
+
+    def steps(self, batch_rows: int, epoch_seed: int) -> Iterator[Step]:
+        """Yield the steps of one epoch: the same number on every rank, every row in exactly one."""
+        num_steps = self.num_steps(batch_rows)
+        step_of_row = hash_keys(self._keys, epoch_seed).remainder(num_steps)
+        order = step_of_row.argsort(stable=True)
+        sizes = torch.bincount(step_of_row, minlength=num_steps).tolist()
+        local = torch.zeros(num_steps, dtype=torch.float64).index_add_(0, step_of_row, self._weights.double())
+        totals = self._ranks.sum(local).to(self._ranks.device)
+        for rows, total in zip(order.split(sizes), totals, strict=True):
+            # A step that got no row on any rank has nothing to learn from, and every rank sees that alike.
+            if total > 0:
+                yield Step(self._take(rows), total)
+
+    def num_steps(self, batch_rows: int) -> int:
+        """Return the steps of an epoch."""
+        return max(1, math.ceil(self.num_rows / batch_rows))
+
+    def _take(self, rows: Tensor) -> Batch:
+        device = self._ranks.device
+        x = self._x[rows.to(self._x.device)].to(device, non_blocking=True)
+        return Batch(self._keys[rows].to(device), x, self._weights[rows].to(device), rows.to(device))
+
+
+class StreamedRows:
+    """Rows read anew for each pass, for a shard larger than memory.
+
+    No rank knows beforehand how many rows it will get, so before each step the ranks add up how many they have; the
+    epoch ends, on all ranks at once, when the sum is zero. No row is dropped and no rank waits for another's gradient.
+    """
+
+    def __init__(
+        self, open_stream: Callable[[], Iterator[Batch]], dim: int, ranks: Ranks, *, expected_rows: int, pool_rows: int
+    ) -> None:
+        """Stream from `open_stream`; `pool_rows` are mixed before they are cut into steps.
+
+        `expected_rows`, over all ranks, only places the learning rate and the refreshes along an epoch.
+        """
+        self._open, self._ranks, self._pool_rows = open_stream, ranks, pool_rows
+        self.dim, self.num_rows = dim, expected_rows
+
+    def blocks(self, block_rows: int) -> Iterator[Batch]:
+        """Yield every row of this rank's present share once."""
+        for batch in self._open():
+            for start in range(0, len(batch), block_rows):
+                yield self._to_device(_slice(batch, slice(start, start + block_rows)))
+
+    def steps(self, batch_rows: int, epoch_seed: int) -> Iterator[Step]:
+        """Yield the steps of one epoch: the same number on every rank, every row in exactly one."""
+        local_rows = math.ceil(batch_rows / self._ranks.world_size)
+        own = self._batches(local_rows, epoch_seed)
+        while True:
+            batch = next(own, None)
+            weight = 0.0 if batch is None else float(batch.weights_N.double().sum())
+            total = self._ranks.sum(torch.tensor(weight, dtype=torch.float64))
+            if float(total) == 0.0:
+                return
+            yield Step(self._to_device(batch or self._empty()), total.to(self._ranks.device))
+
+    def num_steps(self, batch_rows: int) -> int:
+        """Return about how many steps an epoch has."""
+        return max(1, math.ceil(self.num_rows / batch_rows))
+
+    def _batches(self, local_rows: int, epoch_seed: int) -> Iterator[Batch]:
+        pool: list[Batch] = []
+        for batch in self._open():
+            pool.append(batch)
+            if sum(len(b) for b in pool) >= self._pool_rows:
+                mixed = _mix(pool, epoch_seed)
+                whole = len(mixed) // local_rows * local_rows
+                yield from (_slice(mixed, slice(s, s + local_rows)) for s in range(0, whole, local_rows))
+                pool = [_slice(mixed, slice(whole, None))]
+        if pool and (mixed := _mix(pool, epoch_seed)):
+            yield from (_slice(mixed, slice(s, s + local_rows)) for s in range(0, len(mixed), local_rows))
+
+    def _empty(self) -> Batch:
+        return Batch(torch.empty(0, dtype=torch.int64), torch.empty(0, self.dim), torch.empty(0))
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self._ranks.device
+        return Batch(batch.keys_N.to(device), batch.x_ND.to(device), batch.weights_N.to(device))
+
+
+Rows = ResidentRows | StreamedRows
+
+
+def _mix(pool: list[Batch], seed: int) -> Batch:
+    keys = torch.cat([b.keys_N for b in pool])
+    order = hash_keys(keys, seed).argsort()
+    x, weights = torch.cat([b.x_ND for b in pool]), torch.cat([b.weights_N for b in pool])
+    return Batch(keys[order], x[order], weights[order])
+
+
+def _slice(batch: Batch, rows: slice) -> Batch:
+    return Batch(batch.keys_N[rows], batch.x_ND[rows], batch.weights_N[rows])

@@ -1,0 +1,568 @@
+"""The fit: pretraining, k-means, refinement and the final statistics, written against a small Context.
+
+Letters: N rows, K leaves, D width of a row, L width of the code.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydc.core import checkpoint
+from raydc.core.autoencoder import Autoencoder, choose_precision, initialize, precision
+from raydc.core.collectives import Ranks
+from raydc.core.hashing import sample_mask, stream_seed
+from raydc.core.kmeans import LeafSums, leaf_sums, lloyd, start
+from raydc.core.objectives.dec import Dec
+from raydc.core.objectives.idec import Idec
+from raydc.core.objectives.kernel import Kernel, calibrate
+from raydc.core.objectives.reconstruction import Reconstruction, corrupt
+from raydc.core.preprocess import Preprocess
+from raydc.core.rows import Batch, Rows, Step
+from raydc.core.snapshot import Snapshot, encode, refresh
+
+_CHECK_STEPS = 100
+
+
+class Context(Protocol):
+    """What the fit needs from its launcher: Ray Train in a job, a plain object in tests."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
+        """Publish metrics, and on rank 0 a checkpoint folder. Every rank calls it equally often."""
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the folder of the last checkpoint, or None."""
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """See raydc.config.PretrainConfig."""
+
+    num_epochs: int
+    batch_rows: int
+    learning_rate: float
+    schedule: str
+    weight_decay: float
+    corruption: float
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """See raydc.config.ClusterConfig."""
+
+    num_leaves: int
+    init_rows: int
+    num_restarts: int
+    num_iterations: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """See raydc.config.RefineConfig."""
+
+    num_epochs: int
+    batch_rows: int
+    optimizer: str
+    learning_rate: float
+    refreshes_per_epoch: int
+    tolerance: float
+    alpha: float | str
+    target_top_q: float
+    gamma: float
+    max_grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """All that decides the result of a fit, beside the rows."""
+
+    objective: str
+    """dec, idec, autoencoder or kmeans."""
+
+    seed: int
+    precision: str
+    hidden_dims: tuple[int, ...]
+    latent_dim: int
+    pretrain: PretrainSettings
+    cluster: ClusterSettings
+    refine: RefineSettings
+    baseline_rows: int
+    fingerprint: str
+    """Of the settings and the input; a checkpoint with another one is refused."""
+
+    checkpoint_epochs: int = 1
+    block_rows: int = 8192
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """An encoder (None: the preprocessed rows themselves) and centres in its space."""
+
+    encoder: nn.Module | None
+    centers_KL: Tensor
+    kernel: Kernel
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The outcome of a fit, the same on every rank."""
+
+    clustering: Clustering
+    leaves: LeafSums
+    """Statistics of all rows, in float32 encoding and float64 sums, around `clustering.centers_KL`."""
+
+    baselines: dict[str, Clustering]
+    """raw_kmeans, and autoencoder_kmeans where there is an autoencoder."""
+
+    history: list[dict[str, Any]]
+    decoder: nn.Module | None = None
+
+
+@dataclass
+class _State:
+    """What a checkpoint carries. Nothing in it depends on the number of ranks."""
+
+    autoencoder: Autoencoder | None
+    generator: torch.Generator
+    phase: str = "pretrain"
+    epoch: int = 0
+    converged: bool = False
+    centers: Tensor | None = None
+    kernel: Kernel | None = None
+    baselines: dict[str, Clustering] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit(rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Context) -> Fitted:
+    """Return the fitted clustering of all rows of all ranks, going on from the last checkpoint if there is one.
+
+    Args:
+        rows: this rank's share.
+        preprocess: the fixed map of raw rows.
+        settings: the same on every rank.
+        context: the launcher.
+
+    Raises:
+        ValueError: fewer rows than leaves, or a checkpoint of other settings.
+        FloatingPointError: a loss was not finite; the message names phase, epoch, step and rank.
+    """
+    run = _Fit(rows, preprocess, settings, context)
+    if rows.num_rows < settings.cluster.num_leaves:
+        raise ValueError(f"{settings.cluster.num_leaves} leaves need at least as many rows, there are {rows.num_rows}")
+    run.restore()
+    if run.state.phase == "pretrain":
+        run.pretrain()
+        run.start_clusters()
+    if run.state.phase == "refine":
+        run.refine()
+    return run.finish()
+
+
+class _Fit:
+    def __init__(self, rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Context) -> None:
+        self.rows, self.preprocess, self.settings, self.context = rows, preprocess, settings, context
+        self.ranks = Ranks(context.rank, context.world_size, context.device)
+        self.arithmetic = choose_precision(settings.precision, context.device)
+        generator = torch.Generator().manual_seed(stream_seed(settings.seed, 1))
+        autoencoder = None
+        if settings.objective != "kmeans":
+            autoencoder = self._new_autoencoder()
+            initialize(autoencoder, generator)
+        self.state = _State(autoencoder, generator)
+
+    def pretrain(self) -> None:
+        """Train the autoencoder on reconstruction."""
+        plan, state = self.settings.pretrain, self.state
+        if state.autoencoder is None:
+            return
+        module = self._distributed(Reconstruction(state.autoencoder))
+        optimizer = torch.optim.AdamW(
+            state.autoencoder.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+        )
+        checkpoint.restore_optimizer(optimizer, state.optimizer)
+        num_steps = self.rows.num_steps(plan.batch_rows)
+        for epoch in range(state.epoch, plan.num_epochs):
+            seed = stream_seed(self.settings.seed, 2, epoch)
+
+            def loss_of(step: Step, seed: int = seed) -> dict[str, Tensor]:
+                x = self.preprocess(step.batch.x_ND)
+                noisy = corrupt(x, step.batch.keys_N, share=plan.corruption, seed=seed)
+                return module(x, step.batch.weights_N, noisy)
+
+            def set_rate(step: int, epoch: int = epoch) -> None:
+                done = (epoch + step / num_steps) / plan.num_epochs
+                factor = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))) if plan.schedule == "cosine" else 1.0
+                _set_rate(optimizer, plan.learning_rate * factor)
+
+            steps = self.rows.steps(plan.batch_rows, seed)
+            entry = self._run_epoch("pretrain", epoch, steps, loss_of, optimizer, None, set_rate)
+            self._end_epoch(epoch, plan.num_epochs, entry, optimizer)
+
+    def start_clusters(self) -> None:
+        """Find the centres by k-means, the baselines, and the kernel."""
+        state, settings = self.state, self.settings
+        started = time.perf_counter()
+        if state.autoencoder is not None:
+            baseline = self._sample(None, settings.baseline_rows)
+            raw = self._faiss_start(baseline, stream_seed(settings.seed, 3))
+            state.baselines["raw_kmeans"] = Clustering(None, raw, self._calibrated(baseline, raw)[0])
+        encoder = state.autoencoder.encoder if state.autoencoder is not None else None
+        blocks = self._latent_blocks(encoder)
+        sample = self._sample(encoder, settings.cluster.init_rows)
+        found = lloyd(
+            blocks,
+            self._faiss_start(sample, stream_seed(settings.seed, 4)).to(self.ranks.device),
+            all_sum=self.ranks.sum,
+            generator=state.generator,
+            num_iterations=settings.cluster.num_iterations,
+            tolerance=settings.cluster.tolerance,
+        )
+        state.centers = found.centers_KD
+        state.kernel, top_q = self._calibrated(sample, found.centers_KD.cpu())
+        name = "autoencoder_kmeans" if encoder is not None else "raw_kmeans"
+        frozen = self._copy_encoder(encoder) if encoder is not None else None
+        state.baselines[name] = Clustering(frozen, found.centers_KD.cpu(), state.kernel)
+        refines = settings.objective in ("dec", "idec")
+        state.phase, state.epoch, state.optimizer = ("refine" if refines else "done"), 0, {}
+        entry = {
+            "phase": "kmeans",
+            "epoch": 0,
+            "inertia": found.inertia,
+            "iterations": found.num_iterations,
+            "reseeded": found.num_reseeded,
+            "alpha": state.kernel.alpha,
+            "scale": state.kernel.scale,
+            "top_q": top_q,
+            "seconds": time.perf_counter() - started,
+        }
+        self._save(entry)
+
+    def refine(self) -> None:
+        """Train encoder and centres on the objective until few rows change their leaf."""
+        plan, state = self.settings.refine, self.state
+        objective = self._objective()
+        module = self._distributed(objective)
+        optimizer = _refine_optimizer(plan, objective)
+        checkpoint.restore_optimizer(optimizer, state.optimizer)
+        num_steps = self.rows.num_steps(plan.batch_rows)
+        refresh_at = {num_steps * r // plan.refreshes_per_epoch for r in range(plan.refreshes_per_epoch)}
+        for epoch in range(state.epoch, plan.num_epochs):
+            if state.converged:
+                break
+            seen: dict[str, Any] = {}
+
+            def loss_of(step: Step) -> dict[str, Tensor]:
+                assert state.snapshot is not None and state.kernel is not None
+                log_p = state.snapshot.log_target(step.batch, self.preprocess, state.kernel, self.arithmetic)
+                return module(self.preprocess(step.batch.x_ND), step.batch.weights_N, log_p)
+
+            def before(step: int, epoch: int = epoch, seen: dict[str, Any] = seen) -> bool:
+                if step not in refresh_at:
+                    return True
+                first = state.snapshot is None
+                seen.update(self._refresh(objective))
+                state.converged = not first and seen["changed"] < plan.tolerance
+                return not state.converged
+
+            steps = self.rows.steps(plan.batch_rows, stream_seed(self.settings.seed, 5, epoch))
+            entry = self._run_epoch("refine", epoch, steps, loss_of, optimizer, plan.max_grad_norm, before)
+            state.centers = objective.centers.detach().clone()
+            self._end_epoch(epoch, plan.num_epochs, entry | seen, optimizer)
+        state.phase = "done"
+
+    def finish(self) -> Fitted:
+        """Return the clustering with the statistics of all rows under it."""
+        state = self.state
+        assert state.centers is not None and state.kernel is not None
+        encoder = state.autoencoder.encoder.eval() if state.autoencoder is not None else None
+        blocks = self._latent_blocks(encoder, arithmetic="float32")
+        leaves = leaf_sums(blocks(), state.centers, all_sum=self.ranks.sum)
+        decoder = state.autoencoder.decoder if state.autoencoder is not None else None
+        clustering = Clustering(encoder, state.centers, state.kernel)
+        return Fitted(clustering, leaves, state.baselines, state.history, decoder)
+
+    def _run_epoch(
+        self,
+        phase: str,
+        epoch: int,
+        steps: Iterator[Step],
+        loss_of: Callable[[Step], dict[str, Tensor]],
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+        before_step: Callable[[int], bool | None],
+    ) -> dict[str, Any]:
+        """Return the means of the epoch's sums, after a step of the optimiser for each training step."""
+        started = time.perf_counter()
+        totals: dict[str, Tensor] = {}
+        weight = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        unchecked: list[Tensor] = []
+        number = -1
+        where = f"{phase} epoch {epoch + 1}"
+        for number, step in enumerate(steps):
+            if before_step(number) is False:
+                break
+            with precision(self.ranks.device, self.arithmetic):
+                sums = loss_of(step)
+            # DDP averages the gradients over the ranks; times world_size over the step's global weight is the mean
+            # over all rows of the step, whichever rank holds them.
+            loss = sums["loss"] * (self.ranks.world_size / step.total_weight).float()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(_parameters(optimizer), max_grad_norm)
+            optimizer.step()
+            unchecked.append(loss.detach())
+            if len(unchecked) == _CHECK_STEPS:
+                self._check_finite(unchecked, number, where)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().double()
+            weight += step.total_weight
+        self._check_finite(unchecked, number, where)
+        entry: dict[str, Any] = {"phase": phase, "epoch": epoch, "steps": number + 1}
+        if totals:
+            means = self.ranks.sum(torch.stack(list(totals.values()))) / weight
+            entry |= dict(zip(totals, means.tolist(), strict=True))
+        seconds = time.perf_counter() - started
+        return entry | {"seconds": seconds, "rows_per_second": self.rows.num_rows / seconds}
+
+    def _check_finite(self, losses: list[Tensor], last_step: int, where: str) -> None:
+        # Nothing is saved between two checks, so a broken step never reaches a checkpoint.
+        first_bad = torch.zeros(self.ranks.world_size, dtype=torch.int64)
+        if losses:
+            bad = ~torch.isfinite(torch.stack(losses))
+            if bool(bad.any()):
+                first_bad[self.ranks.rank] = last_step + 1 - len(losses) + int(bad.int().argmax()) + 1
+        first_bad = self.ranks.sum(first_bad)
+        if bool((first_bad > 0).any()):
+            rank = int((first_bad > 0).int().argmax())
+            raise FloatingPointError(
+                f"{where}: the loss is not finite at step {int(first_bad[rank])} on rank {rank}. Lower the learning "
+                "rate, set refine.max_grad_norm, or scale the rows (preprocess.method=scale or standardize)."
+            )
+        losses.clear()
+
+    def _refresh(self, objective: Dec) -> dict[str, Any]:
+        state = self.state
+        assert state.kernel is not None
+        found = refresh(
+            self.rows,
+            objective.encoder,
+            objective.centers.detach(),
+            state.snapshot,
+            preprocess=self.preprocess,
+            kernel=state.kernel,
+            ranks=self.ranks,
+            arithmetic=self.arithmetic,
+            block_rows=self.settings.block_rows,
+        )
+        state.snapshot = found.snapshot
+        return {
+            "changed": found.changed,
+            "top_q": found.mean_top_q,
+            "empty": found.num_empty,
+            "largest_share": found.largest_share,
+        }
+
+    def _objective(self) -> Dec:
+        state, gamma = self.state, self.settings.refine.gamma
+        assert state.autoencoder is not None and state.centers is not None and state.kernel is not None
+        centers = state.centers.to(self.ranks.device)
+        if self.settings.objective == "idec":
+            objective: Dec = Idec(
+                state.autoencoder.encoder, state.autoencoder.decoder, centers, state.kernel, gamma=gamma
+            )
+        else:
+            objective = Dec(state.autoencoder.encoder, centers, state.kernel)
+        return objective.to(self.ranks.device)
+
+    def _latent_blocks(
+        self, encoder: nn.Module | None, arithmetic: str | None = None
+    ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+        """Return a source of (z, weights) blocks: codes are kept in memory, plain rows are read again each time."""
+        name, size = arithmetic or self.arithmetic, self.settings.block_rows
+        if encoder is None:
+            return lambda: ((self.preprocess(b.x_ND), b.weights_N) for b in self.rows.blocks(size))
+        kept = [(encode(encoder, b, self.preprocess, name), b.weights_N) for b in self.rows.blocks(size)]
+        return lambda: iter(kept)
+
+    def _sample(self, encoder: nn.Module | None, num_rows: int) -> Tensor:
+        """Return about `num_rows` latents (or preprocessed rows) of all ranks, on rank 0, in the order of the keys."""
+        fraction, seed = num_rows / max(self.rows.num_rows, 1), stream_seed(self.settings.seed, 6)
+        keys, values = [], []
+        for batch in self.rows.blocks(self.settings.block_rows):
+            chosen = torch.from_numpy(sample_mask(batch.keys_N.cpu().numpy(), seed, fraction))
+            chosen = chosen.to(batch.x_ND.device)
+            part = Batch(batch.keys_N[chosen], batch.x_ND[chosen], batch.weights_N[chosen])
+            keys.append(part.keys_N)
+            x = self.preprocess(part.x_ND)
+            values.append(x if encoder is None else encode(encoder, part, self.preprocess, self.arithmetic))
+        width = self.rows.dim if encoder is None else self.settings.latent_dim
+        device = self.ranks.device
+        all_keys = self.ranks.gather_rows(torch.cat([torch.empty(0, dtype=torch.int64, device=device), *keys]))
+        all_values = self.ranks.gather_rows(torch.cat([torch.empty((0, width), device=device), *values]))
+        return all_values[all_keys.argsort()]
+
+    def _faiss_start(self, sample_ND: Tensor, seed: int) -> Tensor:
+        plan = self.settings.cluster
+        problem, centers = "", torch.zeros(plan.num_leaves, sample_ND.shape[1])
+        if self.ranks.rank == 0:
+            if len(sample_ND) < plan.num_leaves:
+                problem = f"a sample of {len(sample_ND)} rows is too small for {plan.num_leaves} leaves"
+            else:
+                centers = start(sample_ND, plan.num_leaves, num_restarts=plan.num_restarts, seed=seed)
+        if problem:
+            raise ValueError(f"k-means start: {problem}. Raise cluster.init_rows and evaluate.baseline_rows.")
+        return self.ranks.broadcast(centers)
+
+    def _calibrated(self, sample_ND: Tensor, centers_KD: Tensor) -> tuple[Kernel, float]:
+        plan = self.settings.refine
+        numbers = torch.zeros(3, dtype=torch.float64)
+        if self.ranks.rank == 0:
+            # The first rows by key are a random sample already; the bound keeps the (rows, K) distances small.
+            most = max(256, 20_000_000 // len(centers_KD))
+            spread = np.linspace(0, len(sample_ND) - 1, min(most, len(sample_ND))).astype(np.int64)
+            alpha = None if plan.alpha == "auto" else float(plan.alpha)
+            kernel, top_q = calibrate(
+                sample_ND[torch.from_numpy(spread)], centers_KD, target_top_q=plan.target_top_q, alpha=alpha
+            )
+            numbers = torch.tensor([kernel.alpha, kernel.scale, top_q], dtype=torch.float64)
+        alpha_found, scale, top_q = self.ranks.broadcast(numbers).tolist()
+        return Kernel(alpha_found, scale), top_q
+
+    def _new_autoencoder(self) -> Autoencoder:
+        return Autoencoder(self.rows.dim, self.settings.hidden_dims, self.settings.latent_dim)
+
+    def _copy_encoder(self, encoder: nn.Module) -> nn.Module:
+        copy = self._new_autoencoder().encoder
+        copy.load_state_dict({k: t.cpu() for k, t in encoder.state_dict().items()})
+        return copy.eval()
+
+    def _distributed(self, module: nn.Module) -> nn.Module:
+        module.to(self.ranks.device)
+        if self.ranks.world_size == 1:
+            return module
+        device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+    def _end_epoch(
+        self, epoch: int, num_epochs: int, entry: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.state.epoch = epoch + 1
+        self.state.optimizer = checkpoint.optimizer_tensors(optimizer)
+        last = epoch + 1 == num_epochs or self.state.converged
+        self._save(entry | {"num_epochs": num_epochs}, keep=last or (epoch + 1) % self.settings.checkpoint_epochs == 0)
+
+    def _save(self, entry: dict[str, Any], *, keep: bool = True) -> None:
+        self.state.history.append(entry)
+        if self.ranks.rank == 0 and keep:
+            with tempfile.TemporaryDirectory(prefix="raydc-checkpoint-") as folder:
+                checkpoint.save(Path(folder), *_to_checkpoint(self.state, self.settings))
+                self.context.report(entry, Path(folder))
+        else:
+            self.context.report(entry)
+
+    def restore(self) -> None:
+        """Take up the state of the last checkpoint, if there is one."""
+        folder = self.context.latest_checkpoint()
+        if folder is not None:
+            tensors, values = checkpoint.load(folder)
+            if values["fingerprint"] != self.settings.fingerprint:
+                raise ValueError(
+                    f"the checkpoint was made with other settings or another input ({values['fingerprint']}, "
+                    f"now {self.settings.fingerprint})"
+                )
+            _from_checkpoint(self.state, tensors, values, self._new_autoencoder)
+        if self.state.autoencoder is not None:
+            self.state.autoencoder.to(self.ranks.device)
+        if self.state.centers is not None:
+            self.state.centers = self.state.centers.to(self.ranks.device)
+        if self.state.snapshot is not None:
+            snapshot, device = self.state.snapshot, self.ranks.device
+            snapshot.encoder.to(device)
+            snapshot.centers_KL = snapshot.centers_KL.to(device)
+            snapshot.frequencies_K = snapshot.frequencies_K.to(device)
+
+
+def _to_checkpoint(state: _State, settings: FitSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {"generator": state.generator.get_state()} | checkpoint.prefixed("optimizer", state.optimizer)
+    values: dict[str, Any] = {
+        "fingerprint": settings.fingerprint,
+        "phase": state.phase,
+        "epoch": state.epoch,
+        "converged": state.converged,
+        "history": state.history,
+        "kernels": {name: [b.kernel.alpha, b.kernel.scale] for name, b in state.baselines.items()},
+    }
+    if state.autoencoder is not None:
+        tensors |= checkpoint.prefixed("autoencoder", state.autoencoder.state_dict())
+    if state.centers is not None and state.kernel is not None:
+        tensors["centers"] = state.centers
+        values["kernel"] = [state.kernel.alpha, state.kernel.scale]
+    for name, baseline in state.baselines.items():
+        tensors[f"baseline_centers.{name}"] = baseline.centers_KL
+        if baseline.encoder is not None:
+            tensors |= checkpoint.prefixed(f"baseline_encoder.{name}", baseline.encoder.state_dict())
+    if state.snapshot is not None:
+        tensors |= checkpoint.prefixed("snapshot_encoder", state.snapshot.encoder.state_dict())
+        tensors["snapshot_centers"] = state.snapshot.centers_KL
+        tensors["snapshot_frequencies"] = state.snapshot.frequencies_K
+    # safetensors refuses two names for one storage: the autoencoder_kmeans centres are the first centres.
+    return {name: tensor.clone() for name, tensor in tensors.items()}, values
+
+
+def _from_checkpoint(
+    state: _State, tensors: dict[str, Tensor], values: dict[str, Any], new_autoencoder: Callable[[], Autoencoder]
+) -> None:
+    state.generator.set_state(tensors["generator"])
+    state.phase, state.epoch, state.converged = values["phase"], values["epoch"], values["converged"]
+    state.history = values["history"]
+    state.optimizer = checkpoint.with_prefix("optimizer", tensors)
+    if state.autoencoder is not None:
+        state.autoencoder.load_state_dict(checkpoint.with_prefix("autoencoder", tensors))
+    if "centers" in tensors:
+        state.centers, state.kernel = tensors["centers"], Kernel(*values["kernel"])
+    for name, kernel in values["kernels"].items():
+        weights = checkpoint.with_prefix(f"baseline_encoder.{name}", tensors)
+        encoder = _loaded(new_autoencoder, weights) if weights else None
+        state.baselines[name] = Clustering(encoder, tensors[f"baseline_centers.{name}"], Kernel(*kernel))
+    if "snapshot_centers" in tensors:
+        encoder = _loaded(new_autoencoder, checkpoint.with_prefix("snapshot_encoder", tensors))
+        state.snapshot = Snapshot(encoder, tensors["snapshot_centers"], tensors["snapshot_frequencies"])
+
+
+def _loaded(new_autoencoder: Callable[[], Autoencoder], weights: dict[str, Tensor]) -> nn.Module:
+    encoder = new_autoencoder().encoder
+    encoder.load_state_dict(weights)
+    return encoder.eval()
+
+
+def _refine_optimizer(plan: RefineSettings, objective: nn.Module) -> torch.optim.Optimizer:
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(objective.parameters(), lr=plan.learning_rate, momentum=0.9, fused=True)
+    return torch.optim.Adam(objective.parameters(), lr=plan.learning_rate, fused=True)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+

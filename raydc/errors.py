@@ -1,0 +1,17 @@
+"""The three errors that raydc raises on purpose, one for each person who can act on it."""
+
+
+class RaydcError(Exception):
+    """An expected failure: the command line prints its text without a traceback and exits with 2."""
+
+
+class ConfigError(RaydcError):
+    """The settings cannot work; the author of the config acts."""
+
+
+class DataError(RaydcError):
+    """The input cannot be used as it is; the owner of the data acts."""
+
+
+class StageError(RaydcError):
+    """A stage cannot start, continue or finish; the operator of the run acts."""
