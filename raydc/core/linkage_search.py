@@ -7,8 +7,9 @@ exact arithmetic. The caller ranks the candidates in float64 and accepts the win
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -70,6 +71,35 @@ def rounded(delta: np.ndarray) -> np.ndarray:
     return ((bits + (1 << 11)) & ~np.int64((1 << 12) - 1)).view(np.float64)
 
 
+class Engine(NamedTuple):
+    """How to search: on the CPU by the functions of this module, on a device by those of linkage_device."""
+
+    lay_out: Callable[..., Any]
+    update: Callable[..., None]
+    search: Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What the search costs. Nothing here changes a tree."""
+
+    num_neighbours: int = 16
+    """Length of the neighbour lists."""
+    block_rows: int = 256
+    """Queries per tile."""
+    block_cols: int = 16384
+    """Clusters per tile."""
+    device: str = "cpu"
+    """cpu, or a torch device such as cuda or cuda:1. torch:cpu runs the device engine on the CPU, to test it."""
+
+    def engine(self) -> Engine:
+        if self.device == "cpu":
+            return Engine(lay_out, update, search)
+        from raydc.core.linkage_device import device_engine  # torch takes a second to import, and the CPU needs none.
+
+        return device_engine(self.device.removeprefix("torch:"))
+
+
 @dataclass
 class Columns:
     """The search side of all clusters, in tiles; a tile is a grid of CHUNK rows, a chunk is a column of that grid."""
@@ -88,6 +118,8 @@ class Columns:
     """Lightest weight in each chunk when it was laid out; weights only grow, so it stays a lower bound."""
     radius_C: np.ndarray
     """Largest norm in each chunk, raised with every update."""
+    origin_D: np.ndarray
+    """Subtracted from centres before they are rounded: the clusters of a small cell lie close together, far from 0."""
     weight_unit: float
     """The mean weight; search weights are in this unit, so that float32 neither overflows nor underflows."""
     length_unit: float
@@ -104,9 +136,7 @@ def lay_out(clusters: Clusters, alive_M: np.ndarray, *, block_cols: int, dtype: 
     """
     slot_A = np.flatnonzero(alive_M)
     weight_unit = float(clusters.weight_M[slot_A].mean())
-    center_AD = clusters.center_MD[slot_A]
-    square_A = np.einsum("ad,ad->a", center_AD, center_AD) + clusters.spread_M[slot_A]
-    length_unit = float(np.sqrt(square_A.max())) or 1.0
+    origin_D, length_unit = _frame(clusters, slot_A, dtype)
     slot_A = slot_A[np.argsort(clusters.weight_M[slot_A], kind="stable")]
     tile_cols = max(CHUNK, block_cols // CHUNK * CHUNK)
     tiles, slots = [], []
@@ -123,15 +153,31 @@ def lay_out(clusters: Clusters, alive_M: np.ndarray, *, block_cols: int, dtype: 
     rows_XE = np.zeros((first, clusters.center_MD.shape[1] + 2), dtype=dtype)
     rows_XE[:, -2] = 1.0
     rows_XE[:, -1] = SENTINEL
-    weight_X = np.full(first, np.inf, dtype=dtype)
+    weight_X: np.ndarray = np.full(first, np.inf, dtype=dtype)
     column_M = np.full(len(alive_M), -1, dtype=np.int64)
     column_M[slot_X[real_X]] = np.flatnonzero(real_X)
-    radius_X = np.zeros(first, dtype=dtype)
-    columns = Columns(rows_XE, slot_X, column_M, weight_X, tiles, np.empty(0), np.empty(0), weight_unit, length_unit)
+    radius_X: np.ndarray = np.zeros(first, dtype=dtype)
+    columns = Columns(
+        rows_XE, slot_X, column_M, weight_X, tiles, np.empty(0), np.empty(0), origin_D, weight_unit, length_unit
+    )
     radius_X[real_X] = _write(columns, clusters, slot_X[real_X])
     columns.light_C = np.concatenate([weight_X[a:b].reshape(CHUNK, -1).min(axis=0) for a, b in tiles])
     columns.radius_C = np.concatenate([radius_X[a:b].reshape(CHUNK, -1).max(axis=0) for a, b in tiles])
     return columns
+
+
+def _frame(clusters: Clusters, slot_A: np.ndarray, dtype: type) -> tuple[np.ndarray, float]:
+    """Return the origin and the unit of length of the search's coordinates."""
+    mean_D = clusters.center_MD[slot_A].mean(axis=0)
+    far = float(np.abs(clusters.center_MD[slot_A]).max())
+    for origin_D in (mean_D, np.zeros_like(mean_D)):
+        center_AD = clusters.center_MD[slot_A] - origin_D
+        square_A = np.einsum("ad,ad->a", center_AD, center_AD) + clusters.spread_M[slot_A]
+        length_unit = float(np.sqrt(square_A.max()))
+        # The subtraction rounds at 1e-16 of the old coordinates: nothing, it should be, beside the bound of the new.
+        if far * 1e-16 <= length_unit * np.finfo(dtype).eps * 0.01:
+            break
+    return origin_D, length_unit or 1.0
 
 
 def _write(columns: Columns, clusters: Clusters, slot_B: np.ndarray) -> np.ndarray:
@@ -146,7 +192,7 @@ def _write(columns: Columns, clusters: Clusters, slot_B: np.ndarray) -> np.ndarr
 
 def _scaled(columns: Columns, clusters: Clusters, slot_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return centres in the layout's unit of length, and |c|^2 + v in its square."""
-    center_BD = clusters.center_MD[slot_B] / columns.length_unit
+    center_BD = (clusters.center_MD[slot_B] - columns.origin_D) / columns.length_unit
     spread_B = clusters.spread_M[slot_B] / columns.length_unit**2
     return center_BD, np.einsum("bd,bd->b", center_BD, center_BD) + spread_B
 
