@@ -75,7 +75,7 @@ def merge_all(
     leaf_M = np.arange(len(clusters.weight_M)) if leaf_M is None else leaf_M
     limit_M = np.full(len(leaf_M), np.inf) if limit_M is None else limit_M.copy()
     alive_M = np.ones(len(leaf_M), dtype=bool)
-    _merge_duplicates(clusters, trail, leaf_M, limit_M, alive_M)
+    merge_duplicates(clusters, trail, leaf_M, limit_M, alive_M)
     num_alive = int(alive_M.sum())
     if num_alive == 1:
         return np.flatnonzero(alive_M)
@@ -112,7 +112,7 @@ def merge_all(
     return np.flatnonzero(alive_M)
 
 
-def _merge_duplicates(
+def merge_duplicates(
     clusters: Clusters, trail: Trail, leaf_M: np.ndarray, limit_M: np.ndarray, alive_M: np.ndarray
 ) -> None:
     """Merge clusters of equal centre and no spread at distance 0, each group in the order of its leaves.
@@ -160,8 +160,7 @@ class _Rounds:
         self.postponed_M = np.zeros(num_slots, dtype=bool)
         self.now_M = np.arange(num_slots)
         """Slot in which a slot's cluster lives now."""
-        # Bound on the rounding of a centre after thousands of merges.
-        self.noise = 2e-14 * float(np.sqrt(np.einsum("md,md->m", clusters.center_MD, clusters.center_MD).max()))
+        self.noise = rounding_noise(clusters)
 
     def reciprocal_pairs(self, changed_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the pairs of mutual nearest with one side in changed_A, in order of (distance, left, right)."""
@@ -267,11 +266,7 @@ class _Rounds:
     def _proven(self, slot_A: np.ndarray) -> np.ndarray:
         """True where the nearest lies under the floor by more than rounding could move either."""
         floor_A = self.floor_M[slot_A]
-        finite_A = np.where(np.isfinite(floor_A), floor_A, 0.0)
-        # delta = factor x squared distance, and the factor is at most the slot's weight under Ward, 1 under average.
-        factor_A = self.clusters.weight_M[slot_A] if self.clusters.kind == "ward" else 1.0
-        slack_A = 1e-9 * finite_A + 4 * self.noise * np.sqrt(finite_A * factor_A) + factor_A * self.noise**2
-        return self.distance_M[slot_A] < floor_A - slack_A
+        return self.distance_M[slot_A] < floor_A - rounding_slack(self.clusters, slot_A, floor_A, self.noise)
 
     def _rank(self, slot_A: np.ndarray, list_AL: np.ndarray) -> None:
         """Order the listed neighbours of slots by (rounded distance, slot), keep the first ones, set the nearest."""
@@ -297,6 +292,19 @@ class _Rounds:
         self.list_ML[slot_B] = np.take_along_axis(now_BL, order_BL[:, :num], axis=1)
         self.nearest_M[slot_B] = self.list_ML[slot_B, 0]
         self.distance_M[slot_B] = np.take_along_axis(delta_BL, order_BL[:, :1], axis=1)[:, 0]
+
+
+def rounding_noise(clusters: Clusters) -> float:
+    """Return a bound on the rounding of a centre after thousands of merges."""
+    return 2e-14 * float(np.sqrt(np.einsum("md,md->m", clusters.center_MD, clusters.center_MD).max()))
+
+
+def rounding_slack(clusters: Clusters, slot_A: np.ndarray, floor_A: np.ndarray, noise: float) -> np.ndarray:
+    """Return by how much rounding could move a distance that is about floor_A."""
+    finite_A = np.where(np.isfinite(floor_A), floor_A, 0.0)
+    # delta = factor x squared distance, and the factor is at most the slot's weight under Ward, 1 under average.
+    factor_A = clusters.weight_M[slot_A] if clusters.kind == "ward" else 1.0
+    return 1e-9 * finite_A + 4 * noise * np.sqrt(finite_A * factor_A) + factor_A * noise**2
 
 
 def join(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> None:

@@ -256,7 +256,7 @@ def node_table(
         raise ValueError(f"weights and sse must have shape ({num_leaves},), got {weights_K.shape} and {sse_K.shape}")
     if centers_KD is not None and len(centers_KD) != num_leaves:
         raise ValueError(f"centers must have {num_leaves} rows, got {len(centers_KD)}")
-    rise_T = np.asarray(Z)[:, 2] ** 2 / 2 if centers_KD is None else _merge_sse(children_T2, weights_K, centers_KD)
+    rise_T = np.asarray(Z)[:, 2] ** 2 / 2 if centers_KD is None else merge_sse(children_T2, weights_K, centers_KD)
     parent_V = np.full(num_nodes, -1, dtype=np.int64)
     parent_V[children_T2] = num_leaves + np.arange(num_leaves - 1)[:, None]
     rows, sse = weights_K.tolist(), sse_K.tolist()
@@ -276,7 +276,7 @@ def node_table(
     }
 
 
-def _merge_sse(children_T2: np.ndarray, weights_K: np.ndarray, centers_KD: np.ndarray) -> np.ndarray:
+def merge_sse(children_T2: np.ndarray, weights_K: np.ndarray, centers_KD: np.ndarray) -> np.ndarray:
     """Return the rise of the sum of squared errors at each merge, (T,) float64; O(K D) memory."""
     num_leaves = len(weights_K)
     center_KD = np.asarray(centers_KD, dtype=np.float64)
