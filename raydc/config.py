@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from raydc.errors import ConfigError
 
-OPERATIONAL = {"operational": True}
+OPERATIONAL: dict[str, JsonValue] = {"operational": True}
 
 
 class Section(BaseModel):
@@ -375,7 +375,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, found {type(values).__name__}.")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values)
 
 
@@ -392,7 +392,8 @@ def parse_config(values: dict[str, Any]) -> Config:
         raise ConfigError("\n".join(lines)) from None
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in a mapping of settings, in place."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override!r}: expected section.key=value.")

@@ -86,6 +86,11 @@ class RunDir:
             raise StageError(f"{stage}: run {self.run_id!r} has not finished this stage.")
         return marker["metrics"]
 
+    def remove(self, *names: str) -> None:
+        """Remove files and folders of the run, where they are there."""
+        for name in names:
+            self.lake.remove(self.uri(name))
+
     def _write_marker(self, stage: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
         body = {"stage": stage, "fingerprint": digest(settings), **state, "settings": settings}
         self.lake.write_json(self.uri("stages", f"{stage}.json"), body)

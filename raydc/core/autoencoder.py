@@ -35,14 +35,16 @@ def perceptron(widths: Sequence[int]) -> nn.Sequential:
 
 @torch.no_grad()
 def initialize(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every linear layer's weights anew: uniform with variance 2 / fan_in, biases zero.
+    """Draw every linear layer's weights anew: uniform within 1 / sqrt(fan_in), biases zero.
 
-    Source: He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", arXiv:1502.01852. The DEC paper draws N(0, 0.01^2) and
-    relies on layer-wise pretraining to get away from it; end-to-end training needs a start that keeps variance.
+    The DEC paper draws N(0, 0.01^2) and relies on layer-wise pretraining to get away from it; end-to-end training needs
+    a start that keeps some variance. This one is that of the authors' later code (variance 1 / (3 fan_in), as in
+    github.com/XifengGuo/DEC-keras); He's larger variance gave poorer clusters on MNIST (docs/results.md).
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.zeros_(layer.bias)
 
 

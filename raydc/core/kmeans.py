@@ -57,6 +57,11 @@ class LeafSums:
         means = self.sums_KD / self.weights_K.clamp_min(1e-300)[:, None]
         return torch.where((self.weights_K > 0)[:, None], means, fallback_KD.double())
 
+    def sse_around_means(self, centers_KD: Tensor) -> Tensor:
+        """Return the (K,) float64 SSE of each leaf around its own mean; `centers_KD` are those of `sse_K`."""
+        moved = ((self.means(centers_KD) - centers_KD.double()) ** 2).sum(dim=1)
+        return (self.sse_K - self.weights_K * moved).clamp_min(0.0)
+
 
 @dataclass(frozen=True)
 class KMeans:

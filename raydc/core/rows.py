@@ -55,7 +55,7 @@ class ResidentRows:
 
     @classmethod
     def collect(cls, chunks: Iterable[Batch], dim: int, dtype: torch.dtype, ranks: Ranks) -> "ResidentRows":
-        """Return the rows of chunks that arrived in any order, each chunk with rising keys.
+        """Return the rows of chunks that arrived in any order, usually each with rising keys.
 
         A chunk is released as soon as it is copied, so the peak is one copy of the rows and one chunk. On a GPU the
         rows move there if they leave a quarter of its free memory, else they stay in pinned host memory.
@@ -70,6 +70,10 @@ class ResidentRows:
             rows = slice(row, row + len(chunk))
             x[rows], keys[rows], weights[rows] = chunk.x_ND, chunk.keys_N, chunk.weights_N
             row += len(chunk)
+        if bool((keys[1:] < keys[:-1]).any()):
+            # The chunks interleave (a block was put together from several slices): sort the rows themselves.
+            order = keys.argsort()
+            x, keys, weights = x[order], keys[order], weights[order]
         if ranks.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ranks.device)
             x = x.to(ranks.device) if x.nbytes < 0.75 * free else x.pin_memory()

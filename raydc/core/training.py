@@ -419,14 +419,16 @@ class _Fit:
 
     def _faiss_start(self, sample_ND: Tensor, seed: int) -> Tensor:
         plan = self.settings.cluster
-        problem, centers = "", torch.zeros(plan.num_leaves, sample_ND.shape[1])
+        size = int(self.ranks.broadcast(torch.tensor([len(sample_ND)]))[0])
+        if size < plan.num_leaves:
+            raise ValueError(
+                f"the k-means start has a sample of {size} rows for {plan.num_leaves} leaves. "
+                "Raise cluster.init_rows and evaluate.baseline_rows."
+            )
         if self.ranks.rank == 0:
-            if len(sample_ND) < plan.num_leaves:
-                problem = f"a sample of {len(sample_ND)} rows is too small for {plan.num_leaves} leaves"
-            else:
-                centers = start(sample_ND, plan.num_leaves, num_restarts=plan.num_restarts, seed=seed)
-        if problem:
-            raise ValueError(f"k-means start: {problem}. Raise cluster.init_rows and evaluate.baseline_rows.")
+            centers = start(sample_ND, plan.num_leaves, num_restarts=plan.num_restarts, seed=seed)
+        else:
+            centers = torch.empty(plan.num_leaves, sample_ND.shape[1])
         return self.ranks.broadcast(centers)
 
     def _calibrated(self, sample_ND: Tensor, centers_KD: Tensor) -> tuple[Kernel, float]:

@@ -1,0 +1,5 @@
+"""`python -m raydc` is the `raydc` command."""
+
+from raydc.cli import main
+
+main()

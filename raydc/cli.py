@@ -1,0 +1,137 @@
+"""The `raydc` command: run, assign, evaluate, show, demo."""
+
+import argparse
+import datetime
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raydc.config import Config, load_config, parse_config
+from raydc.errors import RaydcError, StageError
+from raydc.lake import Lake, absolute, join
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0 done, 2 an expected failure (told in one message), 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    for name in ("faiss", "fsspec", "botocore", "ray", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        options.command(options)
+    except RaydcError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command with the same --run-id continues.", file=sys.stderr)
+        sys.exit(130)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `raydc run`, which jobs share."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings, see jobs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as cluster.num_leaves=10")
+    parser.add_argument("--run-id", help="name of the run folder; the same one continues an interrupted run")
+    parser.add_argument("--dry-run", action="store_true", help="check the settings and the input, print the plan, stop")
+    parser.set_defaults(command=_run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raydc", description="Deep clustering of sharded embeddings on Ray.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_run_arguments(commands.add_parser("run", help="cluster a data set: labels, tree, model, report"))
+
+    assign = commands.add_parser("assign", help="label new data with the model of a finished run")
+    assign.add_argument("--model", required=True, metavar="URI", help="a run folder, or its model/")
+    assign.add_argument("--input", required=True, metavar="URI", help="Parquet files with the columns of the model")
+    assign.add_argument("--output", required=True, metavar="URI", help="folder for labels/ and rejects/")
+    assign.add_argument("--id-column", default="id")
+    assign.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other settings, as for run")
+    assign.set_defaults(command=_assign)
+
+    evaluate = commands.add_parser("evaluate", help="compute metrics.json of a run again from its statistics")
+    evaluate.add_argument("run", metavar="RUN", help="run folder")
+    evaluate.set_defaults(command=_evaluate)
+
+    show = commands.add_parser("show", help="say where a run stands, and its results")
+    show.add_argument("run", metavar="RUN", help="run folder")
+    show.set_defaults(command=_show)
+
+    demo = commands.add_parser("demo", help="cluster scikit-learn's digits, end to end, into runs/demo")
+    demo.add_argument("--output", default="runs")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.set)
+    _execute(config, options.run_id, dry_run=options.dry_run)
+
+
+def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> None:
+    from raydc import demo, pipeline, summary
+
+    config = demo.with_data(config)
+    if dry_run:
+        for line in pipeline.plan(config):
+            print(line)
+        return
+    run_id = run_id or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    log.info("run %s in %s", run_id, join(absolute(config.output), run_id))
+    log.debug("settings: %s", config.model_dump(mode="json"))
+    folder = pipeline.run(config, run_id)
+    print()
+    print("\n".join(summary.lines(folder)))
+
+
+def _assign(options: argparse.Namespace) -> None:
+    from raydc import cluster, labels
+
+    base = {"input": {"path": options.input, "id_column": options.id_column}}
+    config = _with_overrides(base, options.set)
+    with cluster.connected(config):
+        counts = labels.label_new_rows(config, options.model, options.output)
+    log.info("assign: %d rows in, %d labels, %d rejects in %s", *counts, absolute(options.output))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from raydc import summary
+    from raydc.stages import evaluate
+
+    folder, config = _open_run(options.run)
+    evaluate.run(config, folder)
+    print("\n".join(summary.lines(folder)))
+
+
+def _show(options: argparse.Namespace) -> None:
+    from raydc import summary
+
+    folder, _ = _open_run(options.run)
+    print("\n".join(summary.lines(folder)))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    jobs = Path(__file__).resolve().parent.parent / "jobs"
+    _execute(load_config(jobs / "digits.yaml", [f"output={options.output}"]), "demo")
+
+
+def _open_run(uri: str) -> tuple[Any, Config]:
+    from raydc.rundir import RunDir
+
+    output, _, run_id = absolute(uri).rstrip("/").rpartition("/")
+    folder = RunDir(Lake(), output, run_id)
+    if not folder.lake.exists(folder.uri("run.json")):
+        raise StageError(f"{uri}: no run there. Give the folder <output>/<run_id> of a run.")
+    return folder, parse_config(folder.lake.read_json(folder.uri("run.json"))["config"])
+
+
+def _with_overrides(base: dict[str, Any], overrides: Sequence[str]) -> Config:
+    from raydc.config import apply_override
+
+    for override in overrides:
+        apply_override(base, override)
+    return parse_config(base)

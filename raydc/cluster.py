@@ -1,0 +1,148 @@
+"""The Ray cluster of a run, and the board on which its workers post progress for the person who watches.
+
+Ray's own log forwarding prefixes every line and repeats it per worker; a run says one line per fact instead. The board
+also keeps the first permanent failure: an error of the data or the settings is the same on the second try, so a worker
+group that is restarted after one returns at once.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from raydc.config import Config
+from raydc.errors import StageError
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Lines and the first permanent failure of the workers of one stage."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._failure: str | None = None
+
+    def post(self, line: str) -> None:
+        """Add a line."""
+        self._lines.append(line)
+
+    def take(self) -> list[str]:
+        """Return the lines since the last call."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def fail(self, text: str) -> None:
+        """Record a failure that another try would meet again."""
+        self._failure = self._failure or text
+
+    def failure(self) -> str | None:
+        """Return the first recorded failure."""
+        return self._failure
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Join the cluster that RAY_ADDRESS names, or start one on this machine for as long as the block lasts.
+
+    A process that is connected already stays as it is.
+    """
+    if ray.is_initialized():
+        _quiet_data()
+        yield
+        return
+    address = config.ray.address
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        if address == "local":
+            _start_local(config)
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StageError(f"ray: cannot reach the cluster at {address!r}: {error}") from None
+    _quiet_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(config: Config) -> None:
+    # Only this process talks to the cluster, over the loopback interface; a token file in the user's home would
+    # change how later clusters of the same user start.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Train workers keep their CPUs for the whole fit; Ray Data needs a whole spare one or it waits for ever.
+    needed = max(config.fit.num_workers * config.fit.cpus_per_worker + 1, config.assign.cpus_per_actor)
+    ray.init(
+        address="local",
+        num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, needed),
+        object_store_memory=config.ray.object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _quiet_data() -> None:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # The training loop may compute for long between two reads; this guard would take that for a stall.
+    context.execution_no_progress_timeout_s = -1
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def watched(stage: str) -> Iterator[Any]:
+    """Yield a board whose lines are logged, as `<stage>: <line>`, while the block lasts."""
+    board = Board.remote()  # type: ignore[attr-defined]
+    stop = threading.Event()
+
+    def drain() -> None:
+        try:
+            for line in ray.get(board.take.remote(), timeout=30):
+                log.info("%s: %s", stage, line)
+        except (ray.exceptions.RayError, TimeoutError):
+            # A lost board costs progress lines, never the run.
+            return
+
+    def follow() -> None:
+        while not stop.wait(_POLL_SECONDS):
+            drain()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join()
+        drain()
+        ray.kill(board)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return the error at the bottom of Ray's wrappers."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None) or error.__cause__
+        failures = getattr(error, "worker_failures", None)
+        if failures:
+            inner = next(iter(failures.values()))
+        if not isinstance(inner, BaseException):
+            break
+        error = inner
+    return error

@@ -1,0 +1,114 @@
+"""Metrics of a partition from its statistics alone. Letters: K groups, C classes, L width of the clustering space."""
+
+import numpy as np
+import numpy.typing as npt
+import scipy.optimize
+import torch
+from sklearn.metrics.cluster import expected_mutual_information, mutual_info_score
+
+from raydc.core.nearest import squared_distances
+from raydc.core.tally import Tally
+
+
+def external(table_KC: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Return acc, nmi, ami, ari and purity of a partition against known classes.
+
+    acc is the share of rows in the best one-to-one matching of groups and classes (Hungarian method); nmi and ami are
+    normalised by the arithmetic mean of the entropies, as in scikit-learn; purity is sum_k max_c n_kc / N.
+
+    Args:
+        table_KC: (K, C) counts.
+
+    Raises:
+        ValueError: the table has no rows or no classes.
+    """
+    if table_KC.size == 0 or table_KC.sum() == 0:
+        raise ValueError("the table counts no row of a known class")
+    table = table_KC[table_KC.sum(axis=1) > 0][:, table_KC.sum(axis=0) > 0]
+    total = int(table.sum())
+    groups, classes = scipy.optimize.linear_sum_assignment(table, maximize=True)
+    nmi, ami = _mutual_information(table, total)
+    return {
+        "acc": float(table[groups, classes].sum() / total),
+        "nmi": nmi,
+        "ami": ami,
+        "ari": _adjusted_rand(table),
+        "purity": float(table.max(axis=1).sum() / total),
+    }
+
+
+def internal(tally: Tally, centers_KL: npt.NDArray[np.floating] | None = None) -> dict[str, float | int | None]:
+    """Return the metrics that need no classes.
+
+    silhouette is the simplified one (distances to centres, not to all rows); davies_bouldin is the mean over groups of
+    the worst (s_i + s_j) / |c_i - c_j| with s the mean distance to the centre, None where it is not defined.
+
+    Args:
+        tally: the statistics.
+        centers_KL: (K, L) centres of the groups, for davies_bouldin.
+    """
+    rows = tally.rows_K.astype(np.float64)
+    total = rows.sum()
+    mean = rows.mean() if len(rows) else 0.0
+    spread = None if centers_KL is None else davies_bouldin(tally, centers_KL)
+    return {
+        "silhouette": float(tally.silhouette_K.sum() / total) if total else 0.0,
+        "davies_bouldin": spread,
+        "size_cv": float(rows.std() / mean) if mean else 0.0,
+        "size_max_over_mean": float(rows.max() / mean) if mean else 0.0,
+        "num_empty": int((rows == 0).sum()),
+    }
+
+
+def davies_bouldin(tally: Tally, centers_KL: npt.NDArray[np.floating]) -> float | None:
+    """Return the Davies-Bouldin index from per-group sums; None with fewer than two groups or equal centres.
+
+    Source: Davies, Bouldin, "A Cluster Separation Measure", IEEE PAMI 1979.
+    """
+    used = np.flatnonzero(tally.rows_K > 0)
+    if len(used) < 2:
+        return None
+    scatter = tally.distance_K[used] / tally.rows_K[used]
+    centers = torch.from_numpy(np.ascontiguousarray(centers_KL[used], np.float64))
+    worst = []
+    for start in range(0, len(used), 1024):
+        block = slice(start, start + 1024)
+        apart = squared_distances(centers[block], centers).sqrt().numpy()
+        own = np.arange(start, min(start + 1024, len(used)))
+        apart[np.arange(len(own)), own] = np.inf
+        if (apart <= 0).any():
+            return None
+        worst.append(((scatter[own, None] + scatter[None, :]) / apart).max(axis=1))
+    return float(np.concatenate(worst).mean())
+
+
+def _mutual_information(table: npt.NDArray[np.int64], total: int) -> tuple[float, float]:
+    groups, classes = table.sum(axis=1), table.sum(axis=0)
+    if len(groups) == len(classes) == 1:
+        return 1.0, 1.0
+    mi = float(mutual_info_score(None, None, contingency=table))
+    mean = (_entropy(groups, total) + _entropy(classes, total)) / 2
+    expected = float(expected_mutual_information(table, total))
+    tiny = np.finfo(np.float64).eps
+    # The normaliser can be a rounding error away from zero; keep its sign, as scikit-learn does.
+    denominator = mean - expected
+    denominator = min(denominator, -tiny) if denominator < 0 else max(denominator, tiny)
+    return (mi / mean if mean > tiny else 0.0), (mi - expected) / denominator
+
+
+def _entropy(counts: npt.NDArray[np.int64], total: int) -> float:
+    share = counts / total
+    return float(-(share * np.log(share)).sum())
+
+
+def _adjusted_rand(table: npt.NDArray[np.int64]) -> float:
+    # In float64: the number of pairs leaves int64 at a few billion rows.
+    def pairs(counts: npt.NDArray[np.int64]) -> float:
+        n = counts.astype(np.float64)
+        return float((n * (n - 1) / 2).sum())
+
+    both, groups, classes = pairs(table), pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
+    everything = pairs(table.sum(keepdims=True))
+    expected = groups * classes / everything if everything else 0.0
+    most = (groups + classes) / 2
+    return 1.0 if most == expected else (both - expected) / (most - expected)

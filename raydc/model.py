@@ -1,0 +1,192 @@
+"""The saved artefact: preprocessing, encoder, centres and levels. safetensors and JSON, never pickle.
+
+`Model.load(uri).predict(x)` gives the labels that the job wrote, on plain arrays, without Ray.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from raydc.core.autoencoder import perceptron
+from raydc.core.nearest import nearest_exact
+from raydc.core.objectives.kernel import Kernel, log_soft_assign
+from raydc.core.preprocess import Preprocess
+from raydc.errors import DataError
+from raydc.lake import Lake, join
+from raydc.schema import FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Labels of N rows."""
+
+    leaf: npt.NDArray[np.int32]
+    levels: dict[int, npt.NDArray[np.int32]]
+    """Group of each row at each level, by the level's number of groups."""
+
+    confidence: npt.NDArray[np.float32]
+    """Largest soft assignment."""
+
+    distance: npt.NDArray[np.float32]
+    """To the leaf's centre, in the clustering space."""
+
+    second_leaf: npt.NDArray[np.int32]
+    second_distance: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A clustering that labels rows."""
+
+    preprocess: Preprocess
+    encoder: nn.Module | None
+    """None: the preprocessed rows are clustered as they are."""
+
+    centers_KL: Tensor
+    """(K, L) float32."""
+
+    kernel: Kernel
+    widths: tuple[int, ...]
+    """Layer widths of the encoder, input first; of length 1 where there is none."""
+
+    levels: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    """(K,) group of each leaf, by number of groups."""
+
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else is worth keeping: objective, columns, fingerprint."""
+
+    @property
+    def dim(self) -> int:
+        """Width of a raw row."""
+        return self.widths[0]
+
+    @property
+    def num_leaves(self) -> int:
+        """K."""
+        return len(self.centers_KL)
+
+    @torch.no_grad()
+    def encode(self, x: npt.ArrayLike | Tensor, *, block_rows: int = 8192) -> Tensor:
+        """Return the (N, L) float32 points of raw rows in the clustering space, on the model's device.
+
+        Args:
+            x: (N, D) numpy array or tensor of any float type; nothing is normalised beforehand.
+            block_rows: rows at once; peak memory about 4 * block_rows * (widest layer) bytes.
+
+        Raises:
+            ValueError: x is not two-dimensional or not D wide.
+        """
+        rows = x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise ValueError(f"expected rows of shape (N, {self.dim}), got {tuple(rows.shape)}")
+        device = self.centers_KL.device
+        parts = [self._encode_block(block.to(device)) for block in rows.split(block_rows)]
+        return torch.cat(parts) if parts else torch.empty((0, self.centers_KL.shape[1]), device=device)
+
+    def predict(self, x: npt.ArrayLike | Tensor, *, block_rows: int = 8192) -> Prediction:
+        """Return the labels of raw rows; see `encode` for the arguments and errors."""
+        return self.label(self.encode(x, block_rows=block_rows), block_rows=block_rows)
+
+    @torch.no_grad()
+    def label(self, z_NL: Tensor, *, block_rows: int = 8192) -> Prediction:
+        """Return the labels of points of the clustering space: nearest centre, second nearest, soft assignment."""
+        ids, squared = nearest_exact(z_NL, self.centers_KL, num=min(2, self.num_leaves))
+        if self.num_leaves == 1:
+            ids, squared = ids.expand(-1, 2), squared.expand(-1, 2)
+        top = [log_soft_assign(b, self.centers_KL, self.kernel).max(dim=1).values for b in z_NL.split(block_rows)]
+        confidence = torch.cat(top).exp() if top else z_NL.new_empty(0)
+        leaf = ids[:, 0].cpu().numpy().astype(np.int32)
+        distances = squared.sqrt().float().cpu().numpy()
+        return Prediction(
+            leaf,
+            {k: groups[leaf] for k, groups in self.levels.items()},
+            confidence.float().cpu().numpy(),
+            distances[:, 0],
+            ids[:, 1].cpu().numpy().astype(np.int32),
+            distances[:, 1],
+        )
+
+    def to(self, device: torch.device) -> "Model":
+        """Return the model on another device."""
+        encoder = self.encoder.to(device) if self.encoder is not None else None
+        return replace(self, encoder=encoder, centers_KL=self.centers_KL.to(device))
+
+    def reordered(self, order: Sequence[int], levels: dict[int, npt.NDArray[np.int32]]) -> "Model":
+        """Return the model whose leaf i is the present leaf order[i]; leaves that `order` leaves out are gone.
+
+        Args:
+            order: present leaf ids in their new order.
+            levels: (len(order),) group of each new leaf, by number of groups.
+        """
+        kept = torch.as_tensor(np.asarray(order, np.int64))
+        return replace(self, centers_KL=self.centers_KL[kept], levels=levels)
+
+    def save(self, lake: Lake, uri: str) -> None:
+        """Write config.json, weights.safetensors and centroids.safetensors into a folder, config.json last."""
+        weights = {} if self.encoder is None else dict(self.encoder.state_dict())
+        statistics = {"mean": self.preprocess.mean_D, "scale": self.preprocess.scale_D}
+        weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
+        centroids = {"centers": self.centers_KL}
+        centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in self.levels.items()}
+        for name, tensors in (("weights", weights), ("centroids", centroids)):
+            body = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
+            lake.write_bytes(join(uri, f"{name}.safetensors"), body)
+        lake.write_json(
+            join(uri, "config.json"),
+            {
+                "format": "raydc-model",
+                "format_version": FORMAT_VERSION,
+                "num_leaves": self.num_leaves,
+                "levels": list(self.levels),
+                "widths": list(self.widths),
+                "encoder": "perceptron" if self.encoder is not None else None,
+                "kernel": {"alpha": self.kernel.alpha, "scale": self.kernel.scale},
+                "preprocess": {"method": self.preprocess.method, "blocks": [list(b) for b in self.preprocess.blocks]},
+                "details": self.details,
+            },
+        )
+
+    @classmethod
+    def load(cls, uri: str, lake: Lake | None = None) -> "Model":
+        """Return the model of a folder: a run's `model/`, or the run folder itself.
+
+        Raises:
+            DataError: there is no model, or one of another format.
+        """
+        lake = lake or Lake()
+        if not lake.exists(join(uri, "config.json")) and lake.exists(join(uri, "model", "config.json")):
+            uri = join(uri, "model")
+        try:
+            head = json.loads(lake.read_bytes(join(uri, "config.json")))
+        except (FileNotFoundError, ValueError):
+            raise DataError(f"model {uri}: no model there. Give the model folder of a finished run.") from None
+        if head.get("format") != "raydc-model" or head.get("format_version") != FORMAT_VERSION:
+            raise DataError(f"model {uri}: format {head.get('format_version')} is not {FORMAT_VERSION}.")
+        weights = safetensors.torch.load(lake.read_bytes(join(uri, "weights.safetensors")))
+        centroids = safetensors.torch.load(lake.read_bytes(join(uri, "centroids.safetensors")))
+        blocks = [(int(a), int(b), float(w)) for a, b, w in head["preprocess"]["blocks"]]
+        preprocess = Preprocess(
+            head["preprocess"]["method"], blocks, weights.pop("preprocess.mean", None), weights.pop("preprocess.scale", None)
+        )
+        encoder = None
+        if head["encoder"] is not None:
+            encoder = perceptron(head["widths"])
+            encoder.load_state_dict(weights)
+            encoder.eval().requires_grad_(False)
+        levels = {int(k): centroids[f"level_{k}"].numpy() for k in head["levels"]}
+        kernel = Kernel(**head["kernel"])
+        return cls(
+            preprocess, encoder, centroids["centers"], kernel, tuple(head["widths"]), levels, head.get("details", {})
+        )
+
+    def _encode_block(self, x_BD: Tensor) -> Tensor:
+        x = self.preprocess(x_BD)
+        # float32 whatever the training precision: a label must not depend on the machine that assigns it.
+        return x if self.encoder is None else self.encoder(x)

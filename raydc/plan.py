@@ -1,0 +1,142 @@
+"""What a run will cost: rows, bytes, steps, FLOPs, memory and files, told before it starts.
+
+Letters: N rows, D width, K leaves, L latent width.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from raydc.config import Config
+from raydc.core.autoencoder import choose_precision, precision
+from raydc.stages.profile import Profile
+
+# Share of the measured matrix rate that a training step reaches on a CPU: small batches, optimiser, memory traffic.
+_STEP_EFFICIENCY = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run, as far as it is known beforehand."""
+
+    rows: int
+    trained_rows: int
+    input_bytes: int
+    slices: int
+    pretrain_steps: int
+    refine_steps: int
+    fit_flops: float
+    assign_flops: float
+    worker_bytes: int
+    """Resident shard, model, optimiser and one batch, for each training worker."""
+
+    streamed: bool
+    files: int
+    seconds: float | None
+    """Arithmetic at the rate measured on this machine; None for GPU workers."""
+
+    def lines(self) -> list[str]:
+        """Return the plan as text, one fact per line."""
+        steps = f"{self.pretrain_steps:,} pretraining, at most {self.refine_steps:,} refinement"
+        mode = "streamed each epoch" if self.streamed else "resident"
+        duration = "not estimated for GPU workers" if self.seconds is None else f"about {_duration(self.seconds)}"
+        sample = "" if self.trained_rows == self.rows else f" ({self.trained_rows:,} of them in training)"
+        return [
+            f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {_size(self.input_bytes)} uncompressed",
+            f"steps       {steps}",
+            f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign",
+            f"memory      {_size(self.worker_bytes)} per training worker, rows {mode}",
+            f"files       about {self.files:,} to write",
+            f"time        {duration} of arithmetic, plus reading and start-up",
+        ]
+
+
+def make_plan(config: Config, profile: Profile) -> Plan:
+    """Return the cost of a run with these settings on this input."""
+    n = profile.num_rows
+    trained = min(n, config.fit.max_rows or n)
+    dim, leaves = profile.spec.dim, config.cluster.num_leaves
+    encoder = encoder_widths(config, dim)
+    # A multiply-add is two FLOPs; the backward pass is twice the forward one.
+    forward = 2.0 * sum(a * b for a, b in zip(encoder[:-1], encoder[1:], strict=True))
+    nearest = 2.0 * leaves * encoder[-1]
+    learns = config.fit.objective != "kmeans"
+    refines = config.fit.objective in ("dec", "idec")
+    per_epoch = -(-trained // config.pretrain.batch_rows)
+    pretrain_steps = config.pretrain.num_epochs * per_epoch if learns else 0
+    refine_steps = config.refine.num_epochs * -(-trained // config.refine.batch_rows) if refines else 0
+    flops = trained * nearest * config.cluster.num_iterations
+    if learns:
+        flops += trained * config.pretrain.num_epochs * 3 * 2 * forward
+    if refines:
+        network = 2 * forward if config.fit.objective == "idec" else forward
+        step = 3 * (network + nearest) + config.refine.refreshes_per_epoch * (forward + nearest)
+        flops += trained * config.refine.num_epochs * step
+    assign = n * (forward + nearest + 2.0 * leaves * dim / max(1.0, n / config.evaluate.baseline_rows))
+    shard = -(-trained // config.fit.num_workers) * (dim * profile.spec.dtype.itemsize + 16 + 8 * encoder[-1])
+    limit = config.fit.resident_bytes
+    streamed = limit is not None and shard > limit
+    weights = 2 * sum(a * b for a, b in zip(encoder[:-1], encoder[1:], strict=True)) + leaves * encoder[-1]
+    batch = 8 * max(config.pretrain.batch_rows, 8192) * (2 * sum(encoder) + leaves)
+    seconds = None
+    if not config.fit.use_gpu:
+        cpus = config.fit.num_workers * config.fit.cpus_per_worker
+        rate = _matrix_rate(config, config.fit.cpus_per_worker) * cpus / config.fit.cpus_per_worker
+        seconds = (flops + assign) / (rate * _STEP_EFFICIENCY)
+    return Plan(
+        n,
+        trained,
+        profile.num_bytes,
+        len(profile.slices),
+        pretrain_steps,
+        refine_steps,
+        flops,
+        assign,
+        (limit or 0 if streamed else shard) + 16 * weights + batch,
+        streamed,
+        2 * len(profile.slices) + 30,
+        seconds,
+    )
+
+
+def encoder_widths(config: Config, dim: int) -> list[int]:
+    """Return the layer widths of the encoder, input first; of length 1 where the rows are clustered as they are."""
+    if config.fit.objective == "kmeans":
+        return [dim]
+    return [dim, *config.autoencoder.hidden_dims, config.autoencoder.latent_dim]
+
+
+def _matrix_rate(config: Config, num_threads: int) -> float:
+    """Return this machine's FLOP/s on a matrix product of the size of a training step."""
+    device = torch.device("cpu")
+    arithmetic = choose_precision(config.fit.precision, device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        a, b = torch.randn(256, 512), torch.randn(512, 2048)
+        with precision(device, arithmetic), torch.no_grad():
+            for _ in range(3):
+                a @ b
+            started, repeats = time.perf_counter(), 0
+            while time.perf_counter() - started < 0.1:
+                a @ b
+                repeats += 1
+            seconds = time.perf_counter() - started
+    finally:
+        torch.set_num_threads(before)
+    return 2.0 * 256 * 512 * 2048 * repeats / seconds
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024 or unit == "TiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

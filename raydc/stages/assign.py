@@ -1,0 +1,154 @@
+"""assign: label every row of every slice, in actors that Ray Data schedules; rows in = labels + rejects, checked."""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from raydc.cluster import root_cause
+from raydc.config import Config
+from raydc.core.nearest import set_num_threads
+from raydc.errors import DataError, StageError
+from raydc.labelling import Labelling, Statistics, label_slice
+from raydc.lake import Lake
+from raydc.model import Model
+from raydc.rundir import RunDir
+from raydc.slices import Slice
+from raydc.stages import merge
+from raydc.stages import profile as profiling
+
+log = logging.getLogger(__name__)
+
+_LOG_SECONDS = 10.0
+
+
+def run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric."""
+    profile = profiling.load(run)
+    model = Model.load(run.uri("model"), run.lake)
+    statistics = merge.leaf_statistics(run)
+    baselines = {}
+    for name in ("raw_kmeans", "autoencoder_kmeans"):
+        if run.lake.exists(run.uri("fit", "baselines", name, "config.json")):
+            baselines[name] = Model.load(run.uri("fit", "baselines", name), run.lake)
+    job = Labelling(
+        run.lake,
+        run.root,
+        profile.spec,
+        model,
+        {k: merge.group_centers(groups, statistics) for k, groups in model.levels.items()},
+        baselines,
+        config.seed,
+        config.evaluate.baseline_rows / profile.num_rows,
+        min(config.evaluate.map_rows, config.evaluate.baseline_rows) / profile.num_rows,
+        config.evaluate.num_exemplars,
+        config.input.image_shape is not None,
+        config.assign.block_rows,
+    )
+    total = label_all(config, job, profile.slices)
+    _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
+    _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
+    run.lake.write_bytes(run.uri("statistics.npz"), Statistics(
+        total.rows, total.labels, total.rejects, total.tallies
+    ).to_bytes())
+    return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
+
+
+def label_all(config: Config, job: Labelling, slices: list[Slice]) -> Statistics:
+    """Return the sum of all slices' statistics, after every slice was labelled.
+
+    Raises:
+        DataError: a bad row or file that the settings do not let pass.
+        StageError: a worker failed for good, or rows in are not labels + rejects.
+    """
+    total = Statistics()
+    started = logged = time.monotonic()
+    for done, statistics in enumerate(_labelled(config, job, slices), 1):
+        total.merge(statistics, job.num_exemplars)
+        now = time.monotonic()
+        if now - logged > _LOG_SECONDS:
+            logged, rate = now, total.rows / (now - started)
+            planned = sum(s.num_rows for s in slices)
+            left = (planned - total.rows) / max(rate, 1e-9)
+            log.info(
+                "assign: %d of %d slices, %s rows, %s rows/s, %.0f s left",
+                done, len(slices), f"{total.rows:,}", f"{rate:,.0f}", left,
+            )
+    expected = sum(s.num_rows for s in slices)
+    if not total.rows == total.labels + total.rejects == expected:
+        raise StageError(
+            f"assign: {expected} rows in, but {total.labels} labels and {total.rejects} rejects out. The input changed "
+            "while the run was reading it, or files under labels/ were touched; use a new --run-id."
+        )
+    return total
+
+
+def _labelled(config: Config, job: Labelling, slices: list[Slice]) -> Iterable[Statistics]:
+    section = config.assign
+    reference = ray.put(job)
+    actors = min(section.num_actors or _free_slots(config), max(len(slices), 1))
+
+    class Labeller:
+        """One actor: the model stays loaded from slice to slice."""
+
+        def __init__(self) -> None:
+            set_num_threads(section.cpus_per_actor)
+            self.job: Labelling = ray.get(reference)
+            if section.use_gpu:
+                self.job = _on_gpu(self.job)
+
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            found = [label_slice(self.job, slices[i]).to_bytes() for i in batch["slice"].to_pylist()]
+            return pa.table({"statistics": pa.array(found, pa.large_binary())})
+
+    items = [{"slice": s.index} for s in slices]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        Labeller,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        num_cpus=section.cpus_per_actor,
+        num_gpus=1 if section.use_gpu else None,
+    )
+    # A lost actor or node is retried by Ray; a lost slice is done again whole, and a complete one is skipped.
+    try:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for body in batch["statistics"].to_pylist():
+                yield Statistics.from_bytes(body)
+    except (ray.exceptions.RayError, DataError) as error:
+        cause = root_cause(error)
+        if isinstance(cause, DataError):
+            raise DataError(f"assign: {cause}") from error
+        raise StageError(
+            f"assign: a slice failed with {type(cause).__name__}: {cause}. Complete slices are kept; the same command "
+            "continues."
+        ) from error
+
+
+def _on_gpu(job: Labelling) -> Labelling:
+    device = torch.device("cuda")
+    return replace(
+        job, model=job.model.to(device), baselines={name: m.to(device) for name, m in job.baselines.items()}
+    )
+
+
+def _free_slots(config: Config) -> int:
+    resources = ray.cluster_resources()
+    per_actor = resources.get("GPU", 1) if config.assign.use_gpu else resources.get("CPU", 1) // config.assign.cpus_per_actor
+    return max(1, int(per_actor))
+
+
+def _write_table(lake: Lake, uri: str, table: pa.Table | None) -> None:
+    if table is None:
+        return
+    with lake.staged(uri) as path:
+        pq.write_table(table.sort_by("key"), path)
+
+

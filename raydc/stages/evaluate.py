@@ -1,0 +1,128 @@
+"""evaluate: every metric, from the statistics that assign counted and the tree; no row is read again."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydc.config import Config
+from raydc.core import metrics
+from raydc.core.tally import Tally
+from raydc.core.tree import dendrogram_purity
+from raydc.labelling import Statistics
+from raydc.model import Model
+from raydc.rundir import RunDir
+from raydc.schema import level_column
+from raydc.stages import merge
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write metrics.json and leaves.parquet."""
+    statistics = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz")))
+    model = Model.load(run.uri("model"), run.lake)
+    leaves = merge.leaf_statistics(run)
+    linkage = merge.read_linkage(run)
+    markers = {name: run.marker(name) for name in ("profile", "fit", "merge", "assign")}
+    fit = run.metrics("fit")
+    quality = _quality(statistics, model, linkage)
+    body: dict[str, Any] = {
+        "rows": {"input": statistics.rows, "labels": statistics.labels, "rejects": statistics.rejects},
+        **({"quality": quality} if quality else {}),
+        "internal": _internal(statistics, model, leaves),
+        "baselines": _baselines(statistics, run),
+        "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
+        "fit": fit,
+    }
+    body["warnings"] = _warnings(body, run)
+    for warning in body["warnings"]:
+        log.warning("evaluate: %s", warning)
+    run.lake.write_json(run.uri("metrics.json"), body)
+    with run.lake.staged(run.uri("leaves.parquet")) as path:
+        pq.write_table(_leaf_table(statistics.tallies["leaf"], model), path)
+    return {name: body[name] for name in ("rows", "quality", "internal", "baselines", "warnings") if name in body}
+
+
+def _quality(statistics: Statistics, model: Model, linkage: npt.NDArray[np.float64]) -> dict[str, Any] | None:
+    table, names = statistics.tallies["leaf"].table()
+    if not names:
+        return None
+    levels = {str(k): metrics.external(statistics.tallies[level_column(k)].table()[0]) for k in model.levels}
+    purity = dendrogram_purity(linkage, table) if len(linkage) else float(metrics.external(table)["purity"])
+    return {"leaf": metrics.external(table), "levels": levels, "dendrogram_purity": purity}
+
+
+def _internal(
+    statistics: Statistics, model: Model, leaves: dict[str, npt.NDArray[np.float64]]
+) -> dict[str, Any]:
+    levels = {
+        str(k): metrics.internal(statistics.tallies[level_column(k)], merge.group_centers(groups, leaves))
+        for k, groups in model.levels.items()
+    }
+    own = metrics.internal(statistics.tallies["leaf"], model.centers_KL.double().numpy())
+    return {"leaf": own, "levels": levels}
+
+
+def _baselines(statistics: Statistics, run: RunDir) -> dict[str, Any]:
+    """Return the metrics of each baseline, and of the model itself (`learned`), on the same sample of rows."""
+    found: dict[str, Any] = {}
+    for name in ("raw_kmeans", "autoencoder_kmeans", "learned"):
+        tally = statistics.tallies.get(name)
+        if tally is None or not tally.num_rows:
+            continue
+        table, classes = tally.table()
+        uri = run.uri("model") if name == "learned" else run.uri("fit", "baselines", name)
+        centers = Model.load(uri, run.lake).centers_KL.double().numpy()
+        found[name] = {"rows": tally.num_rows, **(metrics.external(table) if classes else {})}
+        found[name] |= metrics.internal(tally, centers)
+    return found
+
+
+def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
+    warnings = []
+    baselines = body["baselines"]
+    raw, learned = baselines.get("raw_kmeans"), baselines.get("learned")
+    if raw and learned and body["fit"]["objective"] != "kmeans":
+        name = "nmi" if "nmi" in learned else "silhouette"
+        if learned[name] <= raw[name]:
+            warnings.append(
+                f"the learned space is no better than k-means on the raw rows: {name} {learned[name]:.3f} against "
+                f"{raw[name]:.3f} on {learned['rows']} rows"
+            )
+    left_out = run.metrics("merge")["left_out"]
+    if left_out:
+        warnings.append(f"{left_out} leaves hold no row and were left out of the model")
+    bad_files = run.metrics("profile")["bad_files"]
+    if bad_files:
+        warnings.append(f"{len(bad_files)} input files were left out (input.on_bad_files=quarantine)")
+    if body["rows"]["rejects"]:
+        warnings.append(f"{body['rows']['rejects']} rows were quarantined in rejects/")
+    return warnings
+
+
+def _leaf_table(tally: Tally, model: Model) -> pa.Table:
+    table, names = tally.table()
+    rows = tally.rows_K
+    some = np.maximum(rows, 1)
+    k = tally.num_groups
+    majority: list[str | None] = [None] * k
+    share: list[float | None] = [None] * k
+    if names:
+        best = table.argmax(axis=1)
+        majority = [names[b] if n else None for b, n in zip(best, rows, strict=True)]
+        share = [float(table[i, b] / n) if n else None for i, (b, n) in enumerate(zip(best, rows, strict=True))]
+    return pa.table(
+        {
+            "leaf": np.arange(k, dtype=np.int32),
+            "rows": rows,
+            "mean_distance": tally.distance_K / some,
+            "silhouette": tally.silhouette_K / some,
+            "majority_label": pa.array(majority, pa.string()),
+            "majority_share": pa.array(share, pa.float64()),
+            **{level_column(size): groups for size, groups in model.levels.items()},
+        }
+    )

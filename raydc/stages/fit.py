@@ -1,0 +1,350 @@
+"""fit: rows through Ray Data into a Ray Train worker group, one `TorchTrainer.fit` for all phases."""
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import ray.train
+import safetensors.torch
+import torch
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from torch import Tensor
+
+from raydc.cluster import root_cause, watched
+from raydc.config import Config
+from raydc.core.collectives import Ranks
+from raydc.core.hashing import sample_mask, stream_seed
+from raydc.core.nearest import set_num_threads
+from raydc.core.preprocess import Preprocess
+from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
+from raydc.core.training import (
+    Clustering,
+    ClusterSettings,
+    FitSettings,
+    Fitted,
+    PretrainSettings,
+    RefineSettings,
+    fit,
+)
+from raydc.errors import DataError, StageError
+from raydc.lake import Lake
+from raydc.model import Model
+from raydc.plan import encoder_widths
+from raydc.rundir import RunDir
+from raydc.slices import InputSpec, Slice, read_slice
+from raydc.stages import profile as profiling
+
+log = logging.getLogger(__name__)
+
+# Rows that a streamed worker mixes before it cuts them into steps.
+_POOL_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training worker needs, beside its rows."""
+
+    settings: FitSettings
+    preprocess: Preprocess
+    spec: InputSpec
+    run: RunDir
+    widths: tuple[int, ...]
+    expected_rows: int
+    resident_bytes: int | None
+    num_threads: int
+    board: Any
+
+
+def run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Fit on all rows and write fit/: the model before it has a tree, its baselines and its leaf statistics."""
+    profile = profiling.load(run)
+    expected = min(profile.num_rows, config.fit.max_rows or profile.num_rows)
+    if expected < profile.num_rows:
+        share = expected / profile.num_rows
+        log.info("fit: trains on about %d of %d rows (%.2f %%), by hash of the row key", expected, profile.num_rows, 100 * share)
+    with watched("fit") as board:
+        job = Job(
+            fit_settings(config, profile.fingerprint),
+            profile.preprocess(config),
+            profile.spec,
+            run,
+            tuple(encoder_widths(config, profile.spec.dim)),
+            expected,
+            config.fit.resident_bytes,
+            config.fit.cpus_per_worker,
+            board,
+        )
+        dataset = slice_dataset(run.lake, profile.slices, profile.spec, config.seed, expected / profile.num_rows)
+        file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=config.fit.num_workers,
+                use_gpu=config.fit.use_gpu,
+                resources_per_worker=_worker_resources(config),
+            ),
+            run_config=RunConfig(
+                name="fit",
+                storage_path=path,
+                storage_filesystem=file_system,
+                failure_config=FailureConfig(max_failures=config.fit.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=1),
+            ),
+            datasets={"rows": dataset},
+            dataset_config=EverySlice(),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            cause = root_cause(error)
+            raise StageError(
+                f"fit: the workers failed {config.fit.max_failures + 1} times, at last with {type(cause).__name__}: "
+                f"{cause}. Checkpoints are kept; the same command continues."
+            ) from error
+    if outcome.get("failure"):
+        kind, text = outcome["failure"]
+        raise (DataError if kind == "DataError" else StageError)(f"fit: {text}")
+    return outcome["metrics"]
+
+
+def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
+    """Return the core's settings of a config."""
+    return FitSettings(
+        objective=config.fit.objective,
+        seed=config.seed,
+        precision=config.fit.precision,
+        hidden_dims=tuple(config.autoencoder.hidden_dims),
+        latent_dim=config.autoencoder.latent_dim,
+        pretrain=PretrainSettings(**config.pretrain.model_dump()),
+        cluster=ClusterSettings(**config.cluster.model_dump()),
+        refine=RefineSettings(**config.refine.model_dump()),
+        baseline_rows=config.evaluate.baseline_rows,
+        fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
+        checkpoint_epochs=config.fit.checkpoint_epochs,
+    )
+
+
+class EverySlice(DataConfig):
+    """Split the dataset over the workers without dropping a row.
+
+    Train's own split cuts every worker to the same number of rows; ours need no equal shares, because the batches are
+    made from row keys (see raydc.core.rows).
+    """
+
+    def configure(
+        self,
+        datasets: dict[str, Any],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: Any,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
+        """Return one iterator per worker and dataset."""
+        output: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            splits = dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            for rank, split in enumerate(splits):
+                output[rank][name] = split
+        return output
+
+
+def slice_dataset(lake: Lake, slices: list[Slice], spec: InputSpec, seed: int, fraction: float) -> ray.data.Dataset:
+    """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader."""
+    filled = [s for s in slices if s.num_rows]
+
+    def read(batch: pa.Table) -> Iterator[pa.Table]:
+        for index in batch["slice"].to_pylist():
+            for rows in read_slice(lake, filled[index], spec):
+                chosen = sample_mask(rows.keys, stream_seed(seed, 8), fraction)
+                everything = bool(chosen.all())
+                x = np.ascontiguousarray(rows.x if everything else rows.x[chosen])
+                weights = np.ones(len(rows.keys), np.float32) if rows.weights is None else rows.weights
+                yield pa.table(
+                    {
+                        "key": rows.keys if everything else rows.keys[chosen],
+                        "x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), spec.dim),
+                        "weight": weights if everything else weights[chosen],
+                    }
+                )
+
+    items = [{"slice": i} for i in range(len(filled))]
+    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        read, batch_size=1, batch_format="pyarrow", udf_modifying_row_count=True
+    )
+
+
+class RayContext:
+    """The core's Context on Ray Train."""
+
+    def __init__(self, board: Any, folder: Path) -> None:
+        self.rank = ray.train.get_context().get_world_rank()
+        self.world_size = ray.train.get_context().get_world_size()
+        self.device = get_device()
+        self._board, self._folder = board, folder
+
+    def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
+        """Report to Train, and on rank 0 to the person who watches."""
+        if self.rank == 0:
+            self._board.post.remote(progress_line(metrics))
+        checkpoint = Checkpoint.from_directory(str(checkpoint_dir)) if checkpoint_dir is not None else None
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return a local copy of the last checkpoint."""
+        checkpoint = ray.train.get_checkpoint()
+        return None if checkpoint is None else Path(checkpoint.to_directory(str(self._folder / "checkpoint")))
+
+
+def progress_line(metrics: dict[str, Any]) -> str:
+    """Return one line for a person from the metrics of an epoch."""
+    if metrics["phase"] == "kmeans":
+        return (
+            f"k-means      {metrics['iterations']} iterations, inertia {metrics['inertia']:.5g}; kernel alpha "
+            f"{metrics['alpha']:.4g}, scale {metrics['scale']:.4g}, mean top q {metrics['top_q']:.2f}"
+        )
+    done, total = metrics["epoch"] + 1, metrics["num_epochs"]
+    parts = [f"{metrics['phase']:8s} epoch {done}/{total}"]
+    if "loss" in metrics:
+        parts.append(f"loss {metrics['loss']:.5f}")
+    if "changed" in metrics:
+        parts.append(f"changed {100 * metrics['changed']:.2f} %")
+    parts.append(f"{metrics['rows_per_second']:,.0f} rows/s")
+    left = (total - done) * metrics["seconds"]
+    parts.append(f"at most {left:.0f} s left" if metrics["phase"] == "refine" else f"{left:.0f} s left")
+    return "  ".join(parts)
+
+
+def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
+    job: Job = loop_config["job"]
+    failure = ray.get(job.board.failure.remote())
+    if failure:
+        # The workers were restarted after an error that no second try mends.
+        return {"failure": failure}
+    set_num_threads(job.num_threads)
+    with tempfile.TemporaryDirectory(prefix="raydc-fit-") as folder:
+        context = RayContext(job.board, Path(folder))
+        ranks = Ranks(context.rank, context.world_size, context.device)
+        rows = _collect(job, ranks)
+        try:
+            fitted = fit(rows, job.preprocess, job.settings, context)
+        except (ValueError, FloatingPointError) as error:
+            # Raised alike on every rank, so every rank returns.
+            return {"failure": (type(error).__name__, str(error))}
+    metrics = _metrics(job, rows, fitted, context)
+    if context.rank == 0:
+        _write(job, fitted)
+    return {"metrics": metrics}
+
+
+def _collect(job: Job, ranks: Ranks) -> Rows:
+    shard = ray.train.get_dataset_shard("rows")
+    dtype = torch.float16 if job.spec.dtype == np.float16 else torch.float32
+
+    def stream() -> Iterator[Batch]:
+        try:
+            for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                yield _to_batch(table, job.spec.dim)
+        except Exception as error:
+            cause = root_cause(error)
+            if isinstance(cause, DataError):
+                ray.get(job.board.fail.remote(("DataError", str(cause))))
+            raise
+
+    row_bytes = job.spec.dim * job.spec.dtype.itemsize + 12 + 8 * job.widths[-1]
+    shard_bytes = math.ceil(job.expected_rows / ranks.world_size) * row_bytes
+    allowed = job.resident_bytes if job.resident_bytes is not None else int(0.6 * _available_bytes())
+    # Every rank takes the same mode, that of the rank with the least memory.
+    streamed = bool(ranks.max(torch.tensor([int(shard_bytes > allowed)]))[0])
+    if streamed:
+        if ranks.rank == 0:
+            job.board.post.remote(f"a shard of {shard_bytes / 2**20:.0f} MiB does not fit; rows are streamed each epoch")
+        pool = _POOL_STEPS * max(job.settings.pretrain.batch_rows, job.settings.refine.batch_rows)
+        pool = math.ceil(pool / ranks.world_size)
+        return StreamedRows(stream, job.spec.dim, ranks, expected_rows=job.expected_rows, pool_rows=pool)
+    rows = ResidentRows.collect(stream(), job.spec.dim, dtype, ranks)
+    if ranks.rank == 0:
+        job.board.post.remote(
+            f"{rows.num_rows:,} rows resident on {ranks.world_size} worker(s), {ranks.device}, "
+            f"{shard_bytes / 2**20:.0f} MiB each"
+        )
+    return rows
+
+
+def _to_batch(table: pa.Table, dim: int) -> Batch:
+    x = table["x"].combine_chunks()
+    x = x.chunk(0) if isinstance(x, pa.ChunkedArray) and x.num_chunks else x
+    values = x.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim) if len(x) else np.empty((0, dim), np.float32)
+    # Copied: the block lives in the object store, which would fill up if the shard kept pointing into it.
+    return Batch(
+        torch.from_numpy(table["key"].to_numpy().copy()),
+        torch.from_numpy(values.copy()),
+        torch.from_numpy(table["weight"].to_numpy().copy()),
+    )
+
+
+def _available_bytes() -> int:
+    """Return this worker's part of its machine's free memory."""
+    workers_here = ray.train.get_context().get_local_world_size()
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // workers_here
+
+
+def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[str, Any]:
+    epochs = [h for h in fitted.history if "rows_per_second" in h and h["phase"] == "pretrain"]
+    rates = sorted(h["rows_per_second"] for h in epochs)
+    return {
+        "objective": job.settings.objective,
+        "rows": rows.num_rows,
+        "num_workers": context.world_size,
+        "device": context.device.type,
+        "precision": job.settings.precision,
+        "mode": "resident" if isinstance(rows, ResidentRows) else "streamed",
+        "rows_per_second": rates[len(rates) // 2] if rates else None,
+        "num_empty": int((fitted.leaves.weights_K == 0).sum()),
+        "history": fitted.history,
+    }
+
+
+def _write(job: Job, fitted: Fitted) -> None:
+    lake, uri = job.run.lake, job.run.uri
+    details = {
+        "objective": job.settings.objective,
+        "fingerprint": job.settings.fingerprint,
+        "columns": [asdict(c) for c in job.spec.columns],
+    }
+    _to_model(job, fitted.clustering, details).save(lake, uri("fit", "model"))
+    for name, clustering in fitted.baselines.items():
+        _to_model(job, clustering, {"objective": name}).save(lake, uri("fit", "baselines", name))
+    leaves = fitted.leaves
+    statistics: dict[str, Tensor] = {
+        "weights": leaves.weights_K,
+        "means": leaves.means(fitted.clustering.centers_KL),
+        "sse": leaves.sse_around_means(fitted.clustering.centers_KL),
+    }
+    body = safetensors.torch.save({k: t.cpu().contiguous() for k, t in statistics.items()})
+    lake.write_bytes(uri("fit", "leaves.safetensors"), body)
+    if fitted.decoder is not None:
+        weights = {k: t.cpu().contiguous() for k, t in fitted.decoder.state_dict().items()}
+        lake.write_bytes(uri("fit", "decoder.safetensors"), safetensors.torch.save(weights))
+
+
+def _to_model(job: Job, clustering: Clustering, details: dict[str, Any]) -> Model:
+    widths = job.widths if clustering.encoder is not None else job.widths[:1]
+    encoder = clustering.encoder.cpu() if clustering.encoder is not None else None
+    return Model(job.preprocess, encoder, clustering.centers_KL.cpu(), clustering.kernel, widths, {}, details)
+
+
+def _worker_resources(config: Config) -> dict[str, float]:
+    resources: dict[str, float] = {"CPU": config.fit.cpus_per_worker}
+    if config.fit.use_gpu:
+        resources["GPU"] = 1
+    return resources

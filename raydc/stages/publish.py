@@ -1,0 +1,64 @@
+"""publish: the manifest, last of all; a reader that sees it may trust every file it lists."""
+
+import hashlib
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from raydc.config import Config
+from raydc.errors import StageError
+from raydc.lake import StoredFile
+from raydc.rundir import RunDir, now
+from raydc.schema import FORMAT_VERSION, MANIFEST
+from raydc.stages import profile as profiling
+
+log = logging.getLogger(__name__)
+
+# Working files, which a later command may rewrite, and the manifest itself.
+_NOT_LISTED = ("checkpoints/", "stages/", "slices/", "fit/", MANIFEST)
+_BLOCK = 8 * 2**20
+
+
+def run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Check that the counts add up and write _MANIFEST.json with path, rows, bytes and checksum of every file."""
+    prefix = run.root.rstrip("/") + "/"
+    stored = [f for f in run.lake.find(run.root) if not f.uri.removeprefix(prefix).startswith(_NOT_LISTED)]
+    with ThreadPoolExecutor(8) as pool:
+        entries = list(pool.map(lambda f: _entry(run, f, f.uri.removeprefix(prefix)), stored))
+    rows = {folder: sum(e.get("rows", 0) for e in entries if e["path"].startswith(folder + "/")) for folder in ("labels", "rejects")}
+    profile = profiling.load(run)
+    missing = {f"labels/{s.name}" for s in profile.slices} - {e["path"] for e in entries}
+    if missing:
+        raise StageError(f"publish: {len(missing)} label files are missing, such as {min(missing)}. Run the job again.")
+    if rows["labels"] + rows["rejects"] != profile.num_rows:
+        raise StageError(
+            f"publish: {profile.num_rows} rows in, but {rows['labels']} labels and {rows['rejects']} rejects on disk. "
+            "Files were changed after they were written; use a new --run-id."
+        )
+    run.lake.write_json(
+        run.uri(MANIFEST),
+        {
+            "format_version": FORMAT_VERSION,
+            "run_id": run.run_id,
+            "finished": now(),
+            "input_fingerprint": profile.fingerprint,
+            "rows": {"input": profile.num_rows, **rows},
+            "files": entries,
+        },
+    )
+    return {"files": len(entries), "bytes": sum(e["bytes"] for e in entries)}
+
+
+def _entry(run: RunDir, file: StoredFile, path: str) -> dict[str, Any]:
+    fs, location = run.lake.file_system(file.uri)
+    checksum = hashlib.sha256()
+    with fs.open(location, "rb") as handle:
+        while block := handle.read(_BLOCK):
+            checksum.update(block)
+    entry: dict[str, Any] = {"path": path, "bytes": file.size, "sha256": checksum.hexdigest()}
+    if path.endswith(".parquet"):
+        with run.lake.open_parquet(file.uri) as source:
+            entry["rows"] = pq.ParquetFile(source).metadata.num_rows
+    return entry

@@ -1,0 +1,69 @@
+"""What a person reads at the end of a run, and from `raydc show`: a table and the paths."""
+
+from typing import Any
+
+from raydc.rundir import RunDir
+from raydc.schema import MANIFEST
+
+_STAGES = ("profile", "fit", "merge", "assign", "evaluate", "report", "publish")
+_QUALITY = ("acc", "nmi", "ami", "ari")
+
+
+def lines(run: RunDir) -> list[str]:
+    """Return the state of a run and, as far as it has come, its results."""
+    markers = {name: run.marker(name) for name in _STAGES}
+    text = [f"run         {run.run_id}, {_state(run, markers)}"]
+    if run.lake.exists(run.uri("metrics.json")):
+        text += _results(run.lake.read_json(run.uri("metrics.json")), markers)
+    text.append("")
+    text.append("stages      " + ", ".join(_stage(name, markers[name]) for name in _STAGES))
+    written = {"labels": "labels", "tree": "tree", "model": "model", "report": "report/index.html"}
+    found = [f"{name:12s}{run.uri(path)}" for name, path in written.items() if run.lake.exists(run.uri(path))]
+    return text + found
+
+
+def _state(run: RunDir, markers: dict[str, Any]) -> str:
+    if run.lake.exists(run.uri(MANIFEST)):
+        return "published"
+    for name in _STAGES:
+        marker = markers[name]
+        if marker is None or marker["state"] != "done":
+            return f"{name} {'started, not finished' if marker else 'not started'}"
+    return "finished"
+
+
+def _stage(name: str, marker: dict[str, Any] | None) -> str:
+    if marker is None:
+        return f"{name} -"
+    return f"{name} {marker['seconds']:.1f} s" if marker["state"] == "done" else f"{name} running"
+
+
+def _results(metrics: dict[str, Any], markers: dict[str, Any]) -> list[str]:
+    rows, merge = metrics["rows"], markers["merge"] or {"metrics": {}}
+    levels = ", ".join(map(str, merge["metrics"].get("levels", []))) or "none"
+    text = [
+        f"rows        {rows['input']:,} in = {rows['labels']:,} labels + {rows['rejects']:,} rejects",
+        f"leaves      {merge['metrics'].get('leaves', '?')}, levels {levels}",
+        "",
+    ]
+    objective = metrics["fit"]["objective"]
+    names = {"raw_kmeans": "k-means on the rows", "autoencoder_kmeans": "autoencoder + k-means", "learned": objective}
+    labelled = "quality" in metrics
+    columns = [*(_QUALITY if labelled else ()), "silhouette"]
+    text.append(f"{'':24s}" + "".join(f"{c.upper() if c in _QUALITY else c:>11s}" for c in columns))
+    sampled = 0
+    for name, title in names.items():
+        if name == "learned" and objective in ("kmeans", "autoencoder"):
+            continue
+        found = metrics["baselines"].get(name)
+        if found:
+            sampled = found["rows"]
+            text.append(f"{title:24s}" + "".join(f"{found[c]:11.4f}" for c in columns))
+    for k in metrics["internal"]["levels"]:
+        found = metrics["internal"]["levels"][k] | (metrics["quality"]["levels"][k] if labelled else {})
+        text.append(f"{'  level ' + k:24s}" + "".join(f"{found[c]:11.4f}" for c in columns))
+    if labelled:
+        text.append(f"dendrogram purity {metrics['quality']['dendrogram_purity']:.4f}")
+    if sampled < rows["labels"]:
+        text.append(f"(methods compared on a sample of {sampled:,} rows; levels on all)")
+    return text + [f"warning: {w}" for w in metrics.get("warnings", [])]
