@@ -136,7 +136,7 @@ def lay_out(clusters: Clusters, alive_M: np.ndarray, *, block_cols: int, dtype: 
     """
     slot_A = np.flatnonzero(alive_M)
     weight_unit = float(clusters.weight_M[slot_A].mean())
-    origin_D, length_unit = _frame(clusters, slot_A, dtype)
+    origin_D, length_unit = frame(clusters, slot_A, dtype)
     slot_A = slot_A[np.argsort(clusters.weight_M[slot_A], kind="stable")]
     tile_cols = max(CHUNK, block_cols // CHUNK * CHUNK)
     tiles, slots = [], []
@@ -166,7 +166,7 @@ def lay_out(clusters: Clusters, alive_M: np.ndarray, *, block_cols: int, dtype: 
     return columns
 
 
-def _frame(clusters: Clusters, slot_A: np.ndarray, dtype: type) -> tuple[np.ndarray, float]:
+def frame(clusters: Clusters, slot_A: np.ndarray, dtype: type) -> tuple[np.ndarray, float]:
     """Return the origin and the unit of length of the search's coordinates."""
     mean_D = clusters.center_MD[slot_A].mean(axis=0)
     far = float(np.abs(clusters.center_MD[slot_A]).max())

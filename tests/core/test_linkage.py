@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.cluster.hierarchy import fcluster, is_monotonic, is_valid_linkage, linkage
+from scipy.spatial.distance import pdist, squareform
 from threadpoolctl import threadpool_limits
 
-from raydc.core.linkage import ward
-from raydc.core.linkage_search import Clusters, lay_out, pair_delta, rounded, search
+from raydc.core.linkage import agglomerate, ward
+from raydc.core.linkage_search import Clusters, SearchOptions, lay_out, pair_delta, rounded, search
 
 
 def blobs(num: int, width: int, seed: int = 0, num_blobs: int = 20) -> np.ndarray:
@@ -231,6 +232,79 @@ def test_a_floor_that_proves_nothing_falls_back_to_differences():
     np.testing.assert_allclose(found.merges[:, 2], linkage(x, "ward")[:, 2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gauss", "nested", "wide", "heavy_tails", "one_dimension"])
+def test_average_linkage_equals_scipys_on_squared_distances(name):
+    theirs = linkage(pdist(SHAPES[name], "sqeuclidean"), "average")
+    found = agglomerate(SHAPES[name], linkage="average")
+    np.testing.assert_allclose(found.merges[:, 2], theirs[:, 2], rtol=1e-9)
+    assert np.array_equal(found.merges[:, [0, 1, 3]], theirs[:, [0, 1, 3]])
+
+
+@pytest.mark.parametrize(("metric", "theirs"), [("cosine", "cosine"), ("pearson", "correlation")])
+@pytest.mark.parametrize("name", ["linkage_average", "linkage_single", "linkage_complete"])
+def test_cosine_and_pearson_equal_scipys(name, metric, theirs):
+    x = nested(400, 12, 3) + 1
+    kind = name.removeprefix("linkage_")
+    expected = linkage(pdist(x, theirs), kind)
+    found = agglomerate(x, linkage=kind, metric=metric)
+    np.testing.assert_allclose(found.merges[:, 2], expected[:, 2], rtol=1e-9, atol=1e-14)
+    assert is_valid_linkage(found.merges)
+
+
+@pytest.mark.parametrize("kind", ["single", "complete"])
+def test_single_and_complete_are_scipys(kind):
+    found = agglomerate(SHAPES["blobs"], np.full(800, 2.0), linkage=kind)
+    assert np.array_equal(found.merges, linkage(SHAPES["blobs"], kind))
+    assert found.method == "pairwise" and found.weights[-1] == 1600
+    x = SHAPES["blobs"]
+    assert found.sse[-1] == pytest.approx(2 * ((x - x.mean(axis=0)) ** 2).sum())
+
+
+def test_average_linkage_of_leaves_with_spread_equals_that_of_their_rows():
+    # Leaves are groups of rows; scipy is given the rows, and the mean distance of every two groups.
+    rng = np.random.default_rng(0)
+    row_NM, leaf_N = rng.normal(size=(300, 3)), np.sort(rng.integers(0, 30, 300))
+    weight_K = np.bincount(leaf_N).astype(float)
+    center_KD = np.stack([row_NM[leaf_N == leaf].mean(axis=0) for leaf in range(30)])
+    sse_K = np.array([((row_NM[leaf_N == leaf] - center_KD[leaf]) ** 2).sum() for leaf in range(30)])
+    found = agglomerate(center_KD, weight_K, sse_K, linkage="average")
+    square_NN = squareform(pdist(row_NM, "sqeuclidean"))
+    groups = [np.flatnonzero(leaf_N == leaf) for leaf in range(30)]
+    for left, right, height, _ in found.merges:
+        left, right = groups[int(left)], groups[int(right)]
+        assert height == pytest.approx(square_NN[np.ix_(left, right)].mean(), rel=1e-9)
+        groups.append(np.concatenate([left, right]))
+    assert found.sse[-1] == pytest.approx(((row_NM - row_NM.mean(axis=0)) ** 2).sum())
+
+
+def test_weighted_average_linkage_equals_that_of_repeated_rows():
+    center_KD, weight_K = nested(80, 5), RNG.integers(1, 6, 80)
+    repeated = linkage(pdist(np.repeat(center_KD, weight_K, axis=0), "sqeuclidean"), "average")
+    found = agglomerate(center_KD, weight_K, linkage="average")
+    np.testing.assert_allclose(found.merges[:, 2], repeated[-79:, 2], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["ward", "average"])
+def test_the_device_engine_gives_the_same_bytes(kind):
+    for name in ("gauss", "nested", "duplicates", "chain", "heavy_tails"):
+        weight_K = RNG.lognormal(0, 1, len(SHAPES[name]))
+        plain, tiled = (
+            agglomerate(SHAPES[name], weight_K, linkage=kind, options=SearchOptions(device="torch:cpu", **tiles))
+            for tiles in ({}, {"block_rows": 32, "block_cols": 64})
+        )
+        expected = agglomerate(SHAPES[name], weight_K, linkage=kind)
+        assert plain.merges.tobytes() == tiled.merges.tobytes() == expected.merges.tobytes()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bytes():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, weight_K = nested(5000, 32), RNG.lognormal(0, 1, 5000)
+    assert ward(x, weight_K, device="cuda").merges.tobytes() == ward(x, weight_K).merges.tobytes()
+
+
 def test_refusals_say_what_is_wrong():
     x = np.ones((4, 2))
     with pytest.raises(ValueError, match=r"centers must be \(K, D\)"):
@@ -247,3 +321,17 @@ def test_refusals_say_what_is_wrong():
         ward(np.array([[0.0], [1.0], [np.inf]]))
     with pytest.raises(ValueError, match="positive weight"):
         ward(x, np.zeros(4))
+    with pytest.raises(ValueError, match="linkage must be one of ward, average, single, complete, got 'centroid'"):
+        agglomerate(x, linkage="centroid")
+    with pytest.raises(ValueError, match="ward linkage is Euclidean, got metric cosine"):
+        agglomerate(x, metric="cosine")
+    with pytest.raises(ValueError, match="sse is Euclidean, metric is cosine"):
+        agglomerate(x, None, np.ones(4), linkage="average", metric="cosine")
+    with pytest.raises(ValueError, match="4 centers have no direction under metric pearson"):
+        agglomerate(x, linkage="average", metric="pearson")
+    with pytest.raises(ValueError, match="eps must be 0 or more"):
+        agglomerate(x, eps=-1)
+    with pytest.raises(
+        ValueError, match="single linkage holds all 20001 x 20001 / 2 distances, 2 GB; the limit is 20000"
+    ):
+        agglomerate(np.zeros((20001, 1)), linkage="single")
