@@ -15,7 +15,7 @@ import numpy as np
 # Letters in this module: K leaves, T = K - 1 merges, V = 2K - 1 nodes, C classes, D width, G groups.
 
 
-def _children(Z: np.ndarray) -> np.ndarray:
+def checked_children(Z: np.ndarray) -> np.ndarray:
     """Return the (T, 2) int64 children of a checked linkage matrix."""
     Z = np.asarray(Z)
     if Z.ndim != 2 or Z.shape[1] != 4:
@@ -30,7 +30,7 @@ def _children(Z: np.ndarray) -> np.ndarray:
     return children_T2
 
 
-def _leaf_counts(children_T2: np.ndarray) -> list[int]:
+def leaf_counts(children_T2: np.ndarray) -> list[int]:
     count = [1] * (len(children_T2) + 1)
     for left, right in children_T2.tolist():
         count.append(count[left] + count[right])
@@ -39,7 +39,7 @@ def _leaf_counts(children_T2: np.ndarray) -> list[int]:
 
 def _starts(children_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first place of each node's leaves in the leaf order, and their number, both (V,) int64."""
-    count = _leaf_counts(children_T2)
+    count = leaf_counts(children_T2)
     start = [0] * len(count)
     num_leaves = len(children_T2) + 1
     for merge in range(len(children_T2) - 1, -1, -1):
@@ -74,7 +74,7 @@ def leaf_order(Z: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: Z is not a linkage matrix.
     """
-    children_T2 = _children(Z)
+    children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
     order_K = np.empty(num_leaves, dtype=np.int64)
     order_K[_starts(children_T2)[0][:num_leaves]] = np.arange(num_leaves)
@@ -96,7 +96,7 @@ def relabel(Z: np.ndarray, order_K: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: Z is not a linkage matrix, or order_K is not a permutation of its leaves.
     """
-    children_T2 = _children(Z)
+    children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
     order_K = np.asarray(order_K)
     if not np.array_equal(np.sort(order_K), np.arange(num_leaves)):
@@ -137,7 +137,7 @@ def cut(Z: np.ndarray, num_groups: int) -> np.ndarray:
     Raises:
         ValueError: Z is not a linkage matrix, or num_groups is out of range.
     """
-    children_T2 = _children(Z)
+    children_T2 = checked_children(Z)
     start_V, count_V = _starts(children_T2)
     node_G = _top_nodes(children_T2, num_groups, start_V)
     place_K = start_V[: len(children_T2) + 1]
@@ -177,7 +177,7 @@ def levels(
     Raises:
         ValueError: Z is not a linkage matrix, a size is out of range, or min_population is.
     """
-    children_T2 = _children(Z)
+    children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
     weights_K = np.asarray(weights_K, dtype=np.float64)
     if weights_K.shape != (num_leaves,):
@@ -226,6 +226,64 @@ def levels(
     return labels
 
 
+@dataclass(frozen=True)
+class LevelStatistics:
+    """How even a level's groups are, and how tight."""
+
+    num_groups: int
+    size_cv: float
+    """Standard deviation of the group sizes over their mean."""
+    size_max_over_mean: float
+    num_over_4x_mean: int
+    """Groups of more than four times the mean size."""
+    smallest: float
+    """Rows of the smallest group."""
+    sse: float
+    """Sum of squared errors of all rows around the means of their groups."""
+
+
+def level_statistics(
+    label_K: np.ndarray, weights_K: np.ndarray, centers_KD: np.ndarray, sse_K: np.ndarray | None = None
+) -> LevelStatistics:
+    """Return the statistics of one level, from the leaves alone.
+
+    SSE = sum_leaf SSE_leaf + sum_leaf w_leaf |c_leaf - m_group|^2, in float64.
+
+    Args:
+        label_K: (K,) group of each leaf, 0 to G-1.
+        weights_K: (K,) rows of each leaf; not all zero.
+        centers_KD: (K, D) centre of each leaf.
+        sse_K: (K,) sum of squared errors inside each leaf; zero by default.
+
+    Returns:
+        The statistics; sizes are rows.
+
+    Raises:
+        ValueError: lengths disagree, or nothing has weight.
+    """
+    label_K, weights_K = np.asarray(label_K), np.asarray(weights_K, dtype=np.float64)
+    center_KD = np.asarray(centers_KD, dtype=np.float64)
+    if not len(label_K) == len(weights_K) == len(center_KD):
+        raise ValueError(f"{len(label_K)} labels, {len(weights_K)} weights and {len(center_KD)} centers do not match")
+    if not weights_K.sum() > 0:
+        raise ValueError("nothing has weight")
+    center_KD = center_KD - np.average(center_KD, axis=0, weights=weights_K)
+    rows_G = np.bincount(label_K, weights=weights_K)
+    mean_GD = np.zeros((len(rows_G), center_KD.shape[1]))
+    np.add.at(mean_GD, label_K, weights_K[:, None] * center_KD)
+    mean_GD /= np.where(rows_G > 0, rows_G, 1)[:, None]
+    step_KD = center_KD - mean_GD[label_K]
+    inside = 0.0 if sse_K is None else float(np.asarray(sse_K, dtype=np.float64).sum())
+    return LevelStatistics(
+        num_groups=len(rows_G),
+        size_cv=float(rows_G.std() / rows_G.mean()),
+        size_max_over_mean=float(rows_G.max() / rows_G.mean()),
+        num_over_4x_mean=int((rows_G > 4 * rows_G.mean()).sum()),
+        smallest=float(rows_G.min()),
+        sse=inside + float((weights_K * np.einsum("kd,kd->k", step_KD, step_KD)).sum()),
+    )
+
+
 def node_table(
     Z: np.ndarray, weights_K: np.ndarray, sse_K: np.ndarray | None = None, centers_KD: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
@@ -247,7 +305,7 @@ def node_table(
     Raises:
         ValueError: Z is not a linkage matrix, or shapes disagree.
     """
-    children_T2 = _children(Z)
+    children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
     num_nodes = 2 * num_leaves - 1
     weights_K = np.asarray(weights_K, dtype=np.float64)
@@ -269,7 +327,7 @@ def node_table(
         "parent": parent_V,
         "left": np.concatenate([none_K, children_T2[:, 0]]),
         "right": np.concatenate([none_K, children_T2[:, 1]]),
-        "num_leaves": np.array(_leaf_counts(children_T2), dtype=np.int64),
+        "num_leaves": np.array(leaf_counts(children_T2), dtype=np.int64),
         "height": np.concatenate([np.zeros(num_leaves), np.asarray(Z, dtype=np.float64)[:, 2]]),
         "rows": np.array(rows),
         "sse": np.array(sse),
@@ -316,7 +374,7 @@ def dendrogram_purity(Z: np.ndarray, table_KC: np.ndarray) -> float:
     Source: Heller, Ghahramani, "Bayesian hierarchical clustering", ICML 2005 (definition); the sum over leaves and
     merges is the same number.
     """
-    children_T2 = _children(Z)
+    children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
     count_KC = np.array(table_KC, dtype=np.float64)
     if count_KC.ndim != 2 or len(count_KC) != num_leaves or (count_KC < 0).any():
@@ -365,7 +423,7 @@ def truncate(Z: np.ndarray, num_groups: int) -> TopOfTree:
     Raises:
         ValueError: Z is not a linkage matrix, or num_groups is under 1.
     """
-    children_T2 = _children(Z)
+    children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
     num_groups = min(num_groups, num_leaves)
     start_V, count_V = _starts(children_T2)
@@ -376,5 +434,5 @@ def truncate(Z: np.ndarray, num_groups: int) -> TopOfTree:
     name_V[num_leaves + np.arange(num_leaves - 1)[kept]] = num_groups + np.arange(num_groups - 1)
     merges = np.array(Z, dtype=np.float64)[kept]
     merges[:, :2] = name_V[children_T2[kept]]
-    merges[:, 3] = _leaf_counts(merges[:, :2].astype(np.int64))[num_groups:]
+    merges[:, 3] = leaf_counts(merges[:, :2].astype(np.int64))[num_groups:]
     return TopOfTree(merges, node_P, count_V[node_P])

@@ -116,6 +116,27 @@ def test_levels_hold_the_minimum_and_nest(num_leaves, seed, share):
         assert len(set(zip(coarse.tolist(), fine.tolist(), strict=True))) == fine.max() + 1
 
 
+def test_level_statistics_by_hand():
+    center_KD = np.array([[0.0], [2.0], [10.0], [11.0]])
+    found = tree.level_statistics(np.array([0, 0, 1, 2]), np.array([1.0, 1.0, 3.0, 1.0]), center_KD, np.full(4, 0.5))
+    assert (found.num_groups, found.smallest, found.num_over_4x_mean) == (3, 1.0, 0)
+    assert found.size_max_over_mean == pytest.approx(1.5)
+    assert found.size_cv == pytest.approx(np.std([2, 3, 1]) / 2)
+    assert found.sse == pytest.approx(2 + 4 * 0.5)
+
+
+def test_level_statistics_agree_with_the_node_table():
+    center_KD = np.random.default_rng(0).normal(size=(60, 4)) + 1000
+    weights_K = np.random.default_rng(1).uniform(1, 50, 60)
+    Z = random_tree(60)
+    table = tree.node_table(Z, weights_K, None, center_KD)
+    for size in (1, 7, 60):
+        nodes = tree.truncate(Z, size).nodes
+        found = tree.level_statistics(tree.cut(Z, size), weights_K, center_KD)
+        assert found.sse == pytest.approx(table["sse"][nodes].sum(), abs=1e-9)
+        assert found.smallest == pytest.approx(table["rows"][nodes].min())
+
+
 def test_node_table_by_hand():
     center_KD = np.array([[0.0], [10.0], [12.0], [1.0], [100.0]])
     weights_K = np.array([1.0, 2.0, 2.0, 3.0, 1.0])
