@@ -140,8 +140,11 @@ class PretrainConfig(Section):
     learning_rate: float = Field(1e-3, gt=0)
     """Peak rate of Adam."""
 
+    warmup_steps: int = Field(200, ge=0)
+    """Steps in which the rate rises linearly to its peak; at most a tenth of all steps are used for it."""
+
     schedule: Literal["constant", "cosine"] = "cosine"
-    """Course of the rate: constant, or a cosine from the peak to zero."""
+    """Course of the rate after that: constant, or a cosine from the peak to zero."""
 
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW)."""

@@ -53,6 +53,7 @@ class PretrainSettings:
     num_epochs: int
     batch_rows: int
     learning_rate: float
+    warmup_steps: int
     schedule: str
     weight_decay: float
     corruption: float
@@ -205,9 +206,7 @@ class _Fit:
                 return module(x, step.batch.weights_N, noisy)
 
             def set_rate(step: int, epoch: int = epoch) -> None:
-                done = (epoch + step / num_steps) / plan.num_epochs
-                factor = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0))) if plan.schedule == "cosine" else 1.0
-                _set_rate(optimizer, plan.learning_rate * factor)
+                _set_rate(optimizer, learning_rate(plan, epoch * num_steps + step, plan.num_epochs * num_steps))
 
             steps = self.rows.steps(plan.batch_rows, seed)
             entry = self._run_epoch("pretrain", epoch, steps, loss_of, optimizer, None, set_rate)
@@ -498,6 +497,17 @@ class _Fit:
             snapshot.encoder.to(device)
             snapshot.centers_KL = snapshot.centers_KL.to(device)
             snapshot.frequencies_K = snapshot.frequencies_K.to(device)
+
+
+def learning_rate(plan: PretrainSettings, step: int, num_steps: int) -> float:
+    """Return the rate of a pretraining step: a linear rise, then constant or a cosine to zero."""
+    warmup = min(plan.warmup_steps, num_steps // 10)
+    if step < warmup:
+        return plan.learning_rate * (step + 1) / warmup
+    if plan.schedule == "constant":
+        return plan.learning_rate
+    done = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
+    return plan.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def _to_checkpoint(state: _State, settings: FitSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:

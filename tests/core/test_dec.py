@@ -1,0 +1,163 @@
+"""DEC and IDEC: the target, the divergence and its gradient, the kernel."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from raydc.core.autoencoder import Autoencoder
+from raydc.core.nearest import squared_distances
+from raydc.core.objectives.dec import Dec, divergence, log_target
+from raydc.core.objectives.idec import Idec
+from raydc.core.objectives.kernel import Kernel, calibrate, log_soft_assign
+from raydc.core.objectives.reconstruction import Reconstruction, corrupt
+from raydc.core.preprocess import Preprocess
+from raydc.core.snapshot import refresh
+from tests.core.ranks import blobs, make_rows, run_ranks
+
+KERNEL = Kernel(alpha=3.0, scale=0.7)
+
+
+def soft_assign_by_hand(z, centers, kernel):
+    """Float64, by the definition."""
+    squared = ((z[:, None, :].astype(np.float64) - centers[None]) ** 2).sum(-1)
+    q = (1 + squared / (kernel.alpha * kernel.scale)) ** (-(kernel.alpha + 1) / 2)
+    return q / q.sum(1, keepdims=True)
+
+
+def target_by_hand(q):
+    """The paper's target from the full N x K matrix."""
+    p = q**2 / q.sum(0)
+    return p / p.sum(1, keepdims=True)
+
+
+def test_soft_assignment_of_three_points_and_two_centres():
+    z = torch.tensor([[0.0], [1.0], [3.0]])
+    q = log_soft_assign(z, torch.tensor([[0.0], [2.0]]), Kernel()).exp()
+    # 1 / (1 + d^2): (1, 1/5), (1/2, 1/2), (1/10, 1/2), each divided by its sum.
+    np.testing.assert_allclose(q, [[5 / 6, 1 / 6], [0.5, 0.5], [1 / 6, 5 / 6]], rtol=1e-6)
+
+
+def streamed_target(ranks, x, centers, streamed):
+    rows = make_rows(ranks, x, streamed=streamed)
+    found = refresh(
+        rows, nn.Identity(), torch.from_numpy(centers), None, preprocess=Preprocess(), kernel=KERNEL,
+        ranks=ranks, arithmetic="float32", block_rows=128,
+    )
+    targets = {}
+    for step in rows.steps(64, epoch_seed=1):
+        p = found.snapshot.log_target(step.batch, Preprocess(), KERNEL, "float32").exp()
+        targets |= dict(zip(step.batch.keys_N.tolist(), p.numpy(), strict=True))
+    return targets, found.snapshot.frequencies_K.numpy()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_target_from_a_snapshot_and_f_is_that_of_the_full_matrix(world_size, streamed):
+    x, _ = blobs(500)
+    centers = x[:7]
+    q = soft_assign_by_hand(x, centers, KERNEL)
+    expected = target_by_hand(q)
+    targets: dict = {}
+    for part, f in run_ranks(world_size, streamed_target, x, centers, streamed):
+        targets |= part
+        np.testing.assert_allclose(f, q.sum(0), rtol=1e-6)
+    assert sorted(targets) == list(range(500))
+    np.testing.assert_allclose(np.stack([targets[i] for i in range(500)]), expected, atol=1e-6)
+
+
+def test_the_gradient_of_the_divergence_is_the_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(20, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    kernel = Kernel(alpha=2.5, scale=1.3)
+    log_q = log_soft_assign(z, c, kernel)
+    log_p = log_target(log_q.detach(), log_q.detach().exp().sum(0))
+    divergence(log_p, log_q).sum().backward()
+    unit = kernel.alpha * kernel.scale
+    pull = (log_p.exp() - log_q.exp()) / (1 + squared_distances(z, c) / unit)
+    apart = z[:, None, :] - c[None, :, :]
+    factor = (kernel.alpha + 1) / unit
+    torch.testing.assert_close(z.grad, factor * (pull[:, :, None] * apart).sum(1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(c.grad, -factor * (pull[:, :, None] * apart).sum(0), rtol=1e-9, atol=1e-12)
+
+
+def test_the_divergence_is_zero_where_the_two_are_equal_and_positive_elsewhere():
+    log_q = torch.log_softmax(torch.randn(50, 6), dim=1)
+    assert divergence(log_q, log_q).abs().max() < 1e-6
+    assert (divergence(log_target(log_q, torch.ones(6, dtype=torch.float64)), log_q) >= -1e-6).all()
+
+
+def test_idec_with_gamma_zero_is_the_autoencoder():
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(12, (16,), 3)
+    x = torch.from_numpy(blobs(64)[0])
+    weights = torch.rand(64)
+    idec = Idec(autoencoder.encoder, autoencoder.decoder, torch.randn(4, 3), KERNEL, gamma=0.0)
+    log_p = torch.log_softmax(torch.randn(64, 4), dim=1)
+    ours = idec(x, weights, log_p)
+    gradients = torch.autograd.grad(ours["loss"], list(autoencoder.parameters()) + [idec.centers])
+    plain = Reconstruction(autoencoder)(x, weights, x)
+    expected = torch.autograd.grad(plain["loss"], list(autoencoder.parameters()))
+    assert float(ours["loss"].detach()) == float(plain["loss"].detach())
+    for a, b in zip(gradients[:-1], expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not gradients[-1].any()
+
+
+def test_gamma_multiplies_the_divergence_only():
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(12, (16,), 3)
+    x, weights = torch.from_numpy(blobs(64)[0]), torch.ones(64)
+    centers, log_p = torch.randn(4, 3), torch.log_softmax(torch.randn(64, 4), dim=1)
+    sums = Idec(autoencoder.encoder, autoencoder.decoder, centers, KERNEL, gamma=0.3)(x, weights, log_p)
+    assert float(sums["loss"].detach()) == pytest.approx(float(sums["reconstruction"]) + 0.3 * float(sums["kl"]))
+    assert float(sums["kl"]) == pytest.approx(float(Dec(autoencoder.encoder, centers, KERNEL)(x, weights, log_p)["kl"]))
+
+
+def test_a_constant_of_norm_100_on_every_row_leaves_q_unchanged():
+    generator = torch.Generator().manual_seed(3)
+    z = F.normalize(torch.randn(500, 64, generator=generator), dim=1)
+    centers = F.normalize(torch.randn(20, 64, generator=generator), dim=1)
+    offset = F.normalize(torch.randn(64, generator=generator), dim=0) * 100.0
+    kernel, _ = calibrate(z, centers, target_top_q=0.5)
+    here = log_soft_assign(z, centers, kernel).exp()
+    there = log_soft_assign(z + offset, centers + offset, kernel).exp()
+    assert (here - there).abs().max() < 1e-4
+
+
+def test_the_kernel_is_calibrated_where_alpha_one_has_no_signal():
+    generator = torch.Generator().manual_seed(0)
+    centers = F.normalize(torch.randn(1000, 384, generator=generator), dim=1)
+    own = centers[torch.randint(1000, (4000,), generator=generator)]
+    noise = F.normalize(torch.randn(4000, 384, generator=generator), dim=1)
+    z = F.normalize(0.6 * own + 0.8 * noise, dim=1)
+    uncalibrated = log_soft_assign(z, centers, Kernel()).exp().max(dim=1).values.mean()
+    assert 0.001 < uncalibrated < 0.003
+    kernel, reached = calibrate(z, centers, target_top_q=0.5)
+    top = log_soft_assign(z, centers, kernel).exp().max(dim=1).values.mean()
+    assert kernel.alpha > 1 and 0.3 <= top <= 0.7
+    assert reached == pytest.approx(float(top), abs=1e-3)
+
+
+def test_far_rows_keep_finite_logarithms():
+    z = torch.tensor([[1e6, 0.0], [0.0, 0.0]])
+    log_q = log_soft_assign(z, torch.tensor([[0.0, 0.0], [1.0, 0.0]]), Kernel(alpha=1.0, scale=1e-6))
+    assert torch.isfinite(log_q).all()
+
+
+def test_rows_and_centres_of_different_width_are_refused():
+    with pytest.raises(ValueError, match="rows have 3 dimensions, centres 2"):
+        log_soft_assign(torch.zeros(1, 3), torch.zeros(1, 2), Kernel())
+
+
+def test_corruption_hits_its_share_and_follows_the_row():
+    x = torch.ones(2000, 50)
+    keys = torch.arange(2000)
+    noisy = corrupt(x, keys, share=0.2, seed=5)
+    assert 0.79 < float(noisy.mean()) < 0.81
+    order = torch.randperm(2000)
+    torch.testing.assert_close(corrupt(x, keys[order], share=0.2, seed=5), noisy[order])
+    assert not torch.equal(corrupt(x, keys, share=0.2, seed=6), noisy)
+    assert 0.79 < float(noisy.mean(dim=0).min()) + 0.05 and float(noisy.mean(dim=0).max()) < 0.85

@@ -1,0 +1,137 @@
+"""The fit on 1, 2 and 4 ranks, resident and streamed, unbroken and resumed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from raydc.core.collectives import Ranks
+from raydc.core.preprocess import Preprocess
+from raydc.core.rows import Batch, ResidentRows
+from raydc.core.training import PretrainSettings, fit, learning_rate
+from tests.core.ranks import SETTINGS, PlainContext, blobs, fit_blobs, make_rows, run_ranks, with_objective
+
+
+def losses(result):
+    return np.array([h["loss"] for h in result["history"] if "loss" in h])
+
+
+@pytest.fixture(scope="module")
+def on_one_rank():
+    return run_ranks(1, fit_blobs)[0]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_loss_curve_is_the_same_on_any_number_of_ranks(world_size, on_one_rank):
+    results = run_ranks(world_size, fit_blobs)
+    for result in results:
+        np.testing.assert_allclose(losses(result), losses(on_one_rank), rtol=1e-4)
+        np.testing.assert_array_equal(result["centers"], results[0]["centers"])
+        np.testing.assert_allclose(result["weights"], on_one_rank["weights"], atol=1)
+
+
+def test_the_same_seed_gives_the_same_bytes(on_one_rank):
+    again = run_ranks(1, fit_blobs)[0]
+    np.testing.assert_array_equal(again["centers"], on_one_rank["centers"])
+    for name, weights in on_one_rank["encoder"].items():
+        np.testing.assert_array_equal(again["encoder"][name], weights)
+
+
+def test_another_seed_gives_other_weights(on_one_rank):
+    other = run_ranks(1, fit_blobs, replace(SETTINGS, seed=1))[0]
+    assert not np.array_equal(other["centers"], on_one_rank["centers"])
+
+
+@pytest.mark.parametrize("objective", ["dec", "idec", "autoencoder", "kmeans"])
+def test_streamed_rows_train_on_two_ranks_and_count_every_row(objective):
+    results = run_ranks(2, fit_blobs, with_objective(objective), True)
+    for result in results:
+        assert result["weights"].sum() == 1000
+        assert np.isfinite(losses(result)).all()
+        np.testing.assert_array_equal(result["centers"], results[0]["centers"])
+    if objective != "kmeans":
+        assert losses(results[0])[2] < losses(results[0])[0]
+
+
+def keys_of_an_epoch(ranks, streamed):
+    rows = make_rows(ranks, blobs()[0], streamed=streamed)
+    steps = list(rows.steps(64, epoch_seed=3))
+    return torch.cat([s.batch.keys_N for s in steps]).numpy(), len(steps), float(sum(s.total_weight for s in steps))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_row_is_in_exactly_one_step_and_all_ranks_take_the_same_number(world_size, streamed):
+    results = run_ranks(world_size, keys_of_an_epoch, streamed)
+    keys = np.sort(np.concatenate([keys for keys, _, _ in results]))
+    np.testing.assert_array_equal(keys, np.arange(1000))
+    assert len({steps for _, steps, _ in results}) == 1
+    assert all(total == 1000.0 for _, _, total in results)
+
+
+def test_batches_do_not_depend_on_the_number_of_ranks():
+    def of(ranks_rows):
+        return [set(s.batch.keys_N.tolist()) for s in ranks_rows.steps(64, epoch_seed=3)]
+
+    x, _ = blobs()
+    whole = of(make_rows(Ranks(), x))
+    order = np.random.default_rng(1).permutation(len(x))
+    shuffled = [Batch(torch.from_numpy(np.sort(order[:400])), torch.from_numpy(x[np.sort(order[:400])]), torch.ones(400))]
+    shuffled += [Batch(torch.from_numpy(order[400:]), torch.from_numpy(x[order[400:]]), torch.ones(600))]
+    again = of(ResidentRows.collect(iter(shuffled), 12, torch.float32, Ranks()))
+    assert whole == again
+    assert sum(map(len, whole)) == 1000
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 4, 5])
+def test_a_resumed_fit_ends_as_an_unbroken_one(stop_after, on_one_rank, tmp_path):
+    stopped = run_ranks(1, fit_blobs, SETTINGS, False, tmp_path, stop_after)[0]
+    assert stopped["stopped"]
+    resumed = run_ranks(1, fit_blobs, SETTINGS, False, tmp_path)[0]
+    assert len(resumed["reports"]) == len(on_one_rank["reports"]) - stop_after
+    np.testing.assert_array_equal(resumed["centers"], on_one_rank["centers"])
+    np.testing.assert_allclose(losses(resumed), losses(on_one_rank), rtol=1e-6)
+
+
+def test_a_fit_resumes_on_another_number_of_ranks(on_one_rank, tmp_path):
+    run_ranks(1, fit_blobs, SETTINGS, False, tmp_path, 5)
+    resumed = run_ranks(2, fit_blobs, SETTINGS, False, tmp_path)[0]
+    np.testing.assert_allclose(losses(resumed), losses(on_one_rank), rtol=1e-4)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    run_ranks(1, fit_blobs, SETTINGS, False, tmp_path, 2)
+    with pytest.raises(ValueError, match="other settings"):
+        run_ranks(1, fit_blobs, replace(SETTINGS, fingerprint="other"), False, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_with_phase_step_and_rank():
+    x, _ = blobs()
+    x[17] = 1e38
+    with pytest.raises(FloatingPointError, match=r"pretrain epoch 1: the loss is not finite at step \d+ on rank 0"):
+        fit(make_rows(Ranks(), x), Preprocess(), SETTINGS, PlainContext())
+
+
+def test_fewer_rows_than_leaves_are_refused():
+    with pytest.raises(ValueError, match="6 leaves need at least as many rows, there are 4"):
+        fit(make_rows(Ranks(), blobs()[0][:4]), Preprocess(), SETTINGS, PlainContext())
+
+
+def test_a_row_of_weight_two_counts_as_two_rows():
+    x, _ = blobs(300)
+    twice = np.concatenate([x, x[:50]])
+    weights = torch.ones(300)
+    weights[:50] = 2.0
+    settings = with_objective("kmeans")
+    weighted = fit(ResidentRows(torch.from_numpy(x), torch.arange(300), weights, Ranks()), Preprocess(), settings, PlainContext())
+    repeated = fit(make_rows(Ranks(), twice), Preprocess(), settings, PlainContext())
+    assert float(weighted.leaves.weights_K.sum()) == float(repeated.leaves.weights_K.sum()) == 350
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    plan = PretrainSettings(1, 1, 2.0, 10, "cosine", 0.0, 0.0)
+    rates = [learning_rate(plan, step, 200) for step in range(200)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == pytest.approx(2.0) and rates[10] == max(rates)
+    assert rates[-1] < 0.001
+    assert learning_rate(replace(plan, schedule="constant"), 150, 200) == 2.0
