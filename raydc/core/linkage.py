@@ -15,7 +15,7 @@ from scipy.cluster import hierarchy
 
 from raydc.core.linkage_cells import CellCost, Runner, merge_by_cells, run_here
 from raydc.core.linkage_rounds import Trail, merge_all
-from raydc.core.linkage_search import Clusters, SearchOptions
+from raydc.core.linkage_search import Clusters, Kind, SearchOptions
 from raydc.core.tree import merge_sse
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def ward(
     sqrt(2 delta), which for two single rows is their distance. With the weights of a k-means these are the top K - 1
     merges of the Ward tree of all its rows, given its clusters.
 
-    Ties are broken by a total order: distance to 40 bits, then the smallest leaf in either cluster. Neither block sizes
+    Ties are broken by a total order: distance to 40 bits, then a hash of the two smallest leaves. Neither block sizes
     nor threads nor the device change the tree. Identical centroids merge first, at height 0. Memory is
     O(K (D + num_neighbours)) plus one tile of block_rows x block_cols float32.
 
@@ -176,7 +176,8 @@ def agglomerate(
 
     center_KD = center_KD - np.average(center_KD, axis=0, weights=weight_K)
     spread_K = sse_K / weight_K if linkage == "average" else np.zeros(len(weight_K))
-    clusters = Clusters("ward" if linkage == "ward" else "average", center_KD.copy(), weight_K.copy(), spread_K)
+    kind: Kind = "ward" if linkage == "ward" else "average"
+    clusters = Clusters(kind, center_KD.copy(), weight_K.copy(), spread_K, np.arange(len(weight_K)))
     reason = "as asked"
     if method == "auto":
         method, reason = choose_method(

@@ -93,8 +93,9 @@ def merge_cell(state: CellState, cell: int, *, eps: float, options: SearchOption
         state.center_MD[first:last].copy(),
         state.weight_M[first:last].copy(),
         state.spread_M[first:last].copy(),
+        state.leaf_M[first:last],
     )
-    merge_all(members, trail, state.leaf_M[first:last], limit_M=limit_N, options=options)
+    merge_all(members, trail, limit_M=limit_N, options=options)
     return CellMerges(*trail.merges(), trail.num_rounds, trail.num_pairs, trail.num_searches, trail.num_exact_searches)
 
 
@@ -105,7 +106,7 @@ def outside_floor(state: CellState, cell: int, options: SearchOptions, trail: Tr
     hair under the true distance, so that a tie with the outside is never decided inside.
     """
     first, last = int(state.first_C[cell]), int(state.first_C[cell + 1])
-    clusters = Clusters(state.kind, state.center_MD, state.weight_M, state.spread_M)
+    clusters = Clusters(state.kind, state.center_MD, state.weight_M, state.spread_M, state.leaf_M)
     outside_M = np.ones(len(state.weight_M), dtype=bool)
     outside_M[first:last] = False
     engine = options.engine()
@@ -168,7 +169,7 @@ def merge_by_cells(
     """
     cost = CellCost()
     alive_K = np.ones(len(clusters.weight_M), dtype=bool)
-    merge_duplicates(clusters, trail, np.arange(len(alive_K)), np.full(len(alive_K), np.inf), alive_K)
+    merge_duplicates(clusters, trail, np.full(len(alive_K), np.inf), alive_K)
     while (num_alive := int(alive_K.sum())) > max(top_size, cell_size):
         leaf_M = np.flatnonzero(alive_K)
         cell_M = coarse_cells(
@@ -206,8 +207,10 @@ def merge_by_cells(
         if len(left_P) < LEAST_PROGRESS * num_alive:
             break
     leaf_M = np.flatnonzero(alive_K)
-    rest = Clusters(clusters.kind, clusters.center_MD[leaf_M], clusters.weight_M[leaf_M], clusters.spread_M[leaf_M])
-    merge_all(rest, trail, leaf_M, options=options)
+    rest = Clusters(
+        clusters.kind, clusters.center_MD[leaf_M], clusters.weight_M[leaf_M], clusters.spread_M[leaf_M], leaf_M
+    )
+    merge_all(rest, trail, options=options)
     return cost
 
 

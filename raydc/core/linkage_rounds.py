@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from raydc.core.linkage_search import Clusters, SearchOptions, pair_delta, rounded, search_exactly
+from raydc.core.linkage_search import Clusters, SearchOptions, pair_delta, rounded, search_exactly, tie_order
 
 # Letters in this module: M slots, D width, L listed neighbours, P pairs merged in a round, A and B affected slots.
 
@@ -52,7 +52,6 @@ class Trail:
 def merge_all(
     clusters: Clusters,
     trail: Trail,
-    leaf_M: np.ndarray | None = None,
     *,
     limit_M: np.ndarray | None = None,
     options: SearchOptions = DEFAULT,
@@ -65,17 +64,16 @@ def merge_all(
     Args:
         clusters: M clusters, ordered by smallest leaf.
         trail: receives the merges.
-        leaf_M: (M,) smallest leaf of each slot; the slot itself by default.
         limit_M: (M,) a pair merges only at a distance under both limits, and inherits the smaller; none by default.
         options: what the search may cost.
 
     Returns:
         int64 slots still alive, ascending; one, without limits.
     """
-    leaf_M = np.arange(len(clusters.weight_M)) if leaf_M is None else leaf_M
+    leaf_M = clusters.leaf_M
     limit_M = np.full(len(leaf_M), np.inf) if limit_M is None else limit_M.copy()
     alive_M = np.ones(len(leaf_M), dtype=bool)
-    merge_duplicates(clusters, trail, leaf_M, limit_M, alive_M)
+    merge_duplicates(clusters, trail, limit_M, alive_M)
     num_alive = int(alive_M.sum())
     if num_alive == 1:
         return np.flatnonzero(alive_M)
@@ -85,7 +83,7 @@ def merge_all(
     while num_alive > 1:
         left_P, right_P = state.reciprocal_pairs(changed_A)
         if not len(left_P) and state.postponed_M.any():
-            changed_A = state.search_postponed()
+            changed_A = state.search_postponed(now=True)
             continue
         if not len(left_P):
             every_A = np.flatnonzero(alive_M)
@@ -112,9 +110,7 @@ def merge_all(
     return np.flatnonzero(alive_M)
 
 
-def merge_duplicates(
-    clusters: Clusters, trail: Trail, leaf_M: np.ndarray, limit_M: np.ndarray, alive_M: np.ndarray
-) -> None:
+def merge_duplicates(clusters: Clusters, trail: Trail, limit_M: np.ndarray, alive_M: np.ndarray) -> None:
     """Merge clusters of equal centre and no spread at distance 0, each group in the order of its leaves.
 
     As nearest neighbours they would all point at the first of their group: one merge a round.
@@ -134,7 +130,7 @@ def merge_duplicates(
     first, other = order[start[joined]], order[joined]
     ascending = np.lexsort((other, first))
     first, other = first[ascending], other[ascending]
-    trail.add(leaf_M[first], leaf_M[other], np.zeros(len(other)))
+    trail.add(clusters.leaf_M[first], clusters.leaf_M[other], np.zeros(len(other)))
     np.add.at(clusters.weight_M, first, clusters.weight_M[other])
     np.minimum.at(limit_M, first, limit_M[other])
     alive_M[other] = False
@@ -151,6 +147,7 @@ class _Rounds:
     def __init__(self, clusters: Clusters, alive_M: np.ndarray, trail: Trail, options: SearchOptions):
         num_slots = len(alive_M)
         self.clusters, self.alive_M, self.trail = clusters, alive_M, trail
+        self.num_alive = int(alive_M.sum())
         self.options, self.engine = options, options.engine()
         self.columns: Any = None
         self.nearest_M = np.full(num_slots, -1, dtype=np.int64)
@@ -158,8 +155,11 @@ class _Rounds:
         self.list_ML = np.full((num_slots, options.num_neighbours), -1, dtype=np.int32)
         self.floor_M = np.zeros(num_slots)
         self.postponed_M = np.zeros(num_slots, dtype=bool)
+        self.low = np.inf
+        """Quantile of all nearest distances above which searches wait, and the number of clusters it was taken of."""
+        self.low_alive = 0
         self.now_M = np.arange(num_slots)
-        """Slot in which a slot's cluster lives now."""
+        """Slot that a slot's cluster has moved to; follow it to its end."""
         self.noise = rounding_noise(clusters)
 
     def reciprocal_pairs(self, changed_A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,8 +184,8 @@ class _Rounds:
         self.floor_M[left_P] = floor_P
         join(self.clusters, left_P, right_P)
         self.alive_M[right_P] = False
+        self.num_alive -= len(right_P)
         self.now_M[right_P] = left_P
-        self.now_M = self.now_M[self.now_M]
         touched_M = np.zeros(len(self.alive_M), dtype=bool)
         touched_M[left_P] = touched_M[right_P] = True
         if self.columns is not None:
@@ -213,15 +213,23 @@ class _Rounds:
         self.postponed_M[waiting_A] = True
         self.nearest_M[waiting_A] = -1
         self.distance_M[waiting_A] = self.floor_M[waiting_A]
-        return np.concatenate([changed_A[proven_A], self.search_postponed(quantile=POSTPONE_ABOVE)])
+        return np.concatenate([changed_A[proven_A], self.search_postponed()])
 
-    def search_postponed(self, quantile: float | None = None) -> np.ndarray:
-        """Search for the postponed slots, or for those with a floor in the lower part of all distances; return them."""
+    def search_postponed(self, *, now: bool = False) -> np.ndarray:
+        """Search for the postponed slots with a floor in the lower part of all distances; return them.
+
+        With now, at least one is searched: the caller has nothing else left to do.
+        """
         slot_A = np.flatnonzero(self.postponed_M)
-        if quantile is not None and len(slot_A):
+        if not len(slot_A):
+            return slot_A
+        if now or self.num_alive < 0.98 * self.low_alive or self.low_alive == 0:
             distance_A = self.distance_M[self.alive_M]
-            rank = int(quantile * (len(distance_A) - 1))
-            slot_A = slot_A[self.distance_M[slot_A] <= np.partition(distance_A, rank)[rank]]
+            rank = int(POSTPONE_ABOVE * (len(distance_A) - 1))
+            self.low, self.low_alive = np.partition(distance_A, rank)[rank], self.num_alive
+        low_A = self.distance_M[slot_A] <= self.low
+        if low_A.any() or not now:
+            slot_A = slot_A[low_A]
         self.postponed_M[slot_A] = False
         self.search_again(slot_A)
         return slot_A
@@ -230,11 +238,10 @@ class _Rounds:
         """Give slots a new list, floor and nearest by a search over all live clusters."""
         if not len(slot_A):
             return
-        num_alive = int(self.alive_M.sum())
         self.trail.num_searches += len(slot_A)
-        self.trail.num_pairs += len(slot_A) * num_alive
+        self.trail.num_pairs += len(slot_A) * self.num_alive
         if not exactly:
-            if self.columns is None or self.columns.num_stale > num_alive // 10:
+            if self.columns is None or self.columns.num_stale > self.num_alive // 10:
                 self.columns = self._lay_out(np.float32)
             slot_A = self._search_tiles(self.columns, slot_A)
             if len(slot_A) > 16:
@@ -269,13 +276,13 @@ class _Rounds:
         return self.distance_M[slot_A] < floor_A - rounding_slack(self.clusters, slot_A, floor_A, self.noise)
 
     def _rank(self, slot_A: np.ndarray, list_AL: np.ndarray) -> None:
-        """Order the listed neighbours of slots by (rounded distance, slot), keep the first ones, set the nearest."""
+        """Order the listed neighbours of slots by rounded distance, keep the first ones, set the nearest."""
         step = max(1, (1 << 22) // (list_AL.shape[1] * self.clusters.center_MD.shape[1]))
         for start in range(0, len(slot_A), step):
             self._rank_rows(slot_A[start : start + step], list_AL[start : start + step])
 
     def _rank_rows(self, slot_B: np.ndarray, list_BL: np.ndarray) -> None:
-        now_BL = np.where(list_BL >= 0, self.now_M[list_BL], -1)
+        now_BL = np.where(list_BL >= 0, self._moved(list_BL), -1)
         now_BL.sort(axis=1)
         valid_BL = (now_BL >= 0) & (now_BL != slot_B[:, None])
         valid_BL[:, 1:] &= now_BL[:, 1:] != now_BL[:, :-1]
@@ -283,8 +290,8 @@ class _Rounds:
         delta_BL = np.full(now_BL.shape, np.inf)
         delta_BL[row, place] = rounded(pair_delta(self.clusters, slot_B[row], now_BL[row, place]))
         now_BL[~valid_BL] = -1
-        # Slots ascend within a row, so a stable sort breaks ties by slot.
         order_BL = np.argsort(delta_BL, axis=1, kind="stable")
+        self._settle_ties(slot_B, now_BL, delta_BL, order_BL)
         num = self.options.num_neighbours
         if order_BL.shape[1] > num:
             dropped_B = np.take_along_axis(delta_BL, order_BL[:, num, None], axis=1)[:, 0]
@@ -292,6 +299,26 @@ class _Rounds:
         self.list_ML[slot_B] = np.take_along_axis(now_BL, order_BL[:, :num], axis=1)
         self.nearest_M[slot_B] = self.list_ML[slot_B, 0]
         self.distance_M[slot_B] = np.take_along_axis(delta_BL, order_BL[:, :1], axis=1)[:, 0]
+
+    def _moved(self, slot_BL: np.ndarray) -> np.ndarray:
+        """Return the slots in which the clusters of slots live now; shorten the way there."""
+        now_BL = self.now_M[slot_BL]
+        while True:
+            next_BL = self.now_M[now_BL]
+            if np.array_equal(next_BL, now_BL):
+                return now_BL
+            self.now_M[slot_BL] = next_BL
+            now_BL = next_BL
+
+    def _settle_ties(self, slot_B: np.ndarray, now_BL: np.ndarray, delta_BL: np.ndarray, order_BL: np.ndarray) -> None:
+        """Put the neighbour that the tie order prefers first, in rows where the nearest distance is shared."""
+        if order_BL.shape[1] < 2:
+            return
+        first_B, second_B = (np.take_along_axis(delta_BL, order_BL[:, [i]], axis=1)[:, 0] for i in (0, 1))
+        for row in np.flatnonzero((first_B == second_B) & np.isfinite(first_B)):
+            tied = order_BL[row][delta_BL[row, order_BL[row]] == first_B[row]]
+            preferred = tie_order(self.clusters, np.full(len(tied), slot_B[row]), now_BL[row, tied]).argmin()
+            order_BL[row, [0, preferred]] = order_BL[row, [preferred, 0]]
 
 
 def rounding_noise(clusters: Clusters) -> float:

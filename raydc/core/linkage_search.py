@@ -35,6 +35,8 @@ class Clusters:
     """(M,) float64, positive."""
     spread_M: np.ndarray
     """(M,) float64 mean squared deviation inside the cluster; all zero under Ward, where it plays no part."""
+    leaf_M: np.ndarray
+    """(M,) int64 smallest leaf of the cluster, ascending."""
 
 
 def pair_delta(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
@@ -65,10 +67,31 @@ def rounded(delta: np.ndarray) -> np.ndarray:
     """Return delta to 40 bits of mantissa, nearest.
 
     Distances are compared in this form: equal distances that differ in their last bits, as on a lattice, become ties,
-    and ties have an order of their own (the smaller slot first) that no block size or merge history can change.
+    and ties have an order of their own (see tie_order) that no block size or merge history can change.
     """
     bits = np.ascontiguousarray(delta, dtype=np.float64).view(np.int64)
     return ((bits + (1 << 11)) & ~np.int64((1 << 12) - 1)).view(np.float64)
+
+
+def tie_order(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
+    """Return a number for each pair of slots that decides between equal distances; the smaller one is nearer.
+
+    A hash of the two smallest leaves, the same from both sides. It stays with a pair through merges, since a merged
+    cluster keeps one of the leaves: so it is a total order under which merging mutual neighbours stays exact. And it
+    is random: where all distances are equal, a third of the clusters find a mutual neighbour in a round; by smallest
+    leaf, it is one pair.
+
+    Returns:
+        (P,) uint64.
+
+    Source: the finaliser of SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA
+    2014.
+    """
+    a_P, b_P = clusters.leaf_M[left_P].astype(np.uint64), clusters.leaf_M[right_P].astype(np.uint64)
+    hash_P = (np.minimum(a_P, b_P) << np.uint64(32)) + np.maximum(a_P, b_P)
+    hash_P = (hash_P ^ (hash_P >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hash_P = (hash_P ^ (hash_P >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hash_P ^ (hash_P >> np.uint64(31))
 
 
 class Engine(NamedTuple):
@@ -302,7 +325,7 @@ def _ward_factor(weight, other, slack):
 def search_exactly(
     clusters: Clusters, alive_M: np.ndarray, query_Q: np.ndarray, *, num_neighbours: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nearest slots of each query by (rounded distance, slot), and the distance of the first one left out.
+    """Return the nearest slots of each query by (rounded distance, tie order), and the distance of the first left out.
 
     For queries whose neighbours lie closer together than any matrix product can tell: no expansion, O(M D) a query.
 
@@ -314,8 +337,11 @@ def search_exactly(
     floor_Q = np.full(len(query_Q), np.inf)
     for row, query in enumerate(query_Q):
         other = slot_A[slot_A != query]
-        delta = rounded(pair_delta(clusters, np.full(len(other), query), other))
-        first = np.lexsort((other, delta))[: num_neighbours + 1]
+        queries = np.full(len(other), query)
+        delta = rounded(pair_delta(clusters, queries, other))
+        last = np.partition(delta, num_neighbours)[num_neighbours] if len(delta) > num_neighbours else np.inf
+        near = np.flatnonzero(delta <= last)
+        first = near[np.lexsort((tie_order(clusters, queries[near], other[near]), delta[near]))][: num_neighbours + 1]
         slot_QL[row, : min(len(first), num_neighbours)] = other[first[:num_neighbours]]
         if len(first) > num_neighbours:
             floor_Q[row] = delta[first[num_neighbours]]
