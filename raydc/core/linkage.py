@@ -70,6 +70,7 @@ def ward(
     num_neighbours: int = 16,
     block_rows: int = 256,
     block_cols: int = 16384,
+    num_threads: int = 0,
     device: str = "cpu",
 ) -> Linkage:
     """Return the exact Ward tree of weighted centroids.
@@ -89,6 +90,7 @@ def ward(
         num_neighbours: length of the neighbour lists. Speed only.
         block_rows: queries per tile of the search. Speed and memory only.
         block_cols: clusters per tile of the search. Speed and memory only.
+        num_threads: threads of the search; 0 is as many as BLAS would use. Speed and memory only.
         device: where to search: cpu, or a torch device such as cuda. Speed only.
 
     Returns:
@@ -101,7 +103,7 @@ def ward(
     (reciprocal nearest neighbours); Sumengen et al., "Scaling Hierarchical Agglomerative Clustering to Billion-sized
     Datasets", arXiv:2105.11653 (rounds). The lists, their floors and the tile search are ours.
     """
-    options = SearchOptions(num_neighbours, block_rows, block_cols, device)
+    options = SearchOptions(num_neighbours, block_rows, block_cols, num_threads, device)
     return agglomerate(centers_KD, weights_K, sse_K, linkage="ward", method="exact", options=options)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -112,7 +112,7 @@ def outside_floor(state: CellState, cell: int, options: SearchOptions, trail: Tr
     engine = options.engine()
     columns = engine.lay_out(clusters, outside_M, block_cols=options.block_cols, dtype=np.float32)
     member_N = np.arange(first, last)
-    slot_NL, floor_N = engine.search(columns, clusters, member_N, num_neighbours=2, block_rows=options.block_rows)
+    slot_NL, floor_N = engine.search(columns, clusters, member_N, options=replace(options, num_neighbours=2))
     trail.num_searches += len(member_N)
     trail.num_pairs += len(member_N) * int(outside_M.sum())
     row, place = np.nonzero(slot_NL >= 0)

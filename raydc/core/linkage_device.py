@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydc.core.linkage_search import SENTINEL, Clusters, Engine, frame
+from raydc.core.linkage_search import SENTINEL, Clusters, Engine, SearchOptions, frame
 
 # Letters in this module: M clusters, X columns, D width, Q queries, B queries of a tile, L listed neighbours.
 
@@ -74,8 +74,8 @@ def _scaled(columns: DeviceColumns, clusters: Clusters, slot_B: np.ndarray) -> t
     center_BD = (clusters.center_MD[slot_B] - columns.origin_D) / columns.length_unit
     square_B = np.einsum("bd,bd->b", center_BD, center_BD) + clusters.spread_M[slot_B] / columns.length_unit**2
     inverse_B = columns.weight_unit / clusters.weight_M[slot_B]
-    like = columns.rows_XE
-    return tuple(torch.from_numpy(a).to(device=like.device, dtype=like.dtype) for a in (center_BD, square_B, inverse_B))  # type: ignore[return-value]
+    to = partial(torch.as_tensor, device=columns.rows_XE.device, dtype=columns.rows_XE.dtype)
+    return to(center_BD), to(square_B), to(inverse_B)
 
 
 def _write(columns: DeviceColumns, clusters: Clusters, slot_B: np.ndarray) -> None:
@@ -110,14 +110,14 @@ def _full_precision() -> Iterator[None]:
 
 
 def search(
-    columns: DeviceColumns, clusters: Clusters, query_Q: np.ndarray, *, num_neighbours: int, block_rows: int
+    columns: DeviceColumns, clusters: Clusters, query_Q: np.ndarray, *, options: SearchOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return candidate neighbours of each query slot and the floor under all other clusters, as on the CPU.
 
     Tiles are as tall as TILE_BYTES allows where the device is not the CPU; block_rows is the least.
     """
     rows_XE = columns.rows_XE
-    block_cols = columns.block_cols
+    num_neighbours, block_rows, block_cols = options.num_neighbours, options.block_rows, columns.block_cols
     if rows_XE.device.type != "cpu":
         block_cols = max(block_cols, 1 << 17)
         block_rows = max(block_rows, TILE_BYTES // (rows_XE.element_size() * min(block_cols, len(rows_XE))))

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from raydc.core.linkage_search import Clusters, SearchOptions, pair_delta, rounded, search_exactly, tie_order
+from raydc.core.linkage_search import (
+    Clusters,
+    SearchOptions,
+    in_threads,
+    pair_delta,
+    rounded,
+    search_exactly,
+    tie_order,
+)
 
 # Letters in this module: M slots, D width, L listed neighbours, P pairs merged in a round, A and B affected slots.
 
@@ -259,13 +267,7 @@ class _Rounds:
 
     def _search_tiles(self, columns: Any, slot_A: np.ndarray) -> np.ndarray:
         """Search, rank in float64, and return the slots whose nearest is not proven."""
-        list_AL, floor_A = self.engine.search(
-            columns,
-            self.clusters,
-            slot_A,
-            num_neighbours=self.options.num_neighbours,
-            block_rows=self.options.block_rows,
-        )
+        list_AL, floor_A = self.engine.search(columns, self.clusters, slot_A, options=self.options)
         self.floor_M[slot_A] = floor_A
         self._rank(slot_A, list_AL)
         return slot_A[~self._proven(slot_A)]
@@ -278,8 +280,11 @@ class _Rounds:
     def _rank(self, slot_A: np.ndarray, list_AL: np.ndarray) -> None:
         """Order the listed neighbours of slots by rounded distance, keep the first ones, set the nearest."""
         step = max(1, (1 << 22) // (list_AL.shape[1] * self.clusters.center_MD.shape[1]))
-        for start in range(0, len(slot_A), step):
+
+        def rank_block(start: int) -> None:
             self._rank_rows(slot_A[start : start + step], list_AL[start : start + step])
+
+        in_threads(rank_block, range(0, len(slot_A), step), self.options.num_threads)
 
     def _rank_rows(self, slot_B: np.ndarray, list_BL: np.ndarray) -> None:
         now_BL = np.where(list_BL >= 0, self._moved(list_BL), -1)
@@ -301,7 +306,10 @@ class _Rounds:
         self.distance_M[slot_B] = np.take_along_axis(delta_BL, order_BL[:, :1], axis=1)[:, 0]
 
     def _moved(self, slot_BL: np.ndarray) -> np.ndarray:
-        """Return the slots in which the clusters of slots live now; shorten the way there."""
+        """Return the slots in which the clusters of slots live now; shorten the way there.
+
+        Threads may do so at the same time: whatever one writes is further along the same way.
+        """
         now_BL = self.now_M[slot_BL]
         while True:
             next_BL = self.now_M[now_BL]
@@ -317,8 +325,8 @@ class _Rounds:
         first_B, second_B = (np.take_along_axis(delta_BL, order_BL[:, [i]], axis=1)[:, 0] for i in (0, 1))
         for row in np.flatnonzero((first_B == second_B) & np.isfinite(first_B)):
             tied = order_BL[row][delta_BL[row, order_BL[row]] == first_B[row]]
-            preferred = tie_order(self.clusters, np.full(len(tied), slot_B[row]), now_BL[row, tied]).argmin()
-            order_BL[row, [0, preferred]] = order_BL[row, [preferred, 0]]
+            preferred = int(tie_order(self.clusters, np.full(len(tied), slot_B[row]), now_BL[row, tied]).argmin())
+            order_BL[row, 0], order_BL[row, preferred] = order_BL[row, preferred], order_BL[row, 0]
 
 
 def rounding_noise(clusters: Clusters) -> float:

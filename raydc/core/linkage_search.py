@@ -7,11 +7,14 @@ exact arithmetic. The caller ranks the candidates in float64 and accepts the win
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 # Letters in this module: M clusters, D width, Q queries, L listed neighbours, P pairs, C chunks of columns.
 
@@ -112,6 +115,8 @@ class SearchOptions:
     """Queries per tile."""
     block_cols: int = 16384
     """Clusters per tile."""
+    num_threads: int = 0
+    """Threads that work on tiles side by side, each with a BLAS of one thread; 0 is as many as BLAS would use."""
     device: str = "cpu"
     """cpu, or a torch device such as cuda or cuda:1. torch:cpu runs the device engine on the CPU, to test it."""
 
@@ -121,6 +126,30 @@ class SearchOptions:
         from raydc.core.linkage_device import device_engine  # torch takes a second to import, and the CPU needs none.
 
         return device_engine(self.device.removeprefix("torch:"))
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def in_threads(step: Callable[[Any], None], items: Iterable[Any], num_threads: int) -> None:
+    """Call step on each item, on several threads.
+
+    BLAS has one thread meanwhile: its own threads wait for each other at every product, and on a busy machine that wait
+    has cost more than the second core gave.
+    """
+    items = list(items)
+    if len(items) > 1 and num_threads == 0:
+        num_threads = max(
+            (pool["num_threads"] for pool in _thread_pools().info() if pool["user_api"] == "blas"), default=1
+        )
+    if len(items) < 2 or num_threads == 1:
+        for item in items:
+            step(item)
+        return
+    with _thread_pools().limit(limits=1, user_api="blas"), ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(step, items))
 
 
 @dataclass
@@ -236,7 +265,7 @@ def update(columns: Columns, clusters: Clusters, grown_B: np.ndarray, gone_B: np
 
 
 def search(
-    columns: Columns, clusters: Clusters, query_Q: np.ndarray, *, num_neighbours: int, block_rows: int
+    columns: Columns, clusters: Clusters, query_Q: np.ndarray, *, options: SearchOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return candidate neighbours of each query slot and the floor under all other clusters.
 
@@ -247,8 +276,7 @@ def search(
         columns: the search side.
         clusters: the same clusters in float64.
         query_Q: (Q,) slots.
-        num_neighbours: candidates per query (L).
-        block_rows: queries per tile; peak memory is block_rows x tile columns x 4 bytes.
+        options: candidates per query (L), tiles, threads; peak memory is block_rows x block_cols x 4 bytes a thread.
 
     Returns:
         (Q, L) int64 slots, -1 where there are fewer, and (Q,) float64 floors, infinite where all clusters are
@@ -256,11 +284,14 @@ def search(
 
     Source: Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1 (error of an inner product).
     """
-    slot_QL = np.full((len(query_Q), num_neighbours), -1, dtype=np.int64)
+    slot_QL = np.full((len(query_Q), options.num_neighbours), -1, dtype=np.int64)
     floor_Q = np.full(len(query_Q), np.inf)
-    for start in range(0, len(query_Q), block_rows):
-        rows = slice(start, start + block_rows)
-        slot_QL[rows], floor_Q[rows] = _search_rows(columns, clusters, query_Q[rows], num_neighbours)
+
+    def search_block(start: int) -> None:
+        rows = slice(start, start + options.block_rows)
+        slot_QL[rows], floor_Q[rows] = _search_rows(columns, clusters, query_Q[rows], options.num_neighbours)
+
+    in_threads(search_block, range(0, len(query_Q), options.block_rows), options.num_threads)
     return slot_QL, floor_Q
 
 

@@ -260,10 +260,10 @@ def condensed_tree(Z: np.ndarray, weights_K: np.ndarray, min_rows: float) -> dic
                 found.append((cluster, child, at, rows_V[child]))
             else:
                 falling += children[child - num_leaves]
-    parent, child, at, size = zip(*found, strict=True)
+    parent, child, lambda_val, size = zip(*found, strict=True)
     return {
         "parent": np.array(parent, dtype=np.int64),
         "child": np.array(child, dtype=np.int64),
-        "lambda_val": np.array(at, dtype=np.float64),
+        "lambda_val": np.array(lambda_val, dtype=np.float64),
         "child_size": np.array(size, dtype=np.float64),
     }

@@ -104,6 +104,7 @@ def test_tiles_lists_and_threads_do_not_change_a_byte(name, weighted):
         with threadpool_limits(threads):
             for block in (64, 4096):
                 found.append(ward(SHAPES[name], weight_K, block_rows=block, block_cols=block))
+                found.append(ward(SHAPES[name], weight_K, block_rows=block, block_cols=block, num_threads=threads))
     found.append(ward(SHAPES[name], weight_K, num_neighbours=3))
     assert len({(one.merges.tobytes(), one.weights.tobytes(), one.sse.tobytes()) for one in found}) == 1
 
@@ -199,7 +200,9 @@ def test_nothing_outside_the_candidates_lies_under_the_floor(kind, dtype):
     spread_M = RNG.uniform(size=500) if kind == "average" else np.zeros(500)
     clusters = Clusters(kind, x - x.mean(axis=0), weight_M, spread_M, np.arange(500))
     columns = lay_out(clusters, np.ones(500, dtype=bool), block_cols=128, dtype=dtype)
-    slot_QL, floor_Q = search(columns, clusters, np.arange(500), num_neighbours=8, block_rows=100)
+    slot_QL, floor_Q = search(
+        columns, clusters, np.arange(500), options=SearchOptions(num_neighbours=8, block_rows=100)
+    )
     for query in range(500):
         others = np.setdiff1d(np.arange(500), [query])
         delta = pair_delta(clusters, np.full(499, query), others)
