@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,8 @@ class Model:
         Raises:
             ValueError: x is not two-dimensional or not D wide.
         """
-        rows = x if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x))
+        # Views and Arrow's read-only memory are copied; torch takes neither.
+        rows = x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements=["C", "W"]))
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"expected rows of shape (N, {self.dim}), got {tuple(rows.shape)}")
         device = self.centers_KL.device
@@ -167,13 +169,29 @@ class Model:
             head = json.loads(lake.read_bytes(join(uri, "config.json")))
         except (FileNotFoundError, ValueError):
             raise DataError(f"model {uri}: no model there. Give the model folder of a finished run.") from None
-        if head.get("format") != "raydc-model" or head.get("format_version") != FORMAT_VERSION:
-            raise DataError(f"model {uri}: format {head.get('format_version')} is not {FORMAT_VERSION}.")
+        found = (head.get("format"), head.get("format_version")) if isinstance(head, dict) else (None, None)
+        if found != ("raydc-model", FORMAT_VERSION):
+            raise DataError(
+                f"model {uri}: config.json says format {found[0]!r}, version {found[1]!r}; this raydc reads "
+                f"'raydc-model', version {FORMAT_VERSION}. Fit again, or use the raydc that wrote it."
+            )
+        try:
+            return cls._read(uri, lake, head)
+        except (FileNotFoundError, safetensors.SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"model {uri}: damaged ({type(error).__name__}: {error}). Restore the folder, or fit again."
+            ) from None
+
+    @classmethod
+    def _read(cls, uri: str, lake: Lake, head: dict[str, Any]) -> "Model":
         weights = safetensors.torch.load(lake.read_bytes(join(uri, "weights.safetensors")))
         centroids = safetensors.torch.load(lake.read_bytes(join(uri, "centroids.safetensors")))
         blocks = [(int(a), int(b), float(w)) for a, b, w in head["preprocess"]["blocks"]]
         preprocess = Preprocess(
-            head["preprocess"]["method"], blocks, weights.pop("preprocess.mean", None), weights.pop("preprocess.scale", None)
+            head["preprocess"]["method"],
+            blocks,
+            weights.pop("preprocess.mean", None),
+            weights.pop("preprocess.scale", None),
         )
         encoder = None
         if head["encoder"] is not None:

@@ -436,3 +436,32 @@ def truncate(Z: np.ndarray, num_groups: int) -> TopOfTree:
     merges[:, :2] = name_V[children_T2[kept]]
     merges[:, 3] = leaf_counts(merges[:, :2].astype(np.int64))[num_groups:]
     return TopOfTree(merges, node_P, count_V[node_P])
+
+
+def heavier_left(Z: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+    """Return the same tree with the heavier child of each merge on the left.
+
+    So the leaf order says something (largest branch first, at every node), and does not hang on how the leaves were
+    numbered: a fit that differs by rounding alone gets the same order. Children of equal weight stay as they are.
+
+    Args:
+        Z: (K-1, 4) linkage matrix.
+        weights_K: (K,) weight of each leaf.
+
+    Returns:
+        (K-1, 4) float64.
+
+    Raises:
+        ValueError: Z is not a linkage matrix, or there is not one weight per leaf.
+    """
+    children_T2 = checked_children(Z)
+    if len(weights_K) != len(children_T2) + 1:
+        raise ValueError(f"{len(weights_K)} weights for a tree of {len(children_T2) + 1} leaves")
+    mass = np.asarray(weights_K, dtype=np.float64).tolist()
+    for left, right in children_T2.tolist():
+        mass.append(mass[left] + mass[right])
+    turned = np.array(Z, dtype=np.float64)
+    mass_T2 = np.array(mass)[children_T2]
+    swap_T = mass_T2[:, 1] > mass_T2[:, 0]
+    turned[swap_T, :2] = turned[swap_T, 1::-1]
+    return turned

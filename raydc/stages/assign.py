@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy
 
 from raydc.cluster import root_cause
 from raydc.config import Config
-from raydc.core.nearest import set_num_threads
+from raydc.core.nearest import prepare_process
 from raydc.errors import DataError, StageError
 from raydc.labelling import Labelling, Statistics, label_slice
 from raydc.lake import Lake
@@ -99,7 +99,7 @@ def _labelled(config: Config, job: Labelling, slices: list[Slice]) -> Iterable[S
         """One actor: the model stays loaded from slice to slice."""
 
         def __init__(self) -> None:
-            set_num_threads(section.cpus_per_actor)
+            prepare_process(section.cpus_per_actor)
             self.job: Labelling = ray.get(reference)
             if section.use_gpu:
                 self.job = _on_gpu(self.job)

@@ -23,7 +23,7 @@ from raydc.cluster import root_cause, watched
 from raydc.config import Config
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import sample_mask, stream_seed
-from raydc.core.nearest import set_num_threads
+from raydc.core.nearest import prepare_process
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.training import (
@@ -230,7 +230,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     if failure:
         # The workers were restarted after an error that no second try mends.
         return {"failure": failure}
-    set_num_threads(job.num_threads)
+    prepare_process(job.num_threads)
     with tempfile.TemporaryDirectory(prefix="raydc-fit-") as folder:
         context = RayContext(job.board, Path(folder))
         ranks = Ranks(context.rank, context.world_size, context.device)

@@ -13,7 +13,7 @@ import torch
 
 from raydc.config import Config
 from raydc.core.linkage import ward
-from raydc.core.tree import leaf_order, levels, node_table, relabel
+from raydc.core.tree import heavier_left, leaf_order, levels, node_table, relabel
 from raydc.lake import Lake, join
 from raydc.model import Model
 from raydc.rundir import RunDir
@@ -30,8 +30,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     tree = ward(means, weights, sse)
     if len(tree.left_out):
         log.warning("merge: %d of %d leaves hold no row and are left out of the model", len(tree.left_out), len(weights))
-    order = tree.leaves[leaf_order(tree.merges)]
-    linkage = relabel(tree.merges, leaf_order(tree.merges))
+    turned = heavier_left(tree.merges, weights[tree.leaves])
+    order = tree.leaves[leaf_order(turned)]
+    linkage = relabel(turned, leaf_order(turned))
     weights, means, sse = weights[order], means[order], sse[order]
     sizes = [k for k in config.levels if k < len(order)]
     if sizes != config.levels:

@@ -1,0 +1,286 @@
+"""The whole job on scikit-learn's digits, on a real Ray cluster."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from raydc import pipeline
+from raydc.cli import main
+from raydc.config import parse_config
+from raydc.errors import DataError, StageError
+from raydc.lake import Lake
+from raydc.model import Model
+from raydc.schema import labels_schema
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = {
+    "preprocess": {"method": "scale"},
+    "autoencoder": {"hidden_dims": [128, 128], "latent_dim": 10},
+    "pretrain": {"num_epochs": 20, "batch_rows": 64, "learning_rate": 2e-3},
+    "cluster": {"num_leaves": 10, "num_restarts": 10},
+    "fit": {"objective": "dec", "precision": "float32"},
+    "refine": {"num_epochs": 6, "batch_rows": 64},
+    "merge": {"levels": [3, 6]},
+}
+
+
+def settings(path, output, **sections):
+    """Return a small job's settings with some sections changed."""
+    values = {name: dict(section) for name, section in SMALL.items()}
+    values["input"] = {"path": str(path), "label_column": "label", "image_shape": [8, 8]}
+    for name, changes in sections.items():
+        values[name] = values.get(name, {}) | changes
+    return parse_config(values | {"output": str(output)})
+
+
+def read_labels(run):
+    """Return all label rows of a run, by id."""
+    files = sorted(Path(run.uri("labels")).rglob("*.parquet"))
+    return pa.concat_tables([pq.read_table(f) for f in files]).sort_by("id")
+
+
+def read_input(folder):
+    """Return the ids, rows and labels of an input folder, by id."""
+    table = pa.concat_tables([pq.read_table(f) for f in sorted(folder.glob("*.parquet"))]).sort_by("id")
+    x = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    return table["id"].to_numpy(), x, table["label"].to_numpy()
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def on_one_worker(ray_cluster, digits, output):
+    return pipeline.run(settings(digits, output), "one")
+
+
+@pytest.fixture(scope="module")
+def on_two_workers(ray_cluster, digits, output):
+    return pipeline.run(settings(digits, output, fit={"num_workers": 2}), "two")
+
+
+def test_the_job_finds_the_digits(on_one_worker, digits):
+    metrics = on_one_worker.lake.read_json(on_one_worker.uri("metrics.json"))
+    assert metrics["rows"] == {"input": 1797, "labels": 1797, "rejects": 0}
+    assert metrics["quality"]["leaf"]["acc"] > 0.75
+    assert metrics["quality"]["leaf"]["nmi"] > metrics["baselines"]["raw_kmeans"]["nmi"] - 0.02
+    assert set(metrics["quality"]["levels"]) == {"3", "6"}
+    assert set(metrics["quality"]["leaf"]) == {"acc", "nmi", "ami", "ari", "purity"}
+    assert 0 < metrics["quality"]["dendrogram_purity"] <= 1
+    assert {"raw_kmeans", "autoencoder_kmeans", "learned"} == set(metrics["baselines"])
+    assert metrics["fit"]["num_workers"] == 1 and metrics["fit"]["rows"] == 1797
+
+
+def test_label_files_stand_beside_the_input(on_one_worker, digits):
+    for source in sorted(digits.glob("*.parquet")):
+        labels = pq.read_table(Path(on_one_worker.uri("labels", source.name)))
+        assert labels.schema.equals(labels_schema(pa.int64(), [3, 6]))
+        assert labels["id"].to_pylist() == pq.read_table(source)["id"].to_pylist()
+    table = read_labels(on_one_worker)
+    leaf, level3, level6 = (table[name].to_numpy() for name in ("leaf", "level_3", "level_6"))
+    # Levels nest, and both follow the order of the leaves.
+    assert all(len(np.unique(level6[leaf == k])) == 1 for k in range(10))
+    assert all(len(np.unique(level3[level6 == k])) == 1 for k in range(6))
+    order = np.argsort(leaf, kind="stable")
+    assert (np.diff(level6[order]) >= 0).all() and (np.diff(level3[order]) >= 0).all()
+    assert (table["distance"].to_numpy() <= table["second_distance"].to_numpy()).all()
+    assert (table["leaf"].to_numpy() != table["second_leaf"].to_numpy()).all()
+
+
+def test_the_saved_model_gives_the_labels_that_the_job_wrote(on_one_worker, digits):
+    _, x, _ = read_input(digits)
+    found = Model.load(on_one_worker.uri("model")).predict(x)
+    table = read_labels(on_one_worker)
+    np.testing.assert_array_equal(found.leaf, table["leaf"].to_numpy())
+    np.testing.assert_array_equal(found.levels[6], table["level_6"].to_numpy())
+    np.testing.assert_allclose(found.confidence, table["confidence"].to_numpy(), rtol=1e-4)
+
+
+def test_the_manifest_lists_every_file_with_its_checksum(on_one_worker):
+    manifest = on_one_worker.lake.read_json(on_one_worker.uri("_MANIFEST.json"))
+    paths = {entry["path"]: entry for entry in manifest["files"]}
+    assert {"labels/part-00000.parquet", "model/config.json", "tree/nodes.parquet", "report/index.html"} <= set(paths)
+    assert manifest["rows"] == {"input": 1797, "labels": 1797, "rejects": 0}
+    import hashlib
+
+    body = Path(on_one_worker.uri("labels", "part-00000.parquet")).read_bytes()
+    entry = paths["labels/part-00000.parquet"]
+    assert entry["sha256"] == hashlib.sha256(body).hexdigest() and entry["bytes"] == len(body) and entry["rows"] == 450
+
+
+def test_the_same_seed_on_one_worker_gives_the_same_label_bytes(on_one_worker, digits, output):
+    again = pipeline.run(settings(digits, output), "again")
+    for source in digits.glob("*.parquet"):
+        first = Path(on_one_worker.uri("labels", source.name)).read_bytes()
+        assert Path(again.uri("labels", source.name)).read_bytes() == first
+
+
+def test_two_workers_agree_with_one(on_one_worker, on_two_workers):
+    one, two = (read_labels(r)["leaf"].to_numpy() for r in (on_one_worker, on_two_workers))
+    print(f"labels equal: {(one == two).mean():.4f}")
+    assert (one == two).mean() >= 0.99
+    curves = []
+    for run in (on_one_worker, on_two_workers):
+        history = run.lake.read_json(run.uri("metrics.json"))["fit"]["history"]
+        curves.append([h["loss"] for h in history if h["phase"] == "pretrain"][:5])
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+
+
+def test_a_finished_run_is_not_done_again(on_one_worker, digits, output, caplog):
+    before = Path(on_one_worker.uri("labels", "part-00000.parquet")).stat().st_mtime_ns
+    with caplog.at_level(logging.INFO):
+        pipeline.run(settings(digits, output), "one")
+    assert [m for m in caplog.messages if "skipped" in m] == [
+        f"{stage.name}: done earlier, skipped" for stage in pipeline.STAGES
+    ]
+    assert Path(on_one_worker.uri("labels", "part-00000.parquet")).stat().st_mtime_ns == before
+
+
+def test_another_number_of_workers_is_the_same_run_but_other_settings_are_not(on_one_worker, digits, output):
+    pipeline.run(settings(digits, output, fit={"num_workers": 2}), "one")
+    with pytest.raises(StageError, match=r"fit: run 'one' .* autoencoder.latent_dim was 10, is 7"):
+        pipeline.run(settings(digits, output, autoencoder={"latent_dim": 7}), "one")
+
+
+def test_streamed_rows_train_on_two_workers(ray_cluster, digits, output):
+    run = pipeline.run(
+        settings(
+            digits,
+            output,
+            fit={"num_workers": 2, "resident_bytes": 0, "objective": "idec"},
+            pretrain={"num_epochs": 2},
+            refine={"num_epochs": 1},
+        ),
+        "streamed",
+    )
+    fit = run.lake.read_json(run.uri("metrics.json"))["fit"]
+    assert fit["mode"] == "streamed"
+    leaves = run.lake.read_json(run.uri("metrics.json"))["rows"]
+    assert leaves["labels"] == 1797
+    import safetensors.numpy
+
+    weights = safetensors.numpy.load_file(run.uri("tree", "leaves.safetensors"))["weights"]
+    assert weights.sum() == 1797
+    assert all(h["steps"] >= 29 for h in fit["history"] if h["phase"] == "pretrain")
+
+
+def test_quarantined_rows_are_accounted_for(ray_cluster, digits, tmp_path):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    for source in digits.glob("*.parquet"):
+        table = pq.read_table(source)
+        x = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), 64).copy()
+        x[3:12, 5] = np.nan
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 64)
+        table = table.set_column(1, "embedding", rows)
+        pq.write_table(table, folder / source.name)
+    pq.write_table(table.slice(0, 0), folder / "part-empty.parquet")
+    with pytest.raises(DataError, match="36 not_finite"):
+        pipeline.run(settings(folder, tmp_path / "runs"), "failing")
+    run = pipeline.run(
+        settings(
+            folder,
+            tmp_path / "runs",
+            input={"path": str(folder), "label_column": "label", "on_bad_rows": "quarantine"},
+            fit={"objective": "kmeans"},
+        ),
+        "quarantined",
+    )
+    metrics = run.lake.read_json(run.uri("metrics.json"))
+    assert metrics["rows"] == {"input": 1797, "labels": 1761, "rejects": 36}
+    rejects = pa.concat_tables([pq.read_table(f) for f in sorted(Path(run.uri("rejects")).glob("*.parquet"))])
+    assert set(rejects["reason"].to_pylist()) == {"not_finite"}
+    ids = set(rejects["id"].to_pylist()) | set(read_labels(run)["id"].to_pylist())
+    assert ids == set(range(1797))
+    assert pq.read_metadata(Path(run.uri("labels", "part-empty.parquet"))).num_rows == 0
+
+
+def test_a_bad_row_that_the_sample_missed_stops_the_fit_with_its_place(ray_cluster, digits, tmp_path):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    for source in digits.glob("*.parquet"):
+        table = pq.read_table(source)
+        if source.name == "part-00003.parquet":
+            x = table["embedding"].combine_chunks().flatten().to_numpy().copy()
+            x[64 * 400] = np.inf
+            table = table.set_column(1, "embedding", pa.FixedSizeListArray.from_arrays(pa.array(x), 64))
+        pq.write_table(table, folder / source.name)
+    config = settings(folder, tmp_path / "runs", input={"path": str(folder), "sample_rows": 40})
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"part-00003.parquet row 400 \(id 1748\) is bad: not_finite"):
+        pipeline.run(config, "bad")
+    assert time.monotonic() - started < 120
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_on_another_number_of_workers(ray_cluster, digits, tmp_path, on_one_worker):
+    values = json.loads(settings(digits, tmp_path).model_dump_json())
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "raydc", "run", "--config", str(tmp_path / "job.yaml"), "--run-id", "killed"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "pretrain epoch 5/" in line:
+                break
+        process.send_signal(signal.SIGKILL)
+    # The cluster goes down with its driver; until it has, its worker may still report an epoch.
+    time.sleep(5)
+    run = pipeline.run(settings(digits, tmp_path, fit={"num_workers": 2}), "killed")
+    metrics = run.lake.read_json(run.uri("metrics.json"))
+    assert metrics["rows"]["labels"] == 1797 and metrics["fit"]["num_workers"] == 2
+    epochs = [h["epoch"] for h in metrics["fit"]["history"] if h["phase"] == "pretrain"]
+    assert epochs == list(range(20))
+    # Fitted twice as far on two workers it would take the time of both; what counts is that the result is as good.
+    unbroken = on_one_worker.lake.read_json(on_one_worker.uri("metrics.json"))["quality"]["leaf"]["acc"]
+    assert metrics["quality"]["leaf"]["acc"] >= unbroken - 0.01
+
+
+def test_new_rows_are_labelled_with_the_model_of_a_run(on_one_worker, digits, tmp_path, capsys):
+    arguments = ["assign", "--model", on_one_worker.root, "--input", str(digits), "--output", str(tmp_path / "new")]
+    main(arguments)
+    assert "1797 rows in, 1797 labels, 0 rejects" in capsys.readouterr().out
+    for source in digits.glob("*.parquet"):
+        ours = pq.read_table(tmp_path / "new" / "labels" / source.name)
+        assert ours.equals(pq.read_table(Path(on_one_worker.uri("labels", source.name))))
+
+
+def test_show_and_evaluate_print_the_results_of_a_run(on_one_worker, capsys):
+    before = on_one_worker.lake.read_bytes(on_one_worker.uri("metrics.json"))
+    main(["evaluate", on_one_worker.root])
+    assert on_one_worker.lake.read_bytes(on_one_worker.uri("metrics.json")) == before
+    main(["show", on_one_worker.root])
+    text = capsys.readouterr().out
+    assert "published" in text and "autoencoder + k-means" in text and "1,797 in = 1,797 labels + 0 rejects" in text
+
+
+def test_expected_failures_end_with_one_message_and_exit_code_two(tmp_path, capsys):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"input": {"path": str(tmp_path / "nowhere")}}))
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "--config", str(tmp_path / "job.yaml"), "--dry-run"])
+    assert stop.value.code == 2
+    assert "DataError: input.path=" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(digits, tmp_path, capsys):
+    values = json.loads(settings(digits, tmp_path / "runs").model_dump_json())
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
+    main(["run", "--config", str(tmp_path / "job.yaml"), "--dry-run"])
+    text = capsys.readouterr().out
+    assert "rows        1,797 in 4 slices" in text and "FLOP" in text and "memory" in text
+    assert not (tmp_path / "runs").exists()
+    assert Lake().exists(str(tmp_path))
