@@ -1,0 +1,272 @@
+"""What a run found, in plain words and in tables: the verdict, the results, where the rows and the time went."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raydc.report.wording import change, count, duration, plural, score
+
+# Differences below this are taken for noise: restarts of k-means alone move NMI and ACC by as much.
+MARGIN = 0.005
+
+OBJECTIVES = {"dec": "DEC", "idec": "IDEC", "autoencoder": "Autoencoder + k-means", "kmeans": "k-means"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether learning a space has paid, and by what evidence."""
+
+    tone: Literal["better", "same", "worse", "none"]
+    sentence: str
+    details: list[str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of the results table."""
+
+    key: str
+    name: str
+    meaning: str
+    comparable: bool = False
+    """Whether methods may be ranked by it: the higher the better, and measured alike in every space."""
+
+
+COLUMNS = (
+    Column("acc", "ACC", "share of rows whose group, matched one to one with the classes, is the right one", True),
+    Column("nmi", "NMI", "normalised mutual information of groups and classes", True),
+    Column("ami", "AMI", "mutual information, adjusted for chance", True),
+    Column("ari", "ARI", "adjusted Rand index", True),
+    Column("purity", "Purity", "share of rows of their group's most frequent class", True),
+    Column("silhouette", "Silhouette", "simplified silhouette, in the method's own space"),
+    Column("davies_bouldin", "Davies\u2013Bouldin", "lower is better, in the method's own space"),
+    Column("size_max_over_mean", "Largest / mean", "rows of the largest group over the mean"),
+)
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One line of the results table."""
+
+    name: str
+    groups: str
+    rows: str
+    cells: list[str]
+    best: list[bool]
+    """Whether the cell is the best of its block, for columns by which methods may be ranked."""
+
+    main: bool = False
+    """The line of the run's own labels."""
+
+
+@dataclass(frozen=True)
+class ResultBlock:
+    """Lines that may be compared with one another."""
+
+    title: str
+    lines: list[ResultRow]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results table: columns for which at least one number exists."""
+
+    columns: list[Column]
+    blocks: list[ResultBlock]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one stage."""
+
+    name: str
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """Where the input rows went."""
+
+    input: int
+    labels: int
+    rejects: int
+
+    @property
+    def balanced(self) -> bool:
+        """Return whether no row was lost or doubled."""
+        return self.input == self.labels + self.rejects
+
+
+def objective_name(metrics: Mapping[str, Any]) -> str:
+    """Return the name of the run's objective as people write it."""
+    objective = _objective(metrics)
+    return OBJECTIVES.get(objective, objective.upper())
+
+
+def leaf_scores(metrics: Mapping[str, Any], level: int | None = None) -> dict[str, Any]:
+    """Return the metrics of the run's labels over all rows, at the leaves or at a level."""
+    found: dict[str, Any] = {}
+    for part in ("quality", "internal"):
+        section = metrics.get(part) or {}
+        own = section.get("leaf") if level is None else (section.get("levels") or {}).get(str(level))
+        found |= own or {}
+    return found
+
+
+def verdict(metrics: Mapping[str, Any]) -> Verdict:
+    """Return whether the learned space beats k-means on the raw rows: by NMI and ACC, else by silhouette."""
+    if _objective(metrics) == "kmeans":
+        return Verdict("none", "No space was learned: these are k-means clusters of the rows themselves.", [])
+    baselines = metrics.get("baselines") or {}
+    raw = baselines.get("raw_kmeans")
+    # On the baselines' own sample where it was measured: the same rows on both sides.
+    ours = baselines.get("learned") or leaf_scores(metrics)
+    if not raw:
+        return Verdict("none", "k-means on the raw rows was not measured, so there is nothing to compare with.", [])
+    if _has(raw, "nmi") and _has(ours, "nmi"):
+        return _verdict_by_labels(metrics, ours, raw)
+    if _has(raw, "silhouette") and _has(ours, "silhouette"):
+        return _verdict_by_silhouette(ours, raw)
+    return Verdict("none", "The baseline and this run have no metric in common, so they are not compared.", [])
+
+
+def _verdict_by_labels(metrics: Mapping[str, Any], ours: Mapping[str, Any], raw: Mapping[str, Any]) -> Verdict:
+    gains = [ours[key] - raw[key] for key in ("nmi", "acc") if _has(ours, key) and _has(raw, key)]
+    numbers = f"{_against(ours, raw, ('nmi', 'acc'))}."
+    details = _refinement(metrics, ours)
+    if min(gains) < -MARGIN and max(gains) > MARGIN:
+        text = "The learned space is not clearly better than k-means on the raw rows, the two scores disagree: "
+        return Verdict("same", text + numbers, details)
+    if max(gains) > MARGIN:
+        return Verdict("better", "The learned space is better than k-means on the raw rows: " + numbers, details)
+    if min(gains) < -MARGIN:
+        return Verdict("worse", "The learned space is worse than k-means on the raw rows: " + numbers, details)
+    return Verdict("same", "The learned space is not better than k-means on the raw rows: " + numbers, details)
+
+
+def _verdict_by_silhouette(ours: Mapping[str, Any], raw: Mapping[str, Any]) -> Verdict:
+    gain = ours["silhouette"] - raw["silhouette"]
+    numbers = f"{_against(ours, raw, ('silhouette',))}."
+    details = [
+        "Without known classes only the silhouette can be compared, and each is measured in its own space: "
+        "a space may be tight without being right."
+    ]
+    if gain > MARGIN:
+        return Verdict("better", "Clusters are tighter in the learned space than in the raw rows: " + numbers, details)
+    tone: Literal["worse", "same"] = "worse" if gain < -MARGIN else "same"
+    return Verdict(tone, "Clusters are not tighter in the learned space than in the raw rows: " + numbers, details)
+
+
+def _refinement(metrics: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return what the objective has added to the autoencoder alone."""
+    before = (metrics.get("baselines") or {}).get("autoencoder_kmeans")
+    if _objective(metrics) == "autoencoder" or not before or not _has(before, "nmi"):
+        return []
+    name, gain = objective_name(metrics), ours["nmi"] - before["nmi"]
+    base = f"k-means on the autoencoder's code alone reaches NMI {score(before['nmi'])}"
+    if abs(gain) <= MARGIN:
+        return [f"{base}; {name} leaves it where it is."]
+    return [f"{base}; {name} {'adds to it' if gain > 0 else 'takes from it'} ({change(gain)})."]
+
+
+def _against(ours: Mapping[str, Any], raw: Mapping[str, Any], keys: Iterable[str]) -> str:
+    names = {column.key: column.name for column in COLUMNS}
+    both = [key for key in keys if _has(ours, key) and _has(raw, key)]
+    return ", ".join(f"{names[key]} {score(ours[key])} against {score(raw[key])}" for key in both)
+
+
+def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) -> Results:
+    """Return the results table.
+
+    Args:
+        metrics: the content of metrics.json.
+        num_leaves: leaves of the tree.
+        levels: level sizes, coarsest first.
+    """
+    baselines = metrics.get("baselines") or {}
+    labels = int(metrics["rows"]["labels"])
+    leaf = leaf_scores(metrics)
+    learned = baselines.get("learned")
+    measured = [b["rows"] for b in baselines.values() if b and "rows" in b]
+    sampled = bool(measured) and min(measured) < labels
+    leaf_line = (objective_name(metrics), num_leaves, labels, leaf, True)
+
+    compared = [
+        (name, num_leaves, baselines[key].get("rows"), baselines[key], False)
+        for key, name in (("raw_kmeans", "k-means on the raw rows"), ("autoencoder_kmeans", "Autoencoder + k-means"))
+        if baselines.get(key) and not _repeats(metrics, key)
+    ]
+    if sampled and learned:
+        compared.append((objective_name(metrics), num_leaves, learned.get("rows"), learned, False))
+    tree = [(f"Level {k}", k, labels, leaf_scores(metrics, k), False) for k in levels]
+    separate = sampled and bool(compared)
+    every = (compared if separate else [*compared, leaf_line], [leaf_line, *tree[::-1]] if separate else tree[::-1])
+
+    columns = [c for c in COLUMNS if any(_has(line[3], c.key) for block in every for line in block)]
+    first = "Compared on the same sample of rows" if separate and learned else "Leaves"
+    second = "All rows" if separate else "Levels of the tree"
+    blocks = [ResultBlock(t, _lines(b, columns)) for t, b in zip((first, second), every, strict=True) if b]
+    return Results(columns, blocks)
+
+
+def _repeats(metrics: Mapping[str, Any], baseline: str) -> bool:
+    """Return whether the run's own result is this baseline, which would then stand in the table twice."""
+    return (baseline, _objective(metrics)) in {("raw_kmeans", "kmeans"), ("autoencoder_kmeans", "autoencoder")}
+
+
+def _lines(block: Sequence[tuple[str, int, Any, Mapping[str, Any], bool]], columns: list[Column]) -> list[ResultRow]:
+    top: dict[str, str] = {}
+    alike = len({line[1] for line in block}) == 1
+    for column in columns:
+        found = [line[3][column.key] for line in block if _has(line[3], column.key)]
+        if column.comparable and alike and len(found) > 1:
+            top[column.key] = score(max(found))
+    lines = []
+    for name, groups, rows, scores, main in block:
+        cells = [score(scores.get(c.key)) for c in columns]
+        best = [c.key in top and cell == top[c.key] for c, cell in zip(columns, cells, strict=True)]
+        lines.append(ResultRow(name, count(groups), count(rows), cells, best, main))
+    return lines
+
+
+def accounts(metrics: Mapping[str, Any]) -> Accounts:
+    """Return where the input rows went."""
+    return Accounts(*(int(metrics["rows"][name]) for name in ("input", "labels", "rejects")))
+
+
+def stage_times(seconds: Mapping[str, float]) -> list[StageTime]:
+    """Return the stages in the order given, each with its share of the longest."""
+    longest = max(seconds.values(), default=0.0) or 1.0
+    return [StageTime(name, duration(value), value / longest) for name, value in seconds.items()]
+
+
+def facts(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int], seconds: float) -> list[tuple[str, str]]:
+    """Return the headline numbers, as (name, value)."""
+    leaf = leaf_scores(metrics)
+    shown = [("NMI", "nmi"), ("ACC", "acc")] if _has(leaf, "nmi") else [("Silhouette", "silhouette")]
+    return [
+        ("Rows labelled", count(metrics["rows"]["labels"])),
+        ("Leaves", count(num_leaves)),
+        ("Levels", ", ".join(str(k) for k in levels) or "none"),
+        *[(name, score(leaf[key])) for name, key in shown if _has(leaf, key)],
+        *([("Time", duration(seconds))] if seconds else []),
+    ]
+
+
+def summary(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) -> str:
+    """Return one sentence: how many rows are in how many leaves and levels."""
+    rows = plural(int(metrics["rows"]["labels"]), "row")
+    text = f"{rows} in {plural(num_leaves, 'leaf', 'leaves')}"
+    if not levels:
+        return f"{text}, without coarser levels."
+    sizes = " and ".join([", ".join(str(k) for k in levels[:-1]), str(levels[-1])] if levels[1:] else [str(levels[0])])
+    return f"{text}, which the tree groups into {sizes}."
+
+
+def _objective(metrics: Mapping[str, Any]) -> str:
+    return str((metrics.get("fit") or {}).get("objective", "dec"))
+
+
+def _has(scores: Mapping[str, Any], key: str) -> bool:
+    return scores.get(key) is not None
