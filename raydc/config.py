@@ -225,7 +225,7 @@ class RefineConfig(Section):
     tolerance: float = Field(1e-3, ge=0, lt=1)
     """Stop when a smaller share of rows than this changes its leaf between two refreshes."""
 
-    alpha: float | Literal["auto"] = "auto"
+    alpha: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Degrees of freedom of the Student-t kernel; auto takes the least that reaches target_top_q (1 in the paper)."""
 
     target_top_q: float = Field(0.5, gt=0, lt=1)
@@ -298,7 +298,7 @@ class Config(Section):
     output: str = Field("runs", json_schema_extra=OPERATIONAL)
     """Folder or URI under which run folders are made."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of every random choice."""
 
     storage: StorageConfig = StorageConfig()
@@ -314,13 +314,19 @@ class Config(Section):
     ray: RayConfig = RayConfig()
 
     @pydantic.model_validator(mode="after")
-    def _levels_fit_the_leaves(self) -> Self:
-        problems = [k for k in self.merge.levels or [] if k >= self.cluster.num_leaves]
-        if problems:
-            raise ValueError(
-                f"merge.levels={problems} must be below cluster.num_leaves={self.cluster.num_leaves}; "
-                "a level groups the leaves"
+    def _settings_fit_the_leaves(self) -> Self:
+        leaves, problems = self.cluster.num_leaves, []
+        if too_fine := [k for k in self.merge.levels or [] if k >= leaves]:
+            problems.append(
+                f"merge.levels={too_fine} must be below cluster.num_leaves={leaves}; a level groups the leaves"
             )
+        if self.fit.objective in ("dec", "idec") and self.refine.target_top_q * leaves <= 1:
+            problems.append(
+                f"refine.target_top_q={self.refine.target_top_q} must be above 1 / cluster.num_leaves={1 / leaves:.3g}"
+                ", the top q of a kernel without any signal"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     @property
@@ -373,7 +379,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         values = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}. Give an existing YAML file.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, found {type(values).__name__}.")
@@ -407,7 +413,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     node = values
     for name in parents:
-        child = node.setdefault(name, {})
+        child = node.get(name)
+        if child is None:
+            child = node[name] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override!r}: {name} is not a section.")
         node = child
@@ -415,18 +423,27 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _describe(problem: Any) -> str:
-    where = ".".join(str(p) for p in problem["loc"])
+    where = ".".join(_settings_in(problem["loc"]))
     if problem["type"] == "extra_forbidden":
         *parents, last = problem["loc"]
         known = _known_keys(parents)
-        near = difflib.get_close_matches(str(last), known, n=3, cutoff=0.5)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known keys: {', '.join(sorted(known))}."
-        return f"{where}: unknown setting. {hint}"
+        near = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(sorted(known))}."
+        return f"{'.'.join(map(str, problem['loc']))}: unknown setting. {hint}"
     if problem["type"] == "missing":
         return f"{where}: required, but not set."
     if problem["type"] == "value_error" or not where:
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
     return f"{where}={problem['input']!r}: {problem['msg']}."
+
+
+def _settings_in(place: Iterable[Any]) -> list[str]:
+    """Return the place of a problem without the names that pydantic adds for the members of a union."""
+    kept: list[Any] = []
+    for part in place:
+        if isinstance(part, int) or part in _known_keys(kept):
+            kept.append(part)
+    return [str(part) for part in kept]
 
 
 def _known_keys(parents: list[Any]) -> list[str]:
