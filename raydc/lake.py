@@ -6,6 +6,7 @@ Writes are whole or not there: a local file is renamed into place, an object app
 import json
 import os
 import posixpath
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ class Lake:
     def list_parquet(self, uris: str | list[str]) -> list[StoredFile]:
         """Return the Parquet files of folders, globs and files, sorted by URI, each once.
 
-        Names that begin with `_` or `.` are passed over in folders, as other readers do.
+        Names that begin with `_` or `.` are passed over, as other readers do, unless they or a folder above them are
+        named in the entry. Links to files count as files; links to folders are not followed.
 
         Raises:
             DataError: an entry names nothing.
@@ -86,8 +88,12 @@ class Lake:
 
     def _expand(self, uri: str) -> list[StoredFile]:
         fs, path = self.file_system(uri)
+        fs.invalidate_cache()
         if any(c in path for c in "*?["):
             details = fs.glob(path, detail=True)
+            root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
+            if _is_visible(path[len(root) :]):
+                details = {p: d for p, d in details.items() if _is_visible(p[len(root) :])}
         elif fs.isdir(path):
             details = fs.find(path, detail=True)
             root = fs._strip_protocol(path).rstrip("/")
@@ -96,7 +102,11 @@ class Lake:
             details = {path: fs.info(path)}
         else:
             details = {}
-        return [StoredFile(absolute(fs.unstrip_protocol(p)), d["size"]) for p, d in details.items() if d["type"] == "file"]
+        return [
+            StoredFile(absolute(fs.unstrip_protocol(p)), d["size"])
+            for p, d in details.items()
+            if d["type"] == "file" or (d.get("islink") and not fs.isdir(p))
+        ]
 
     @contextmanager
     def open_parquet(self, uri: str) -> Iterator[pa.NativeFile]:
@@ -194,6 +204,12 @@ class Lake:
 def join(uri: str, *names: str) -> str:
     """Return the URI of a name below a folder."""
     return "/".join([uri.rstrip("/"), *names])
+
+
+def is_staged(uri: str) -> bool:
+    """Return whether this is a temporary file of `Lake.staged`, left behind by a process that was killed."""
+    name = posixpath.basename(uri)
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 def absolute(uri: str) -> str:

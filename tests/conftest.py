@@ -34,3 +34,39 @@ def digits(tmp_path_factory):
     from raydc.demo import write_digits
 
     return write_digits(tmp_path_factory.mktemp("input") / "digits")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """The URL of an S3 server in this process."""
+    server = pytest.importorskip("moto.server", reason="the S3 tests need moto[server]")
+    threaded = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    threaded.start()
+    host, port = threaded.get_host_and_port()
+    yield f"http://{host}:{port}"
+    threaded.stop()
+
+
+@pytest.fixture
+def s3_client(s3_endpoint, monkeypatch):
+    """A plain client of the S3 server, and the environment in which others find it."""
+    boto3 = pytest.importorskip("boto3", reason="the S3 tests need boto3")
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def bucket(s3_client):
+    """The URI of a fresh bucket."""
+    name = f"bucket-{os.urandom(4).hex()}"
+    s3_client.create_bucket(Bucket=name)
+    return f"s3://{name}"
