@@ -61,7 +61,7 @@ class RunDir:
         if marker is None:
             return False
         if marker["fingerprint"] != digest(settings):
-            changes = "; ".join(difference(marker["settings"], settings))
+            changes = "; ".join(difference(marker["settings"], settings)) or "a setting was added or removed"
             raise StageError(
                 f"{stage}: run {self.run_id!r} was started with other settings: {changes}. "
                 f"Use a new --run-id, or delete {self.uri('stages', stage + '.json')} and the markers of the stages "

@@ -111,8 +111,8 @@ class Preprocess:
         if device.type == "cpu":
             return self
         if device not in self._cache:
-            moved = [t.to(device) if t is not None else None for t in (self.mean_D, self.scale_D)]
-            self._cache[device] = Preprocess(self.method, self.blocks, *moved)
+            mean, scale = (t.to(device) if t is not None else None for t in (self.mean_D, self.scale_D))
+            self._cache[device] = Preprocess(self.method, self.blocks, mean, scale)
         return self._cache[device]
 
 
