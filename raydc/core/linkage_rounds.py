@@ -226,18 +226,17 @@ class _Rounds:
     def search_postponed(self, *, now: bool = False) -> np.ndarray:
         """Search for the postponed slots with a floor in the lower part of all distances; return them.
 
-        With now, at least one is searched: the caller has nothing else left to do.
+        With now, the caller has nothing else left to do: the lowest is searched, and those with floors close to it.
         """
         slot_A = np.flatnonzero(self.postponed_M)
         if not len(slot_A):
             return slot_A
-        if now or self.num_alive < 0.98 * self.low_alive or self.low_alive == 0:
+        if self.num_alive < 0.98 * self.low_alive or self.low_alive == 0:
             distance_A = self.distance_M[self.alive_M]
             rank = int(POSTPONE_ABOVE * (len(distance_A) - 1))
             self.low, self.low_alive = np.partition(distance_A, rank)[rank], self.num_alive
-        low_A = self.distance_M[slot_A] <= self.low
-        if low_A.any() or not now:
-            slot_A = slot_A[low_A]
+        floor_A = self.distance_M[slot_A]
+        slot_A = slot_A[floor_A <= (max(self.low, 1.5 * floor_A.min()) if now else self.low)]
         self.postponed_M[slot_A] = False
         self.search_again(slot_A)
         return slot_A
