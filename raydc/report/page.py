@@ -202,7 +202,9 @@ def _map_note(num_rows: int, refined: bool, labelled: bool) -> str:
     else:
         note += "The space was not refined, so there is one map instead of two. "
     note += "Near points are near in the space; the sizes of islands and the gaps between them mean little."
-    return note + (" What matches best of leaves and labels has the same colour." if labelled else "")
+    return note + (
+        " A leaf, or group of leaves, shares its colour with the label that it matches best." if labelled else ""
+    )
 
 
 def draw_tree(data: RunData, legend: Legend) -> Drawing:
@@ -276,17 +278,21 @@ def _training_facts(metrics: Mapping[str, Any]) -> list[str]:
     facts = []
     if fit.get("num_workers"):
         rate = f", {wording.count(fit['rows_per_second'])} rows a second" if fit.get("rows_per_second") else ""
-        precision = f" in {fit['precision']}" if fit.get("precision") else ""
+        precision = f" in {fit['precision']}" if fit.get("precision") not in (None, "auto") else ""
         facts.append(f"{wording.plural(fit['num_workers'], 'worker')} on {fit.get('device', 'cpu')}{precision}{rate}.")
     for entry in fit.get("history") or []:
         if entry.get("phase") == "kmeans" and entry.get("inertia") is not None:
             after = f" after {wording.plural(entry['iterations'], 'iteration')}" if entry.get("iterations") else ""
-            facts.append(f"k-means start: inertia {entry['inertia']:,.4g}{after}.")
+            facts.append(f"k-means start: inertia {_plain(entry['inertia'])}{after}.")
             if entry.get("alpha") is not None and entry.get("scale") is not None:
                 kernel = f"Student-t kernel: alpha {entry['alpha']:.3g}, scale {entry['scale']:.3g}"
                 top_q = entry.get("top_q")
                 facts.append(kernel + ("." if top_q is None else f", mean largest soft assignment {top_q:.2f}."))
     return facts
+
+
+def _plain(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
 def _size_facts(rows_K: npt.NDArray[np.int64]) -> str:
