@@ -6,7 +6,7 @@ resuming. Every row has a key, its position in the sorted input, so any worker c
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,9 @@ from raydc.lake import Lake, StoredFile
 from raydc.schema import rejects_schema
 
 _FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
+
+# These say nothing against the file: the slice is tried again, its rows are never quarantined.
+_NOT_THE_FILE = (ConnectionError, TimeoutError, PermissionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,11 @@ def embedding_layout(type_: pa.DataType, metadata: dict[bytes, bytes] | None, dt
 
 
 def read_footers(lake: Lake, files: Sequence[StoredFile], *, num_threads: int = 16) -> list[Footer]:
-    """Return the footer of every file, in order; an unreadable one carries its problem instead of raising."""
+    """Return the footer of every file, in order; an unreadable one carries its problem instead of raising.
+
+    Raises:
+        DataError: a file could not be reached, which says nothing of what is in it.
+    """
     with ThreadPoolExecutor(num_threads) as pool:
         return list(pool.map(lambda f: _read_footer(lake, f), files))
 
@@ -193,8 +200,10 @@ def _read_footer(lake: Lake, file: StoredFile) -> Footer:
         with lake.open_parquet(file.uri) as handle:
             parquet = pq.ParquetFile(handle)
             metadata, schema = parquet.metadata, parquet.schema_arrow
+    except _NOT_THE_FILE as error:
+        raise DataError(f"{file.uri}: {_first_line(error)}. Check the network and the access rights.") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        return Footer(file.uri, file.size, problem=str(error).splitlines()[0])
+        return Footer(file.uri, file.size, problem=_first_line(error))
     seen = hashlib.sha256(str((file.size, metadata.num_rows)).encode())
     groups, num_values = [], dict.fromkeys(schema.names, 0)
     for g in range(metadata.num_row_groups):
@@ -202,7 +211,9 @@ def _read_footer(lake: Lake, file: StoredFile) -> Footer:
         groups.append((group.num_rows, group.total_byte_size))
         for c in range(group.num_columns):
             chunk = group.column(c)
-            name = chunk.path_in_schema.split(".")[0]
+            # A column's own name may have dots, like the path to its values.
+            path = chunk.path_in_schema
+            name = max((n for n in schema.names if f"{path}.".startswith(f"{n}.")), key=len, default=path)
             num_values[name] = num_values.get(name, 0) + chunk.num_values
             stats = chunk.statistics
             extremes = (stats.min, stats.max) if stats is not None and stats.has_min_max else None
@@ -217,15 +228,17 @@ def plan_slices(footers: Sequence[Footer], slice_bytes: int) -> list[Slice]:
     An empty file is one slice of no rows, so that it has its label file too.
     """
     names = _output_names([f.uri for f in footers])
+    taken = set(names)
     slices: list[Slice] = []
     key = 0
     for footer, name in zip(footers, names, strict=True):
         parts = _split(footer.row_groups, slice_bytes)
+        part_names = _part_names(name, len(parts), taken)
+        taken.update(part_names)
         row = 0
-        for number, groups in enumerate(parts):
+        for part_name, groups in zip(part_names, parts, strict=True):
             rows = sum(footer.row_groups[g][0] for g in groups)
             size = sum(footer.row_groups[g][1] for g in groups)
-            part_name = name if len(parts) == 1 else name.removesuffix(".parquet") + f"-{number:05d}.parquet"
             slices.append(Slice(len(slices), part_name, footer.uri, tuple(groups), row, key, rows, size))
             row += rows
             key += rows
@@ -244,6 +257,16 @@ def _split(row_groups: Sequence[tuple[int, int]], slice_bytes: int) -> list[list
     return parts
 
 
+def _part_names(name: str, num_parts: int, taken: set[str]) -> list[str]:
+    if num_parts == 1:
+        return [name]
+    stem = name.removesuffix(".parquet")
+    # `a.parquet` in two parts may lie beside a file that is itself called `a-00000.parquet`.
+    while taken.intersection(names := [f"{stem}-{i:05d}.parquet" for i in range(num_parts)]):
+        stem += "-part"
+    return names
+
+
 def _output_names(uris: Sequence[str]) -> list[str]:
     if not uris:
         return []
@@ -253,8 +276,14 @@ def _output_names(uris: Sequence[str]) -> list[str]:
         if len(set(level)) > 1:
             break
         shared += 1
-    names = ["/".join(u.split("/")[shared:]) for u in uris]
-    return [n if n.endswith(".parquet") else n + ".parquet" for n in names]
+    names: dict[str, None] = {}
+    for uri in uris:
+        # Where a list spans schemes, `s3:` and the nothing behind it come before the first folder.
+        name = "/".join(part.rstrip(":") for part in uri.split("/")[shared:] if part)
+        while not name.endswith(".parquet") or name in names:
+            name += ".parquet"
+        names[name] = None
+    return list(names)
 
 
 def read_slice(
@@ -265,7 +294,7 @@ def read_slice(
     block_rows: int = 65536,
     with_labels: bool = False,
     with_carry: bool = False,
-) -> Iterator[RowBatch]:
+) -> Generator[RowBatch, None, None]:
     """Yield the rows of a slice in order, in batches of at most `block_rows`.
 
     Raises:
@@ -286,8 +315,10 @@ def read_slice(
                 table = pa.Table.from_batches([batch])
                 yield _decode(table, part, row, spec, with_labels=with_labels, with_carry=with_carry)
                 row += len(table)
+    except _NOT_THE_FILE:
+        raise
     except (pa.ArrowException, OSError) as error:
-        problem = f"{part.uri} cannot be read beyond row {part.first_row + row}: {str(error).splitlines()[0]}"
+        problem = f"{part.uri} cannot be read beyond row {part.first_row + row}: {_first_line(error)}"
         if spec.on_bad_files == "fail":
             raise DataError(f"{problem}. Restore the file, or set input.on_bad_files=quarantine.") from None
         yield _lost_rows(part, row, spec)
@@ -302,17 +333,20 @@ def _decode(
     for column, (start, stop, _) in zip(spec.columns, spec.blocks, strict=True):
         values = vectors_from_arrow(table[column.name], column.dim, column.dtype, reasons)
         _mark_bad_values(values, reasons, refuse_zero_norm=spec.refuse_zero_norm)
-        if x is None:
-            x = values.astype(spec.dtype, copy=False)
-        else:
-            x[:, start:stop] = values
+        # What leaves the range of float32 here was marked above.
+        with np.errstate(over="ignore"):
+            if x is None:
+                x = values.astype(spec.dtype, copy=False)
+            else:
+                x[:, start:stop] = values
     assert x is not None
     ids = canonical_ids(table[spec.id_column], spec)
     if ids.null_count:
         reasons[(reasons == "") & ids.is_null().to_numpy(zero_copy_only=False)] = "missing"
     weights = None
     if spec.weight_column:
-        weights = table[spec.weight_column].to_numpy().astype(np.float32)
+        with np.errstate(over="ignore"):
+            weights = table[spec.weight_column].to_numpy().astype(np.float32)
         reasons[(reasons == "") & ~(np.isfinite(weights) & (weights > 0))] = "bad_weight"
     labels = table[spec.label_column].combine_chunks() if with_labels and spec.label_column else None
     carry = table.select(list(spec.carry_columns)) if with_carry else None
@@ -351,11 +385,10 @@ def vectors_from_arrow(
         reasons: (n,) written in place: `missing` for null rows, `wrong_length` for rows of another length. Those rows
             are zero in the result.
     """
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
+    chunks = [c.storage if isinstance(c, pa.ExtensionArray) else c for c in column.chunks if len(c)]
+    if not chunks:
+        return np.empty((0, dim), dtype)
+    array = chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
     n = len(array)
     if pa.types.is_fixed_size_binary(array.type):
         width = dim * np.dtype(dtype).itemsize
@@ -387,7 +420,7 @@ def _mark_bad_values(x: npt.NDArray[Any], reasons: npt.NDArray[np.str_], *, refu
     flags[bad] = True
     _mark(reasons, flags, "not_finite")
     if refuse_zero_norm:
-        _mark(reasons, ~x.any(axis=1), "zero_norm")
+        _mark(reasons, np.logical_not(x.any(axis=1)), "zero_norm")
 
 
 def _mark(reasons: npt.NDArray[np.str_], flags: npt.NDArray[np.bool_], reason: str) -> None:
@@ -398,6 +431,10 @@ def canonical_ids(column: pa.ChunkedArray, spec: InputSpec) -> pa.Array:
     """Return the ids as int64 or string, whatever width or dictionary they were stored with."""
     ids = column.cast(spec.arrow_id_type).combine_chunks()
     return pa.concat_arrays(ids.chunks) if isinstance(ids, pa.ChunkedArray) else ids
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _rejects(

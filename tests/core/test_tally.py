@@ -1,5 +1,7 @@
 """The statistics of labelled rows: by hand, additive in any order, and whole after their way through arrays."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +64,7 @@ def test_tallies_of_blocks_merge_to_that_of_the_whole_in_any_order(sizes, order)
     whole = Tally(5)
     whole.add(*columns)
     edges = np.cumsum([0, *sizes])
-    blocks = [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
     merged = Tally(5)
     for block in [blocks[i] for i in order if i < len(blocks)]:
         part = Tally(5)
