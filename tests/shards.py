@@ -38,11 +38,11 @@ def column(x: np.ndarray, layout: str = "fixed_size_list") -> pa.Array:
     if layout == "fixed_size_binary":
         return pa.array([row.tobytes() for row in x], pa.binary(x.shape[1] * x.itemsize))
     if layout == "fixed_shape_tensor":
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(x).reshape(len(x), 2, -1))
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(x).reshape(len(x), 2, x.shape[1] // 2))
     if layout == "ray_tensor":
         from ray.data.extensions import ArrowTensorArray
 
-        return ArrowTensorArray.from_numpy(np.ascontiguousarray(x).reshape(len(x), 2, -1))
+        return ArrowTensorArray.from_numpy(np.ascontiguousarray(x).reshape(len(x), 2, x.shape[1] // 2))
     raise ValueError(layout)
 
 

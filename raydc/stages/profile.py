@@ -21,7 +21,17 @@ from raydc.core.preprocess import Moments, Preprocess
 from raydc.errors import ConfigError, DataError
 from raydc.lake import Lake
 from raydc.rundir import RunDir
-from raydc.slices import Column, Footer, InputSpec, Layout, Slice, embedding_layout, plan_slices, read_footers, read_slice
+from raydc.slices import (
+    Column,
+    Footer,
+    InputSpec,
+    Layout,
+    Slice,
+    embedding_layout,
+    plan_slices,
+    read_footers,
+    read_slice,
+)
 
 log = logging.getLogger(__name__)
 
@@ -162,15 +172,16 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     _collect(file_problems, problems)
     _collect(file_problems, _other_columns(config, readable))
 
+    good = [f for f in readable if f.uri not in file_problems]
+    num_rows = sum(f.num_rows for f in good)
     bad_files: list[dict[str, Any]] = []
-    if section.on_bad_files == "quarantine":
+    if section.on_bad_files == "quarantine" and num_rows:
         rows = {f.uri: f.num_rows if not f.problem else None for f in footers}
         bad_files = [{"uri": u, "problem": p, "rows": rows[u]} for u, p in sorted(file_problems.items())]
     elif file_problems:
         general += [f"{uri}: {problem}" for uri, problem in sorted(file_problems.items())]
-        general[-1] += ". Fix the export, or set input.on_bad_files=quarantine"
-    good = [f for f in readable if f.uri not in file_problems]
-    num_rows = sum(f.num_rows for f in good)
+        if section.on_bad_files == "fail":
+            general[-1] += ". Fix the export, or set input.on_bad_files=quarantine"
     if not general and num_rows == 0:
         general.append(f"input.path={section.path}: no rows in {len(footers)} files")
     settings = []
@@ -218,31 +229,41 @@ def _resolve_column(
         layouts[f.uri] = layout
         values, rows = f.num_values[wanted.name], f.num_rows
         dims[f.uri] = layout.dim or (values // rows if rows and values % rows == 0 else None)
-        uneven = rows and dims[f.uri] is None
+    filled = {f.uri: f for f in footers if f.uri in layouts and f.num_rows}
+    found_in = Counter((layouts[u].dtype, dims[u]) for u in filled or layouts)
+    if not found_in:
+        return None, problems
+    dtype, dim = max(found_in, key=lambda kind: (kind[1] is not None, found_in[kind]))
+    usual = next((f for u, f in filled.items() if (layouts[u].dtype, dims[u]) == (dtype, dim)), None)
+    if usual is not None and layouts[usual.uri].dim is None:
+        # So far a mean over the file, which bad rows may have bent to another whole number.
+        dim = _commonest_length(usual, wanted.name, lake) or dim
+    if not dim:
+        return None, problems
+    for uri, footer in filled.items():
+        layout, found = layouts[uri], dims[uri] or dim
+        uneven = dims[uri] is None
+        if found != dim and layout.dim is None:
+            found = _commonest_length(footer, wanted.name, lake) or dim
+            uneven = found == dim
         if uneven and on_bad_rows == "fail":
-            problems[f.uri] = (
-                f"column {wanted.name!r} has rows of different lengths ({values} values in {rows} rows). "
+            counts = f"{footer.num_values[wanted.name]} values in {footer.num_rows} rows"
+            problems[uri] = (
+                f"column {wanted.name!r} has rows of different lengths, or missing ones ({counts}). "
                 "Set input.on_bad_rows=quarantine to leave the wrong ones out"
             )
-    known = Counter((layouts[u].dtype, d) for u, d in dims.items() if d)
-    if not known:
-        uneven_files = [f for f in footers if f.uri in layouts and f.num_rows]
-        if not uneven_files or not (common := _commonest_length(uneven_files[0], wanted.name, lake)):
-            return None, problems
-        known = Counter({(layouts[uneven_files[0].uri].dtype, common): 1})
-    (dtype, dim), _ = known.most_common(1)[0]
-    assert dim is not None
-    rows_of = {f.uri: f.num_rows for f in footers}
-    for uri, layout in layouts.items():
-        found = dims[uri] or dim
-        if rows_of[uri] and (layout.dtype, found) != (dtype, dim):
+        elif (layout.dtype, found) != (dtype, dim):
             problems[uri] = f"column {wanted.name!r} holds {found} x {layout.dtype}, expected {dim} x {dtype}"
     return Column(wanted.name, dim, dtype, wanted.weight), problems
 
 
 def _commonest_length(footer: Footer, name: str, lake: Lake) -> int | None:
-    with lake.open_parquet(footer.uri) as handle:
-        batch = next(pq.ParquetFile(handle).iter_batches(1024, columns=[name]))
+    """Return the commonest length among the first rows of a list column; None where they cannot be read."""
+    try:
+        with lake.open_parquet(footer.uri) as handle:
+            batch = next(pq.ParquetFile(handle).iter_batches(1024, columns=[name]))
+    except (pa.ArrowException, OSError):
+        return None
     column = batch.column(0)
     lengths = pc.drop_null(pc.list_value_length(getattr(column, "storage", column)))
     return Counter(lengths.to_pylist()).most_common(1)[0][0] if len(lengths) else None
@@ -274,6 +295,7 @@ def _resolve_ids(name: str, footers: Sequence[Footer]) -> tuple[str | None, dict
 def _other_columns(config: Config, footers: Sequence[Footer]) -> dict[str, str]:
     section = config.input
     problems: dict[str, str] = {}
+    usual = {name: kept for name in section.carry_columns if (kept := _usual_field(name, footers)) is not None}
     for f in footers:
         assert f.schema is not None
         names = [n for n in (section.label_column, section.weight_column, *section.carry_columns) if n]
@@ -290,9 +312,26 @@ def _other_columns(config: Config, footers: Sequence[Footer]) -> dict[str, str]:
             type_ = f.schema.field(section.weight_column).type
             if not (pa.types.is_integer(type_) or pa.types.is_floating(type_)):
                 found.append(f"weight column {section.weight_column!r} is {type_}, expected numbers")
+        for name in section.carry_columns:
+            if name not in missing and not _stackable(f.schema.field(name), usual[name]):
+                found.append(f"carried column {name!r} is {f.schema.field(name).type}, expected {usual[name].type}")
         if found:
             problems[f.uri] = "; ".join(found)
     return problems
+
+
+def _usual_field(name: str, footers: Sequence[Footer]) -> pa.Field | None:
+    types = Counter(f.schema.field(name).type for f in footers if f.schema is not None and name in f.schema.names)
+    return pa.field(name, types.most_common(1)[0][0]) if types else None
+
+
+def _stackable(first: pa.Field, second: pa.Field) -> bool:
+    """Return whether rows of both files fit into one table, as the exemplars need."""
+    try:
+        pa.unify_schemas([pa.schema([first]), pa.schema([second])], promote_options="permissive")
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def _is_text(type_: pa.DataType) -> bool:
@@ -314,6 +353,7 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
     moments = Moments(0, np.zeros(spec.dim), np.zeros(spec.dim))
     rejects: Counter[str] = Counter()
     example = ""
+    unreadable = 0
     for part in filled:
         # The sample looks at all bad rows before it judges, so the reader must not stop at the first one.
         reader = read_slice(lake, part, replace(spec, on_bad_rows="quarantine"), block_rows=min(share, 8192))
@@ -322,6 +362,8 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
             for batch in reader:
                 moments = moments.merge(Moments.of(batch.x))
                 found = Counter(batch.rejects["reason"].to_pylist())
+                # Not the rows' fault: input.on_bad_files has let these pass.
+                unreadable += found.pop("unreadable_file", 0)
                 if found and not example:
                     first = batch.rejects.slice(0, 1).to_pylist()[0]
                     example = f"{part.uri} row {first['row']} (id {first['id']!r}) is bad: {first['reason']}"
@@ -336,7 +378,13 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
     problems = []
     if rejects and spec.on_bad_rows == "fail":
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(rejects.items()))
-        problems.append(f"{example}. Bad rows in the sample: {counts}. Fix the export, or set input.on_bad_rows=quarantine")
+        problems.append(
+            f"{example}. Bad rows in the sample: {counts}. Fix the export, or set input.on_bad_rows=quarantine"
+        )
+    rejects += Counter(unreadable_file=unreadable)
+    if not problems and not moments.num_rows:
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(rejects.items()))
+        problems.append(f"input.path={config.input.path}: no usable row in the sample ({counts}). Fix the export")
     return replace(profile, moments=moments, sample_rejects=dict(rejects)), problems
 
 
