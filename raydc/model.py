@@ -179,7 +179,7 @@ class Model:
             return cls._read(uri, lake, head)
         except (FileNotFoundError, safetensors.SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise DataError(
-                f"model {uri}: damaged ({type(error).__name__}: {error}). Restore the folder, or fit again."
+                f"model {uri}: damaged ({type(error).__name__}: {' '.join(str(error).split())}). Restore the folder, or fit again."
             ) from None
 
     @classmethod
