@@ -136,7 +136,8 @@ def label_slice(job: Labelling, part: Slice) -> Statistics:
                 rejects.append(batch.rejects)
             if not len(batch.keys):
                 continue
-            x = torch.from_numpy(np.ascontiguousarray(batch.x))
+            # Arrow's memory is read-only, which torch does not take: copied where it is.
+            x = torch.from_numpy(np.require(batch.x, requirements=["C", "W"]))
             z = job.model.encode(x, block_rows=job.block_rows)
             found = job.model.label(z, block_rows=job.block_rows)
             writer.write_table(_label_table(batch, found, schema))
@@ -253,9 +254,7 @@ def _count_sample(
     statistics.map_rows = _stacked(statistics.map_rows, pa.table(columns))
 
 
-def _exemplars(
-    job: Labelling, batch: RowBatch, found: Prediction, classes: npt.NDArray[np.str_] | None
-) -> pa.Table:
+def _exemplars(job: Labelling, batch: RowBatch, found: Prediction, classes: npt.NDArray[np.str_] | None) -> pa.Table:
     order = np.lexsort((batch.keys, found.distance, found.leaf))
     leaf = found.leaf[order]
     kept = order[np.arange(len(leaf)) - np.searchsorted(leaf, leaf, side="left") < job.num_exemplars]

@@ -178,9 +178,8 @@ class Model:
         try:
             return cls._read(uri, lake, head)
         except (FileNotFoundError, safetensors.SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(
-                f"model {uri}: damaged ({type(error).__name__}: {' '.join(str(error).split())}). Restore the folder, or fit again."
-            ) from None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"model {uri}: damaged ({reason}). Restore the folder, or fit again.") from None
 
     @classmethod
     def _read(cls, uri: str, lake: Lake, head: dict[str, Any]) -> "Model":
