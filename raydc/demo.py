@@ -17,7 +17,7 @@ def with_data(config: Config) -> Config:
     """Return the settings with `input.path: demo:digits` replaced by the shards, written below `output` first."""
     if config.input.path != DIGITS:
         return config
-    folder = write_digits(Path(config.output) / "digits")
+    folder = write_digits(Path(config.output) / "input-digits")
     return config.model_copy(update={"input": config.input.model_copy(update={"path": str(folder)})})
 
 

@@ -4,21 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
 def save(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Write `state.safetensors` and `state.json` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "state.safetensors")
+    safetensors.torch.save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(values))
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what `save` wrote."""
-    return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+    # Read, not mapped: mapped tensors would change under our hands when the next checkpoint replaces the file.
+    tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
+    return tensors, json.loads((folder / "state.json").read_text())
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from raydc.cluster import root_cause, watched
 from raydc.config import Config
+from raydc.core.autoencoder import choose_precision
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import prepare_process
@@ -306,7 +307,7 @@ def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[
         "rows": rows.num_rows,
         "num_workers": context.world_size,
         "device": context.device.type,
-        "precision": job.settings.precision,
+        "precision": choose_precision(job.settings.precision, context.device),
         "mode": "resident" if isinstance(rows, ResidentRows) else "streamed",
         "rows_per_second": rates[len(rates) // 2] if rates else None,
         "num_empty": int((fitted.leaves.weights_K == 0).sum()),

@@ -92,6 +92,8 @@ def test_a_resumed_fit_ends_as_an_unbroken_one(stop_after, on_one_rank, tmp_path
     assert len(resumed["reports"]) == len(on_one_rank["reports"]) - stop_after
     np.testing.assert_array_equal(resumed["centers"], on_one_rank["centers"])
     np.testing.assert_allclose(losses(resumed), losses(on_one_rank), rtol=1e-6)
+    for name, centers in on_one_rank["baselines"].items():
+        np.testing.assert_array_equal(resumed["baselines"][name], centers)
 
 
 def test_a_fit_resumes_on_another_number_of_ranks(on_one_rank, tmp_path):

@@ -1,0 +1,23 @@
+"""`python -m benchmarks [NAME]`: run one benchmark, or all of them."""
+
+import argparse
+import os
+
+from benchmarks import quality
+
+NAMES = {"quality": quality.main}
+
+
+def main() -> None:
+    """Run the benchmarks that are named, or all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("name", nargs="?", choices=sorted(NAMES), help="one benchmark; all by default")
+    parser.add_argument("--mnist", default=os.environ.get("RAYDC_MNIST"), metavar="FOLDER", help="MNIST as Parquet")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    options = parser.parse_args()
+    for name in [options.name] if options.name else sorted(NAMES):
+        NAMES[name](options)
+
+
+if __name__ == "__main__":
+    main()

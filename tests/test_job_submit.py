@@ -1,0 +1,70 @@
+"""`ray start --head` and `ray job submit`, for real, in processes of their own."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RAY = Path(sys.executable).parent / "ray"
+
+
+def free_port():
+    """Return a loopback port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def head():
+    """Start a head node with a dashboard; yield its address and environment; stop it by its pid."""
+    # A short path of our own: Ray's sockets live below it, and a socket's path has 107 characters at most.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{RAY.parent}:{os.environ['PATH']}"}
+    port, dashboard = free_port(), free_port()
+    command = [str(RAY), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command += ["--num-cpus=3", "--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats"]
+    command += ["--include-dashboard=true", "--dashboard-agent-listen-port=0"]
+    with open(f"{folder}/start.log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run(
+            [str(RAY), "job", "list", "--address", address], env=environment, capture_output=True, check=False
+        ).returncode:
+            assert process.poll() is None and time.monotonic() < deadline, Path(f"{folder}/start.log").read_text()
+            time.sleep(1)
+        yield address, environment
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_submitted_job_succeeds_and_publishes(head, tmp_path):
+    address, environment = head
+    command = [str(RAY), "job", "submit", "--address", address, "--working-dir", str(ROOT), "--"]
+    command += ["python", "jobs/cluster_imagenet.py", "--config", "jobs/digits.yaml", "--run-id", "submitted"]
+    for override in (f"output={tmp_path}", "pretrain.num_epochs=3", "refine.num_epochs=1", "cluster.num_restarts=2"):
+        command += ["--set", override]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "succeeded" in done.stdout and "run         submitted, published" in done.stdout
+    manifest = json.loads((tmp_path / "submitted" / "_MANIFEST.json").read_text())
+    assert manifest["rows"] == {"input": 1797, "labels": 1797, "rejects": 0}
