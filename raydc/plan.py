@@ -3,6 +3,7 @@
 Letters: N rows, D width, K leaves, L latent width.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -40,7 +41,9 @@ class Plan:
         """Return the plan as text, one fact per line."""
         steps = f"{self.pretrain_steps:,} pretraining, at most {self.refine_steps:,} refinement"
         mode = "streamed each epoch" if self.streamed else "resident"
-        duration = "not estimated for GPU workers" if self.seconds is None else f"about {_duration(self.seconds)}"
+        duration = "not estimated for GPU workers"
+        if self.seconds is not None:
+            duration = f"about {_duration(self.seconds)} of arithmetic, plus reading and start-up"
         sample = "" if self.trained_rows == self.rows else f" ({self.trained_rows:,} of them in training)"
         return [
             f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {_size(self.input_bytes)} uncompressed",
@@ -48,7 +51,7 @@ class Plan:
             f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign",
             f"memory      {_size(self.worker_bytes)} per training worker, rows {mode}",
             f"files       about {self.files:,} to write",
-            f"time        {duration} of arithmetic, plus reading and start-up",
+            f"time        {duration}",
         ]
 
 
@@ -59,7 +62,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     dim, leaves = profile.spec.dim, config.cluster.num_leaves
     encoder = encoder_widths(config, dim)
     # A multiply-add is two FLOPs; the backward pass is twice the forward one.
-    forward = 2.0 * sum(a * b for a, b in zip(encoder[:-1], encoder[1:], strict=True))
+    forward = 2.0 * sum(a * b for a, b in itertools.pairwise(encoder))
     nearest = 2.0 * leaves * encoder[-1]
     learns = config.fit.objective != "kmeans"
     refines = config.fit.objective in ("dec", "idec")
@@ -77,7 +80,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     shard = -(-trained // config.fit.num_workers) * (dim * profile.spec.dtype.itemsize + 16 + 8 * encoder[-1])
     limit = config.fit.resident_bytes
     streamed = limit is not None and shard > limit
-    weights = 2 * sum(a * b for a, b in zip(encoder[:-1], encoder[1:], strict=True)) + leaves * encoder[-1]
+    weights = 2 * sum(a * b for a, b in itertools.pairwise(encoder)) + leaves * encoder[-1]
     batch = 8 * max(config.pretrain.batch_rows, 8192) * (2 * sum(encoder) + leaves)
     seconds = None
     if not config.fit.use_gpu:

@@ -58,12 +58,17 @@ def _results(metrics: dict[str, Any], markers: dict[str, Any]) -> list[str]:
         found = metrics["baselines"].get(name)
         if found:
             sampled = found["rows"]
-            text.append(f"{title:24s}" + "".join(f"{found[c]:11.4f}" for c in columns))
+            text.append(_row(title, found, columns))
     for k in metrics["internal"]["levels"]:
         found = metrics["internal"]["levels"][k] | (metrics["quality"]["levels"][k] if labelled else {})
-        text.append(f"{'  level ' + k:24s}" + "".join(f"{found[c]:11.4f}" for c in columns))
+        text.append(_row(f"  level {k}", found, columns))
     if labelled:
         text.append(f"dendrogram purity {metrics['quality']['dendrogram_purity']:.4f}")
     if sampled < rows["labels"]:
         text.append(f"(methods compared on a sample of {sampled:,} rows; levels on all)")
     return text + [f"warning: {w}" for w in metrics.get("warnings", [])]
+
+
+def _row(title: str, found: dict[str, Any], columns: list[str]) -> str:
+    # A sample may hold no row of a known class where the whole input does.
+    return f"{title:24s}" + "".join(f"{found[c]:11.4f}" if c in found else f"{'-':>11s}" for c in columns)

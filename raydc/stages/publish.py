@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from raydc.config import Config
 from raydc.errors import StageError
-from raydc.lake import StoredFile
+from raydc.lake import StoredFile, is_staged
 from raydc.rundir import RunDir, now
 from raydc.schema import FORMAT_VERSION, MANIFEST
 from raydc.stages import profile as profiling
@@ -25,9 +25,16 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Check that the counts add up and write _MANIFEST.json with path, rows, bytes and checksum of every file."""
     prefix = run.root.rstrip("/") + "/"
     stored = [f for f in run.lake.find(run.root) if not f.uri.removeprefix(prefix).startswith(_NOT_LISTED)]
+    # A killed worker leaves its hidden temporary file behind; nobody writes any more.
+    for leftover in [f for f in stored if is_staged(f.uri)]:
+        run.lake.remove(leftover.uri)
+        stored.remove(leftover)
     with ThreadPoolExecutor(8) as pool:
         entries = list(pool.map(lambda f: _entry(run, f, f.uri.removeprefix(prefix)), stored))
-    rows = {folder: sum(e.get("rows", 0) for e in entries if e["path"].startswith(folder + "/")) for folder in ("labels", "rejects")}
+    rows = {
+        folder: sum(e.get("rows", 0) for e in entries if e["path"].startswith(folder + "/"))
+        for folder in ("labels", "rejects")
+    }
     profile = profiling.load(run)
     missing = {f"labels/{s.name}" for s in profile.slices} - {e["path"] for e in entries}
     if missing:

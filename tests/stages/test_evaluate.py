@@ -1,0 +1,123 @@
+"""evaluate and the summary: metrics.json from statistics and tree alone, and what a person reads of it."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from raydc import summary
+from raydc.core import metrics
+from raydc.stages import evaluate, publish
+from tests.stages.runs import fill, labelled_run
+
+
+def written_labels(run) -> dict[str, list]:
+    tables = [pq.read_table(f.uri).to_pydict() for f in run.lake.find(run.uri("labels"))]
+    return {name: [v for t in tables for v in t[name]] for name in tables[0]}
+
+
+def test_metrics_are_those_of_the_label_files(tmp_path):
+    corner = fill(tmp_path / "in", num_bad=3)
+    config, run = labelled_run(tmp_path)
+    evaluate.run(config, run)
+    body = run.lake.read_json(run.uri("metrics.json"))
+    assert body["rows"] == {"input": 100, "labels": 97, "rejects": 3}
+    labels = written_labels(run)
+    for name, found in (("leaf", body["quality"]["leaf"]), ("level_2", body["quality"]["levels"]["2"])):
+        table = np.zeros((max(labels[name]) + 1, 4), np.int64)
+        np.add.at(table, (labels[name], corner), 1)
+        assert found == pytest.approx(metrics.external(table))
+    assert body["quality"]["leaf"]["acc"] == 1.0
+    assert body["quality"]["dendrogram_purity"] == 1.0
+    assert body["internal"]["leaf"]["num_empty"] == 0
+    assert set(body["internal"]["levels"]) == {"2"}
+    assert body["baselines"]["raw_kmeans"]["rows"] == 97
+    assert body["baselines"]["learned"] == pytest.approx(
+        body["quality"]["leaf"] | body["internal"]["leaf"] | {"rows": 97}
+    )
+    assert body["stages"] == {s: {"seconds": 1.0} for s in ("profile", "fit", "merge", "assign")}
+    assert body["fit"] == run.metrics("fit")
+    assert body["warnings"] == ["3 rows were quarantined in rejects/"]
+
+
+def test_without_labels_there_is_no_quality_and_the_rest_stays(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path, input={"label_column": None})
+    evaluate.run(config, run)
+    body = run.lake.read_json(run.uri("metrics.json"))
+    assert "quality" not in body
+    assert set(body["internal"]["leaf"]) == {
+        "silhouette",
+        "davies_bouldin",
+        "size_cv",
+        "size_max_over_mean",
+        "num_empty",
+    }
+    assert "acc" not in body["baselines"]["raw_kmeans"]
+    leaves = pq.read_table(run.uri("leaves.parquet"))
+    assert leaves["majority_label"].null_count == 4
+    assert "ACC" not in "\n".join(summary.lines(run))
+
+
+def test_the_table_of_leaves_tells_size_and_majority(tmp_path):
+    corner = fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    evaluate.run(config, run)
+    leaves = pq.read_table(run.uri("leaves.parquet")).to_pydict()
+    assert leaves["leaf"] == [0, 1, 2, 3]
+    assert sum(leaves["rows"]) == 100
+    sizes = dict(zip(leaves["majority_label"], leaves["rows"], strict=True))
+    assert sizes == {f"corner {k}": int(n) for k, n in enumerate(np.bincount(corner))}
+    assert leaves["majority_share"] == [1.0] * 4
+
+
+def test_metrics_are_the_same_bytes_when_computed_again(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    evaluate.run(config, run)
+    first = run.lake.read_bytes(run.uri("metrics.json"))
+    evaluate.run(config, run)
+    assert run.lake.read_bytes(run.uri("metrics.json")) == first
+
+
+def test_a_learned_space_that_is_no_better_than_the_raw_rows_is_said_so(tmp_path, caplog):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    run.mark_done("fit", config.settings("fit"), 1.0, {"objective": "dec"})
+    evaluate.run(config, run)
+    (warning,) = run.lake.read_json(run.uri("metrics.json"))["warnings"]
+    assert warning == (
+        "the learned space is no better than k-means on the raw rows: nmi 1.000 against 1.000 on 100 rows"
+    )
+    assert warning in caplog.text
+
+
+def test_a_sample_without_known_classes_leaves_its_cells_empty(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    evaluate.run(config, run)
+    body = run.lake.read_json(run.uri("metrics.json"))
+    for name in ("acc", "nmi", "ami", "ari", "purity"):
+        del body["baselines"]["raw_kmeans"][name]
+    run.lake.write_json(run.uri("metrics.json"), body)
+    (line,) = [line for line in summary.lines(run) if line.startswith("k-means on the rows")]
+    assert line.split()[4:8] == ["-"] * 4
+
+
+def test_the_summary_follows_a_run_from_start_to_end(tmp_path):
+    fill(tmp_path / "in", num_bad=1)
+    config, run = labelled_run(tmp_path)
+    text = summary.lines(run)
+    assert text[0] == "run         r1, evaluate not started"
+    assert "stages      profile 1.0 s, fit 1.0 s, merge 1.0 s, assign 1.0 s, evaluate -, report -, publish -" in text
+    assert f"labels      {run.uri('labels')}" in text
+    run.begin("evaluate", config.settings("evaluate"))
+    assert summary.lines(run)[0] == "run         r1, evaluate started, not finished"
+    evaluate.run(config, run)
+    run.mark_done("evaluate", config.settings("evaluate"), 2.0, {})
+    text = summary.lines(run)
+    assert "rows        100 in = 99 labels + 1 rejects" in text
+    assert "leaves      4, levels 2" in text
+    assert any(line.startswith("k-means on the rows") and "1.0000" in line for line in text)
+    assert "warning: 1 rows were quarantined in rejects/" in text
+    publish.run(config, run)
+    assert summary.lines(run)[0] == "run         r1, published"

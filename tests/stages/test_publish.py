@@ -1,0 +1,126 @@
+"""publish: the manifest comes last, lists every file as it is, and is not written where rows are missing."""
+
+import hashlib
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raydc.errors import StageError
+from raydc.lake import Lake
+from raydc.rundir import RunDir
+from raydc.schema import FORMAT_VERSION, MANIFEST
+from raydc.stages import publish
+from tests import shards
+from tests.stages.runs import fill, labelled_run
+
+
+@pytest.mark.parametrize("num_bad", [0, 1, 37])
+def test_the_manifest_lists_every_file_with_rows_bytes_and_checksum(tmp_path, num_bad):
+    fill(tmp_path / "in", num_bad=num_bad)
+    config, run = labelled_run(tmp_path)
+    metrics = publish.run(config, run)
+    manifest = run.lake.read_json(run.uri(MANIFEST))
+    assert manifest["rows"] == {"input": 100, "labels": 100 - num_bad, "rejects": num_bad}
+    assert (manifest["run_id"], manifest["format_version"]) == ("r1", FORMAT_VERSION)
+    assert metrics == {"files": len(manifest["files"]), "bytes": sum(f["bytes"] for f in manifest["files"])}
+    for entry in manifest["files"]:
+        body = Path(run.uri(entry["path"])).read_bytes()
+        assert entry["bytes"] == len(body)
+        assert entry["sha256"] == hashlib.sha256(body).hexdigest()
+        if entry["path"].endswith(".parquet"):
+            assert entry["rows"] == pq.read_metadata(run.uri(entry["path"])).num_rows
+
+
+def test_results_are_listed_and_working_files_are_not(tmp_path):
+    fill(tmp_path / "in", num_bad=1)
+    config, run = labelled_run(tmp_path)
+    run.lake.write_bytes(run.uri("checkpoints", "a.pt"), b"")
+    publish.run(config, run)
+    paths = {f["path"] for f in run.lake.read_json(run.uri(MANIFEST))["files"]}
+    assert {f"labels/part-{i}.parquet" for i in range(3)} | {"rejects/part-0.parquet"} <= paths
+    assert {"run.json", "profile.json", "model/config.json", "model/weights.safetensors", "tree/linkage.npy"} <= paths
+    folders = {p.split("/")[0] for p in paths if "/" in p}
+    assert folders == {"labels", "rejects", "model", "tree"}
+    assert MANIFEST not in paths
+
+
+def test_a_second_publish_lists_the_same_files(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    publish.run(config, run)
+    first = run.lake.read_json(run.uri(MANIFEST))["files"]
+    publish.run(config, run)
+    assert run.lake.read_json(run.uri(MANIFEST))["files"] == first
+
+
+def test_a_missing_label_file_is_refused(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    run.remove("labels/part-1.parquet")
+    with pytest.raises(StageError, match=r"publish: 1 label files are missing, such as labels/part-1.parquet. Run the"):
+        publish.run(config, run)
+    assert not run.lake.exists(run.uri(MANIFEST))
+
+
+def test_a_missing_label_file_of_no_rows_is_refused_too(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    run.remove("labels/part-2.parquet")
+    with pytest.raises(StageError, match="such as labels/part-2.parquet"):
+        publish.run(config, run)
+
+
+@pytest.mark.parametrize("kind", ["labels", "rejects"])
+def test_counts_that_do_not_add_up_are_refused(tmp_path, kind):
+    fill(tmp_path / "in", num_bad=5)
+    config, run = labelled_run(tmp_path)
+    path = run.uri(kind, "part-0.parquet")
+    pq.write_table(pq.read_table(path).slice(1), path)
+    counts = {"labels": "94 labels and 5 rejects", "rejects": "95 labels and 4 rejects"}[kind]
+    with pytest.raises(StageError, match=f"publish: 100 rows in, but {counts} on disk. Files were changed"):
+        publish.run(config, run)
+    assert not run.lake.exists(run.uri(MANIFEST))
+
+
+def test_a_label_file_too_many_is_refused(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    Lake().write_bytes(run.uri("labels", "copy.parquet"), Path(run.uri("labels", "part-0.parquet")).read_bytes())
+    with pytest.raises(StageError, match="100 rows in, but 150 labels and 0 rejects on disk"):
+        publish.run(config, run)
+
+
+def test_what_a_killed_writer_left_behind_is_removed(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    leftover = Path(run.uri("labels", ".part-0.parquet.123.0a1b2c3d.tmp"))
+    leftover.write_bytes(b"half")
+    publish.run(config, run)
+    assert not leftover.exists()
+    assert not [f for f in run.lake.read_json(run.uri(MANIFEST))["files"] if f["path"].endswith(".tmp")]
+
+
+@pytest.mark.s3
+def test_a_run_in_s3_is_published_there(bucket, tmp_path):
+    fill(tmp_path / "in")
+    config, local = labelled_run(tmp_path)
+    lake = Lake()
+    lake.upload_folder(Path(local.root), f"{bucket}/runs/r1")
+    run = RunDir(lake, f"{bucket}/runs", "r1")
+    publish.run(config, run)
+    publish.run(config, local)
+    remote, here = (r.lake.read_json(r.uri(MANIFEST)) for r in (run, local))
+    assert remote["files"] == here["files"]
+    assert remote["rows"] == here["rows"]
+
+
+def test_shards_of_equal_names_are_published_side_by_side(tmp_path):
+    x, leaf = shards.near_corners(40)
+    for number, folder in enumerate(("x", "y")):
+        table = shards.rows(x[number::2], label=[str(k) for k in leaf[number::2]])
+        shards.write(tmp_path / "in" / folder / "part-0.parquet", table)
+    config, run = labelled_run(tmp_path)
+    publish.run(config, run)
+    paths = {f["path"] for f in run.lake.read_json(run.uri(MANIFEST))["files"]}
+    assert {"labels/x/part-0.parquet", "labels/y/part-0.parquet"} <= paths

@@ -1,0 +1,101 @@
+"""The cost of a run before it starts, by hand."""
+
+import numpy as np
+import pytest
+
+from raydc.config import Config
+from raydc.core.preprocess import Moments
+from raydc.plan import encoder_widths, make_plan
+from raydc.slices import Column, InputSpec, Slice
+from raydc.stages.profile import Profile
+from tests import shards
+
+
+def profile(num_rows: int = 1000, dim: int = 8, dtype: str = "float32") -> Profile:
+    spec = InputSpec((Column("embedding", dim, dtype),), "id", "int64")
+    half = num_rows // 2
+    parts = [
+        Slice(i, f"{i}.parquet", f"/in/{i}.parquet", (0,), 0, i * half, half, half * dim * spec.dtype.itemsize)
+        for i in range(2)
+    ]
+    return Profile(spec, parts, "f", moments=Moments(1, np.zeros(dim), np.zeros(dim)))
+
+
+def config(**sections) -> Config:
+    small = {
+        "autoencoder": {"hidden_dims": [16], "latent_dim": 4},
+        "pretrain": {"num_epochs": 3, "batch_rows": 256},
+        "refine": {"num_epochs": 5, "batch_rows": 128, "refreshes_per_epoch": 2},
+        "cluster": {"num_leaves": 10, "num_iterations": 7},
+    }
+    return shards.settings("data", **{name: small.get(name, {}) | sections.get(name, {}) for name in small | sections})
+
+
+def test_steps_are_epochs_times_batches():
+    plan = make_plan(config(fit={"objective": "dec"}), profile())
+    assert (plan.rows, plan.trained_rows, plan.slices, plan.input_bytes) == (1000, 1000, 2, 32_000)
+    assert plan.pretrain_steps == 3 * 4
+    assert plan.refine_steps == 5 * 8
+    assert make_plan(config(fit={"objective": "autoencoder"}), profile()).refine_steps == 0
+    assert make_plan(config(fit={"objective": "kmeans"}), profile()).pretrain_steps == 0
+
+
+def test_arithmetic_by_hand():
+    # Encoder 8-16-4: 192 weights, 384 FLOPs a row; nearest of 10 centres of 4: 80 FLOPs a row.
+    forward, nearest = 384, 80
+    lloyd = 1000 * nearest * 7
+    pretrain = 1000 * 3 * 3 * 2 * forward
+    dec = 1000 * 5 * (3 * (forward + nearest) + 2 * (forward + nearest))
+    idec = 1000 * 5 * (3 * (2 * forward + nearest) + 2 * (forward + nearest))
+    assert make_plan(config(fit={"objective": "autoencoder"}), profile()).fit_flops == lloyd + pretrain
+    assert make_plan(config(fit={"objective": "dec"}), profile()).fit_flops == lloyd + pretrain + dec
+    assert make_plan(config(fit={"objective": "idec"}), profile()).fit_flops == lloyd + pretrain + idec
+    # Without a network the 8 raw values are compared with 10 centres.
+    assert make_plan(config(fit={"objective": "kmeans"}), profile()).fit_flops == 1000 * 160 * 7
+
+
+def test_widths_of_the_encoder():
+    assert encoder_widths(config(fit={"objective": "dec"}), 8) == [8, 16, 4]
+    assert encoder_widths(config(fit={"objective": "kmeans"}), 8) == [8]
+
+
+def test_a_sample_shortens_the_training_but_not_the_labelling():
+    whole, part = (make_plan(config(fit={"objective": "dec", "max_rows": n}), profile()) for n in (None, 100))
+    assert (part.trained_rows, part.pretrain_steps, part.rows) == (100, 3, 1000)
+    assert part.fit_flops == whole.fit_flops / 10
+    assert part.assign_flops == whole.assign_flops
+
+
+def test_memory_falls_with_workers_and_with_streaming():
+    def worker_bytes(**fit) -> int:
+        return make_plan(config(fit={"objective": "dec"} | fit), profile(10**6, dim=768)).worker_bytes
+
+    one, four = worker_bytes(), worker_bytes(num_workers=4)
+    assert one > 10**6 * 768 * 4
+    assert one - four == pytest.approx(0.75 * 10**6 * (768 * 4 + 16 + 32))
+    streamed = make_plan(config(fit={"objective": "dec", "resident_bytes": 10**6}), profile(10**6, dim=768))
+    assert streamed.streamed
+    assert streamed.worker_bytes < one - 3 * 10**9
+    assert not make_plan(config(fit={"objective": "dec", "resident_bytes": 10**10}), profile(10**6, dim=768)).streamed
+
+
+def test_half_precision_rows_take_half_the_memory():
+    full, half = (make_plan(config(), profile(10**6, dim=768, dtype=d)).worker_bytes for d in ("float32", "float16"))
+    assert full - half == 10**6 * 768 * 2
+
+
+def test_the_plan_is_told_in_six_lines():
+    plan = make_plan(config(fit={"objective": "dec", "max_rows": 100}), profile())
+    lines = plan.lines()
+    assert lines[0] == "rows        1,000 (100 of them in training) in 2 slices, 31.2 KiB uncompressed"
+    assert lines[1] == "steps       3 pretraining, at most 5 refinement"
+    assert lines[2].startswith("arithmetic  ")
+    assert lines[3].endswith("per training worker, rows resident")
+    assert lines[4] == "files       about 34 to write"
+    assert lines[5] == "time        about 1 s of arithmetic, plus reading and start-up"
+
+
+def test_gpu_workers_are_not_given_a_guess():
+    plan = make_plan(config(fit={"objective": "dec", "use_gpu": True}), profile())
+    assert plan.seconds is None
+    assert plan.lines()[5] == "time        not estimated for GPU workers"
