@@ -106,7 +106,9 @@ def _seed(
             seconds = before + time.perf_counter() - started
             if objective == "dec":
                 for baseline in ("raw_kmeans", "autoencoder_kmeans"):
-                    entries.append(_entry(name, baseline, config.seed, fitted.baselines[baseline], rows, preprocess, classes))
+                    entries.append(
+                        _entry(name, baseline, config.seed, fitted.baselines[baseline], rows, preprocess, classes)
+                    )
                 entries[-1]["seconds"] = round(before, 1)
             entry = _entry(name, objective, config.seed, fitted.clustering, rows, preprocess, classes)
             entries.append(entry | {"seconds": round(seconds, 1), **_course(fitted)})
@@ -138,7 +140,13 @@ class _Launcher:
 
 
 def _entry(
-    data: str, method: str, seed: int, found: Clustering, rows: ResidentRows, preprocess: Preprocess, classes: np.ndarray
+    data: str,
+    method: str,
+    seed: int,
+    found: Clustering,
+    rows: ResidentRows,
+    preprocess: Preprocess,
+    classes: np.ndarray,
 ) -> dict[str, Any]:
     names, of_row = np.unique(classes, return_inverse=True)
     leaves = []
@@ -155,7 +163,11 @@ def _entry(
 
 def _course(fitted: Fitted) -> dict[str, Any]:
     refine = [h for h in fitted.history if h["phase"] == "refine"]
-    return {"epochs": len(refine), "changed": round(refine[-1].get("changed", 1.0), 5), "top_q": round(refine[-1]["top_q"], 3)}
+    return {
+        "epochs": len(refine),
+        "changed": round(refine[-1].get("changed", 1.0), 5),
+        "top_q": round(refine[-1]["top_q"], 3),
+    }
 
 
 def _record(name: str, seed: int, entries: list[dict[str, Any]]) -> None:
@@ -184,8 +196,8 @@ def _page(book: dict[str, Any]) -> str:
     lines = [
         "# Quality over seeds",
         "",
-        "Written by `python -m benchmarks quality --mnist FOLDER`, which fits by the settings of `jobs/digits.yaml` and",
-        "`jobs/mnist.yaml`. Seconds are of the fit in one process, pretraining included; DEC and IDEC of a seed share it.",
+        "Written by `python -m benchmarks quality --mnist FOLDER`, which fits by the settings of `jobs/digits.yaml`",
+        "and `jobs/mnist.yaml`. Seconds are of the fit in one process, with the pretraining, which DEC and IDEC share.",
         f"Made on {made['cpu']}, {made['cores']} cores, commit {made['commit']}, "
         + ", ".join(f"{k} {v}" for k, v in made["versions"].items())
         + ".",
@@ -193,7 +205,12 @@ def _page(book: dict[str, Any]) -> str:
     ]
     for data in sorted({e["data"] for e in book["runs"]}):
         runs = [e for e in book["runs"] if e["data"] == data]
-        lines += [f"## {data}", "", "| method | seeds | ACC mean (min - max) | NMI | ARI | seconds | published |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            f"## {data}",
+            "",
+            "| method | seeds | ACC mean (min - max) | NMI | ARI | seconds | published |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for method in dict.fromkeys(e["method"] for e in runs):
             lines.append(_row(method, [e for e in runs if e["method"] == method], PUBLISHED[data].get(method, "")))
         lines += ["", "| method | " + " | ".join(f"seed {s}" for s in sorted({e["seed"] for e in runs})) + " |"]

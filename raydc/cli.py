@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `raydc run`, which jobs share."""
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings, see jobs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as cluster.num_leaves=10")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as cluster.num_leaves=10"
+    )
     parser.add_argument("--run-id", help="name of the run folder; the same one continues an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="check the settings and the input, print the plan, stop")
     parser.set_defaults(command=_run)

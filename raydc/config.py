@@ -216,8 +216,8 @@ class RefineConfig(Section):
     optimizer: Literal["sgd", "adam"] = "adam"
     """sgd uses momentum 0.9."""
 
-    learning_rate: float = Field(1e-3, gt=0)
-    """Constant rate."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Constant rate. With Adam a larger one fits the first, uncertain target too fast (docs/quality.md)."""
 
     refreshes_per_epoch: int = Field(2, ge=1)
     """How often the target distribution is recomputed over all rows."""

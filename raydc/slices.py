@@ -134,6 +134,11 @@ class Slice:
     num_bytes: int
     """Uncompressed bytes."""
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Slice":
+        """Return the slice of a mapping of its fields, such as a row of a table of slices."""
+        return cls(**(row | {"row_groups": tuple(row["row_groups"])}))
+
 
 @dataclass(frozen=True)
 class RowBatch:

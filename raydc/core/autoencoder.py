@@ -1,5 +1,6 @@
 """The fully connected autoencoder. Letters: N rows, D width of a row, L width of the code."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ class Autoencoder(nn.Module):
 def perceptron(widths: Sequence[int]) -> nn.Sequential:
     """Return linear layers of these widths with ReLU between them; the last one stays linear."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -12,7 +12,9 @@ from torch import Tensor
 def save(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Write `state.safetensors` and `state.json` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "state.safetensors")
+    safetensors.torch.save_file(
+        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "state.safetensors"
+    )
     (folder / "state.json").write_text(json.dumps(values))
 
 

@@ -3,7 +3,7 @@
 Only the trainer and its row sources call these; objectives return additive sums.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all ranks, on the device it came from."""

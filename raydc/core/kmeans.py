@@ -31,10 +31,8 @@ class LeafSums:
     @classmethod
     def zeros(cls, num_leaves: int, dim: int, device: torch.device) -> "LeafSums":
         """Return the statistics of no rows."""
-        make = {"dtype": torch.float64, "device": device}
-        return cls(
-            torch.zeros(num_leaves, **make), torch.zeros(num_leaves, dim, **make), torch.zeros(num_leaves, **make)
-        )
+        per_leaf = torch.zeros(num_leaves, dtype=torch.float64, device=device)
+        return cls(per_leaf, torch.zeros(num_leaves, dim, dtype=torch.float64, device=device), per_leaf.clone())
 
     def add(self, z_ND: Tensor, ids_N: Tensor, squared_N: Tensor, weights_N: Tensor) -> None:
         """Add rows in place."""
@@ -111,7 +109,7 @@ def start(sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int) -
             min_points_per_centroid=1,
         )
         kmeans.train(rows)
-        centers = torch.from_numpy(kmeans.centroids.copy())
+        centers = torch.from_numpy(np.array(kmeans.centroids))
         inertia = float(nearest(torch.from_numpy(rows), centers)[1].double().sum())
         if inertia < least:
             best, least = centers, inertia
@@ -165,7 +163,7 @@ def leaf_sums(
     blocks: Iterable[tuple[Tensor, Tensor]], centers_KD: Tensor, *, all_sum: Callable[[Tensor], Tensor]
 ) -> LeafSums:
     """Return the statistics of all rows of all ranks under the nearest of these centres."""
-    sums = LeafSums.zeros(*centers_KD.shape, centers_KD.device)
+    sums = LeafSums.zeros(centers_KD.shape[0], centers_KD.shape[1], centers_KD.device)
     for z, weights in blocks:
         ids, squared = nearest(z, centers_KD)
         sums.add(z, ids[:, 0], squared[:, 0], weights)

@@ -460,9 +460,7 @@ class _Fit:
         device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
 
-    def _end_epoch(
-        self, epoch: int, num_epochs: int, entry: dict[str, Any], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def _end_epoch(self, epoch: int, num_epochs: int, entry: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         self.state.epoch = epoch + 1
         self.state.optimizer = checkpoint.optimizer_tensors(optimizer)
         last = epoch + 1 == num_epochs or self.state.converged
@@ -576,5 +574,3 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-

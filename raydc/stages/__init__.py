@@ -1,1 +1,1 @@
-"""The stages of a run: each joins the mathematics in core to Ray and to the lake, and can be done again at any point."""
+"""The stages of a run: each joins the mathematics in core to Ray and the lake, and can be done again at any point."""

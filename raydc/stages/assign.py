@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from raydc.labelling import Labelling, Statistics, label_slice
 from raydc.lake import Lake
 from raydc.model import Model
 from raydc.rundir import RunDir
-from raydc.slices import Slice
+from raydc.slices import InputSpec, Slice
 from raydc.stages import merge
 from raydc.stages import profile as profiling
 
@@ -32,37 +33,48 @@ _LOG_SECONDS = 10.0
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric."""
     profile = profiling.load(run)
+    load = partial(_load, config, run, profile.spec, profile.num_rows)
+    total = label_all(config, load, profile.slices, config.evaluate.num_exemplars)
+    _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
+    _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
+    counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
+    run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
+    return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
+
+
+def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labelling:
+    """Return what an actor needs, read from the run folder by the actor itself."""
     model = Model.load(run.uri("model"), run.lake)
     statistics = merge.leaf_statistics(run)
     baselines = {}
     for name in ("raw_kmeans", "autoencoder_kmeans"):
         if run.lake.exists(run.uri("fit", "baselines", name, "config.json")):
             baselines[name] = Model.load(run.uri("fit", "baselines", name), run.lake)
-    job = Labelling(
+    section = config.evaluate
+    return Labelling(
         run.lake,
         run.root,
-        profile.spec,
+        spec,
         model,
         {k: merge.group_centers(groups, statistics) for k, groups in model.levels.items()},
         baselines,
         config.seed,
-        config.evaluate.baseline_rows / profile.num_rows,
-        min(config.evaluate.map_rows, config.evaluate.baseline_rows) / profile.num_rows,
-        config.evaluate.num_exemplars,
+        section.baseline_rows / num_rows,
+        min(section.map_rows, section.baseline_rows) / num_rows,
+        section.num_exemplars,
         config.input.image_shape is not None,
         config.assign.block_rows,
     )
-    total = label_all(config, job, profile.slices)
-    _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
-    _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
-    run.lake.write_bytes(run.uri("statistics.npz"), Statistics(
-        total.rows, total.labels, total.rejects, total.tallies
-    ).to_bytes())
-    return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
 
 
-def label_all(config: Config, job: Labelling, slices: list[Slice]) -> Statistics:
+def label_all(config: Config, load: Callable[[], Labelling], slices: list[Slice], num_exemplars: int) -> Statistics:
     """Return the sum of all slices' statistics, after every slice was labelled.
+
+    Args:
+        config: for the resources of the actors.
+        load: called once in each actor.
+        slices: to be labelled; those that are complete already are only counted.
+        num_exemplars: nearest rows kept for each leaf.
 
     Raises:
         DataError: a bad row or file that the settings do not let pass.
@@ -70,8 +82,8 @@ def label_all(config: Config, job: Labelling, slices: list[Slice]) -> Statistics
     """
     total = Statistics()
     started = logged = time.monotonic()
-    for done, statistics in enumerate(_labelled(config, job, slices), 1):
-        total.merge(statistics, job.num_exemplars)
+    for done, statistics in enumerate(_labelled(config, load, slices), 1):
+        total.merge(statistics, num_exemplars)
         now = time.monotonic()
         if now - logged > _LOG_SECONDS:
             logged, rate = now, total.rows / (now - started)
@@ -79,7 +91,11 @@ def label_all(config: Config, job: Labelling, slices: list[Slice]) -> Statistics
             left = (planned - total.rows) / max(rate, 1e-9)
             log.info(
                 "assign: %d of %d slices, %s rows, %s rows/s, %.0f s left",
-                done, len(slices), f"{total.rows:,}", f"{rate:,.0f}", left,
+                done,
+                len(slices),
+                f"{total.rows:,}",
+                f"{rate:,.0f}",
+                left,
             )
     expected = sum(s.num_rows for s in slices)
     if not total.rows == total.labels + total.rejects == expected:
@@ -90,9 +106,8 @@ def label_all(config: Config, job: Labelling, slices: list[Slice]) -> Statistics
     return total
 
 
-def _labelled(config: Config, job: Labelling, slices: list[Slice]) -> Iterable[Statistics]:
+def _labelled(config: Config, load: Callable[[], Labelling], slices: list[Slice]) -> Iterable[Statistics]:
     section = config.assign
-    reference = ray.put(job)
     actors = min(section.num_actors or _free_slots(config), max(len(slices), 1))
 
     class Labeller:
@@ -100,15 +115,13 @@ def _labelled(config: Config, job: Labelling, slices: list[Slice]) -> Iterable[S
 
         def __init__(self) -> None:
             prepare_process(section.cpus_per_actor)
-            self.job: Labelling = ray.get(reference)
-            if section.use_gpu:
-                self.job = _on_gpu(self.job)
+            self.job = _on_gpu(load()) if section.use_gpu else load()
 
         def __call__(self, batch: pa.Table) -> pa.Table:
-            found = [label_slice(self.job, slices[i]).to_bytes() for i in batch["slice"].to_pylist()]
+            found = [label_slice(self.job, Slice.from_row(row)).to_bytes() for row in batch.to_pylist()]
             return pa.table({"statistics": pa.array(found, pa.large_binary())})
 
-    items = [{"slice": s.index} for s in slices]
+    items = [asdict(s) for s in slices]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Labeller,
         batch_size=1,
@@ -119,9 +132,8 @@ def _labelled(config: Config, job: Labelling, slices: list[Slice]) -> Iterable[S
     )
     # A lost actor or node is retried by Ray; a lost slice is done again whole, and a complete one is skipped.
     try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for body in batch["statistics"].to_pylist():
-                yield Statistics.from_bytes(body)
+        for row in dataset.iter_rows():
+            yield Statistics.from_bytes(row["statistics"])
     except (ray.exceptions.RayError, DataError) as error:
         cause = root_cause(error)
         if isinstance(cause, DataError):
@@ -134,14 +146,14 @@ def _labelled(config: Config, job: Labelling, slices: list[Slice]) -> Iterable[S
 
 def _on_gpu(job: Labelling) -> Labelling:
     device = torch.device("cuda")
-    return replace(
-        job, model=job.model.to(device), baselines={name: m.to(device) for name, m in job.baselines.items()}
-    )
+    return replace(job, model=job.model.to(device), baselines={name: m.to(device) for name, m in job.baselines.items()})
 
 
 def _free_slots(config: Config) -> int:
     resources = ray.cluster_resources()
-    per_actor = resources.get("GPU", 1) if config.assign.use_gpu else resources.get("CPU", 1) // config.assign.cpus_per_actor
+    per_actor = (
+        resources.get("GPU", 1) if config.assign.use_gpu else resources.get("CPU", 1) // config.assign.cpus_per_actor
+    )
     return max(1, int(per_actor))
 
 
@@ -150,5 +162,3 @@ def _write_table(lake: Lake, uri: str, table: pa.Table | None) -> None:
         return
     with lake.staged(uri) as path:
         pq.write_table(table.sort_by("key"), path)
-
-

@@ -56,9 +56,7 @@ def _quality(statistics: Statistics, model: Model, linkage: npt.NDArray[np.float
     return {"leaf": metrics.external(table), "levels": levels, "dendrogram_purity": purity}
 
 
-def _internal(
-    statistics: Statistics, model: Model, leaves: dict[str, npt.NDArray[np.float64]]
-) -> dict[str, Any]:
+def _internal(statistics: Statistics, model: Model, leaves: dict[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
     levels = {
         str(k): metrics.internal(statistics.tallies[level_column(k)], merge.group_centers(groups, leaves))
         for k, groups in model.levels.items()

@@ -71,7 +71,12 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     expected = min(profile.num_rows, config.fit.max_rows or profile.num_rows)
     if expected < profile.num_rows:
         share = expected / profile.num_rows
-        log.info("fit: trains on about %d of %d rows (%.2f %%), by hash of the row key", expected, profile.num_rows, 100 * share)
+        log.info(
+            "fit: trains on about %d of %d rows (%.2f %%), by hash of the row key",
+            expected,
+            profile.num_rows,
+            100 * share,
+        )
     with watched("fit") as board:
         job = Job(
             fit_settings(config, profile.fingerprint),
@@ -87,7 +92,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         dataset = slice_dataset(run.lake, profile.slices, profile.spec, config.seed, expected / profile.num_rows)
         file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
         trainer = TorchTrainer(
-            _train_loop,
+            _train_loop,  # type: ignore[arg-type]
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=config.fit.num_workers,
@@ -105,7 +110,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             dataset_config=EverySlice(),
         )
         try:
-            outcome = trainer.fit().return_value
+            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
             cause = root_cause(error)
             raise StageError(
@@ -161,11 +166,10 @@ class EverySlice(DataConfig):
 
 def slice_dataset(lake: Lake, slices: list[Slice], spec: InputSpec, seed: int, fraction: float) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader."""
-    filled = [s for s in slices if s.num_rows]
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
-        for index in batch["slice"].to_pylist():
-            for rows in read_slice(lake, filled[index], spec):
+        for row in batch.to_pylist():
+            for rows in read_slice(lake, Slice.from_row(row), spec):
                 chosen = sample_mask(rows.keys, stream_seed(seed, 8), fraction)
                 everything = bool(chosen.all())
                 x = np.ascontiguousarray(rows.x if everything else rows.x[chosen])
@@ -178,7 +182,7 @@ def slice_dataset(lake: Lake, slices: list[Slice], spec: InputSpec, seed: int, f
                     }
                 )
 
-    items = [{"slice": i} for i in range(len(filled))]
+    items = [asdict(s) for s in slices if s.num_rows]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read, batch_size=1, batch_format="pyarrow", udf_modifying_row_count=True
     )
@@ -268,7 +272,9 @@ def _collect(job: Job, ranks: Ranks) -> Rows:
     streamed = bool(ranks.max(torch.tensor([int(shard_bytes > allowed)]))[0])
     if streamed:
         if ranks.rank == 0:
-            job.board.post.remote(f"a shard of {shard_bytes / 2**20:.0f} MiB does not fit; rows are streamed each epoch")
+            job.board.post.remote(
+                f"a shard of {shard_bytes / 2**20:.0f} MiB does not fit; rows are streamed each epoch"
+            )
         pool = _POOL_STEPS * max(job.settings.pretrain.batch_rows, job.settings.refine.batch_rows)
         pool = math.ceil(pool / ranks.world_size)
         return StreamedRows(stream, job.spec.dim, ranks, expected_rows=job.expected_rows, pool_rows=pool)

@@ -29,14 +29,18 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     weights, means, sse = (leaves[name].numpy() for name in ("weights", "means", "sse"))
     tree = ward(means, weights, sse)
     if len(tree.left_out):
-        log.warning("merge: %d of %d leaves hold no row and are left out of the model", len(tree.left_out), len(weights))
+        log.warning(
+            "merge: %d of %d leaves hold no row and are left out of the model", len(tree.left_out), len(weights)
+        )
     turned = heavier_left(tree.merges, weights[tree.leaves])
     order = tree.leaves[leaf_order(turned)]
     linkage = relabel(turned, leaf_order(turned))
     weights, means, sse = weights[order], means[order], sse[order]
     sizes = [k for k in config.levels if k < len(order)]
     if sizes != config.levels:
-        log.warning("merge: the tree has %d leaves; levels %s are left out", len(order), sorted({*config.levels} - {*sizes}))
+        log.warning(
+            "merge: the tree has %d leaves; levels %s are left out", len(order), sorted({*config.levels} - {*sizes})
+        )
     groups = levels(linkage, sizes, weights, config.merge.min_population)
     _write_tree(lake, run.uri("tree"), linkage, groups, node_table(linkage, weights, sse))
     statistics = {"weights": weights, "means": means, "sse": sse}

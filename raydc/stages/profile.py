@@ -102,7 +102,7 @@ class Profile:
         moments = value["moments"]
         return cls(
             InputSpec(**(spec | {"columns": columns, "carry_columns": tuple(spec["carry_columns"])})),
-            [Slice(**(s | {"row_groups": tuple(s["row_groups"])})) for s in value["slices"]],
+            [Slice.from_row(s) for s in value["slices"]],
             value["fingerprint"],
             value["bad_files"],
             Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),

@@ -42,8 +42,15 @@ def test_soft_assignment_of_three_points_and_two_centres():
 def streamed_target(ranks, x, centers, streamed):
     rows = make_rows(ranks, x, streamed=streamed)
     found = refresh(
-        rows, nn.Identity(), torch.from_numpy(centers), None, preprocess=Preprocess(), kernel=KERNEL,
-        ranks=ranks, arithmetic="float32", block_rows=128,
+        rows,
+        nn.Identity(),
+        torch.from_numpy(centers),
+        None,
+        preprocess=Preprocess(),
+        kernel=KERNEL,
+        ranks=ranks,
+        arithmetic="float32",
+        block_rows=128,
     )
     targets = {}
     for step in rows.steps(64, epoch_seed=1):
@@ -160,4 +167,5 @@ def test_corruption_hits_its_share_and_follows_the_row():
     order = torch.randperm(2000)
     torch.testing.assert_close(corrupt(x, keys[order], share=0.2, seed=5), noisy[order])
     assert not torch.equal(corrupt(x, keys, share=0.2, seed=6), noisy)
-    assert 0.79 < float(noisy.mean(dim=0).min()) + 0.05 and float(noisy.mean(dim=0).max()) < 0.85
+    columns = noisy.mean(dim=0)
+    assert float(columns.min()) > 0.74 and float(columns.max()) < 0.85

@@ -1,5 +1,7 @@
 """k-means: the FAISS start, Lloyd over ranks, empty leaves, float64 sums."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_lloyd_is_scikit_learns():
 def test_the_inertia_never_rises():
     x, _ = blobs(2000, seed=4)
     _, inertias, _ = run_lloyd(Ranks(), x, x[:6])
-    assert all(b <= a * (1 + 1e-9) for a, b in zip(inertias, inertias[1:], strict=False))
+    assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(inertias))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -59,8 +61,11 @@ def test_sums_go_on_beyond_where_float32_stands_still():
     # 2^24 + 8 rows at distance 1, counted by weight: a float32 sum would stay at 2^24.
     weights = torch.tensor([float(2**24), *[1.0] * 8])
     z = torch.ones(9, 1)
-    sums = leaf_sums([(z[:1], weights[:1]), *[(z[i : i + 1], weights[i : i + 1]) for i in range(1, 9)]],
-                     torch.zeros(1, 1), all_sum=lambda t: t)
+    sums = leaf_sums(
+        [(z[:1], weights[:1]), *[(z[i : i + 1], weights[i : i + 1]) for i in range(1, 9)]],
+        torch.zeros(1, 1),
+        all_sum=lambda t: t,
+    )
     assert float(sums.sse_K[0]) == 2**24 + 8
     assert float(sums.sums_KD[0, 0]) == 2**24 + 8
 

@@ -77,7 +77,9 @@ def test_batches_do_not_depend_on_the_number_of_ranks():
     x, _ = blobs()
     whole = of(make_rows(Ranks(), x))
     order = np.random.default_rng(1).permutation(len(x))
-    shuffled = [Batch(torch.from_numpy(np.sort(order[:400])), torch.from_numpy(x[np.sort(order[:400])]), torch.ones(400))]
+    shuffled = [
+        Batch(torch.from_numpy(np.sort(order[:400])), torch.from_numpy(x[np.sort(order[:400])]), torch.ones(400))
+    ]
     shuffled += [Batch(torch.from_numpy(order[400:]), torch.from_numpy(x[order[400:]]), torch.ones(600))]
     again = of(ResidentRows.collect(iter(shuffled), 12, torch.float32, Ranks()))
     assert whole == again
@@ -126,7 +128,9 @@ def test_a_row_of_weight_two_counts_as_two_rows():
     weights = torch.ones(300)
     weights[:50] = 2.0
     settings = with_objective("kmeans")
-    weighted = fit(ResidentRows(torch.from_numpy(x), torch.arange(300), weights, Ranks()), Preprocess(), settings, PlainContext())
+    weighted = fit(
+        ResidentRows(torch.from_numpy(x), torch.arange(300), weights, Ranks()), Preprocess(), settings, PlainContext()
+    )
     repeated = fit(make_rows(Ranks(), twice), Preprocess(), settings, PlainContext())
     assert float(weighted.leaves.weights_K.sum()) == float(repeated.leaves.weights_K.sum()) == 350
 

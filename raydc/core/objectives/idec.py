@@ -13,7 +13,8 @@ class Idec(Dec):
     The reconstruction is the mean squared error over elements and gamma multiplies the clustering loss only, as in the
     authors' code; the balance of gamma = 0.1 holds for these two reductions.
 
-    Source: Guo, Gao, Liu, Yin, "Improved Deep Embedded Clustering with Local Structure Preservation", IJCAI 2017, eq. 9.
+    Source: Guo, Gao, Liu, Yin, "Improved Deep Embedded Clustering with Local Structure Preservation", IJCAI 2017,
+    eq. 9.
     """
 
     needs_decoder = True

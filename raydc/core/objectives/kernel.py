@@ -42,8 +42,8 @@ def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
 
     Source: Xie, Girshick, Farhadi, arXiv:1511.06335, eq. 1.
     """
-    logits = -(kernel.alpha + 1.0) / 2.0 * torch.log1p(
-        squared_distances(z_ND, centers_KD) / (kernel.alpha * kernel.scale)
+    logits = (
+        -(kernel.alpha + 1.0) / 2.0 * torch.log1p(squared_distances(z_ND, centers_KD) / (kernel.alpha * kernel.scale))
     )
     return torch.log_softmax(logits, dim=1)
 

@@ -15,7 +15,7 @@ def squared_error(x_ND: Tensor, reconstructed_ND: Tensor) -> Tensor:
 def corrupt(x_ND: Tensor, keys_N: Tensor, *, share: float, seed: int) -> Tensor:
     """Return the rows with each element set to zero with probability `share`.
 
-    Which elements go is a hash of (row key, column, seed), so a row meets the same noise on any worker and in any batch.
+    Which elements go is a hash of (row key, column, seed), so a row meets the same noise on any worker, in any batch.
 
     Source: Vincent et al., "Stacked Denoising Autoencoders", JMLR 2010, section 3.3 (masking noise).
     """
