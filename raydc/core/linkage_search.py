@@ -350,7 +350,10 @@ def _search_rows(columns: Columns, clusters: Clusters, query_B: np.ndarray, num:
 
 def _ward_factor(weight, other, slack):
     """w o / (w + o), rounded down; written with reciprocals, since the weight of padding is infinite."""
-    return (1 - slack) / (1 / weight + 1 / other)
+    with np.errstate(
+        divide="ignore", over="ignore"
+    ):  # A weight that float32 cannot hold is 0, and so is its bound: still a bound.
+        return (1 - slack) / (1 / weight + 1 / other)
 
 
 def search_exactly(

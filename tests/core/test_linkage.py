@@ -180,6 +180,16 @@ def test_permuting_the_leaves_changes_nothing_but_names(num, width, seed):
     assert np.array_equal(np.sort(name_V[permuted[:, :2].astype(int)], axis=1), plain[:, :2])
 
 
+def test_extreme_weights_and_scales_give_a_valid_tree():
+    x = nested(300, 4)
+    for scale, spread in ((1e-30, 0.0), (1e30, 0.0), (1.0, 20.0)):
+        weight_K = np.random.default_rng(0).lognormal(0, spread, 300)
+        found = ward(x * scale, weight_K)
+        assert is_valid_linkage(found.merges) and is_monotonic(found.merges)
+        assert found.num_inversions == 0
+        assert found.merges.tobytes() == ward(x * scale, weight_K, num_neighbours=2, block_cols=32).merges.tobytes()
+
+
 def test_the_input_is_not_changed():
     x, weight_K = blobs(100, 4), np.ones(100)
     copies = x.copy(), weight_K.copy()
@@ -322,6 +332,8 @@ def test_refusals_say_what_is_wrong():
         ward(x, None, np.array([0, 0, np.nan, 0]))
     with pytest.raises(ValueError, match="1 centers are not finite, the first is row 2"):
         ward(np.array([[0.0], [1.0], [np.inf]]))
+    with pytest.raises(ValueError, match="too large for their squares"):
+        ward(np.array([[1e200], [0.0]]))
     with pytest.raises(ValueError, match="positive weight"):
         ward(x, np.zeros(4))
     with pytest.raises(ValueError, match="linkage must be one of ward, average, single, complete, got 'centroid'"):

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.cluster.hierarchy import is_monotonic, is_valid_linkage
 from threadpoolctl import threadpool_limits
 
@@ -50,6 +52,23 @@ def test_certified_equals_exact_merge_for_merge_whatever_the_cells(name, cell_si
         assert found.method == "certified" and found.num_cells > 1
         assert found.num_inversions == 0
         assert found.merges.tobytes() == exact.merges.tobytes()
+
+
+@given(st.integers(1, 80), st.integers(1, 3), st.integers(1, 30), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_certified_equals_exact_on_anything(num, width, cell_size, seed, whole_numbers):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 5, (num, width)).astype(float) if whole_numbers else rng.normal(size=(num, width))
+    weight_K = np.ones(num) if whole_numbers else rng.lognormal(0, 0.5, num)
+    found = agglomerate(x, weight_K, method="certified", cell_size=cell_size, top_size=5, seed=seed)
+    assert found.merges.tobytes() == ward(x, weight_K).merges.tobytes()
+    for eps in (0.3, 1e9):
+        relaxed = agglomerate(x, weight_K, method="certified", eps=eps, cell_size=cell_size, top_size=5, seed=seed)
+        assert relaxed.merges.shape == (num - 1, 4)
+        assert num == 1 or (is_valid_linkage(relaxed.merges) and is_monotonic(relaxed.merges))
+    minibatch = agglomerate(x, weight_K, method="minibatch", cell_size=cell_size, top_size=5, seed=seed)
+    assert minibatch.weights[-1] == pytest.approx(weight_K.sum())
+    assert minibatch.sse[-1] == pytest.approx(found.sse[-1], rel=1e-9, abs=1e-9)
 
 
 def test_certified_average_linkage_equals_exact():
