@@ -37,7 +37,6 @@ SAMPLE_PER_CELL = 256
 KEEP_SHARE = 0.1
 """Share of the clusters that the mini-batch tree sends up from a round of cells. Fewer is faster and coarser."""
 
-
 LEAST_PROGRESS = 0.05
 """A round of cells that merges a smaller share than this is the last: the limits certify too little."""
 

@@ -1,6 +1,8 @@
 """The rounds: every pair of clusters that are each other's nearest merges, all such pairs at once, until one is left.
 
 Neighbour lists follow the merges, and a cluster searches again only when its list can no longer prove who is nearest.
+A chain, or data without structure, gives rounds of one or two merges, tens of thousands of them. There is no other
+algorithm for those: a round costs what its merges touch, plus a pass over one array of K numbers.
 """
 
 from __future__ import annotations
