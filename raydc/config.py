@@ -89,6 +89,9 @@ class InputConfig(Section):
             raise ValueError(f"input.embedding_columns names a column twice: {names}")
         if self.label_column in names or self.label_column == self.id_column:
             raise ValueError(f"input.label_column={self.label_column!r} is already the id or an embedding column")
+        taken = sorted({*self.carry_columns} & {"leaf", "rank", "key", "id", "distance", "label", "embedding"})
+        if taken:
+            raise ValueError(f"input.carry_columns={taken} are names of the exemplars' own columns; rename them")
         return self
 
 

@@ -163,8 +163,7 @@ class Model:
             DataError: there is no model, or one of another format.
         """
         lake = lake or Lake()
-        if not lake.exists(join(uri, "config.json")) and lake.exists(join(uri, "model", "config.json")):
-            uri = join(uri, "model")
+        uri = cls.folder(uri, lake)
         try:
             head = json.loads(lake.read_bytes(join(uri, "config.json")))
         except (FileNotFoundError, ValueError):
@@ -180,6 +179,14 @@ class Model:
         except (FileNotFoundError, safetensors.SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise DataError(f"model {uri}: damaged ({reason}). Restore the folder, or fit again.") from None
+
+    @staticmethod
+    def folder(uri: str, lake: Lake) -> str:
+        """Return the model folder that `uri` means: itself, or its `model/` where it is a run folder."""
+        inside = join(uri, "model")
+        if not lake.exists(join(uri, "config.json")) and lake.exists(join(inside, "config.json")):
+            return inside
+        return uri
 
     @classmethod
     def _read(cls, uri: str, lake: Lake, head: dict[str, Any]) -> "Model":

@@ -306,6 +306,8 @@ def read_slice(
         DataError: a bad row under on_bad_rows=fail, or unreadable bytes under on_bad_files=fail. Under quarantine the
             rows that cannot be used come as rejects; after unreadable bytes that is the whole rest of the slice.
     """
+    if not part.num_rows:
+        return
     names = [spec.id_column, *(c.name for c in spec.columns)]
     names += [spec.weight_column] if spec.weight_column else []
     names += [spec.label_column] if with_labels and spec.label_column else []

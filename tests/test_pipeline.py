@@ -257,6 +257,10 @@ def test_new_rows_are_labelled_with_the_model_of_a_run(on_one_worker, digits, tm
     for source in digits.glob("*.parquet"):
         ours = pq.read_table(tmp_path / "new" / "labels" / source.name)
         assert ours.equals(pq.read_table(Path(on_one_worker.uri("labels", source.name))))
+    arguments[4] = str(digits / "part-00000.parquet")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "holds labels made from another input" in capsys.readouterr().err
 
 
 def test_show_and_evaluate_print_the_results_of_a_run(on_one_worker, capsys):

@@ -159,18 +159,20 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     fingerprint = digest([[f.uri.rsplit("/", 1)[-1], f.size, f.digest, f.problem] for f in footers])
     file_problems = {f.uri: f"cannot be read: {f.problem}" for f in footers if f.problem}
     readable = [f for f in footers if not f.problem]
+    # A file without rows cannot hold wrong ones, whatever types its writer gave to empty columns.
+    filled = [f for f in readable if f.num_rows] or readable
     columns: list[Column] = []
     general: list[str] = []
     for wanted in section.embedding_columns:
-        column, problems = _resolve_column(wanted, readable, section.on_bad_rows, lake)
+        column, problems = _resolve_column(wanted, filled, section.on_bad_rows, lake)
         _collect(file_problems, problems)
         if column is None:
             general.append(f"column {wanted.name!r}: no file holds usable embeddings in it")
         else:
             columns.append(column)
-    id_type, problems = _resolve_ids(section.id_column, readable)
+    id_type, problems = _resolve_ids(section.id_column, filled)
     _collect(file_problems, problems)
-    _collect(file_problems, _other_columns(config, readable))
+    _collect(file_problems, _other_columns(config, filled))
 
     good = [f for f in readable if f.uri not in file_problems]
     num_rows = sum(f.num_rows for f in good)
