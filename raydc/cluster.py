@@ -81,7 +81,11 @@ def _start_local(config: Config) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Train workers keep their CPUs for the whole fit; Ray Data needs a whole spare one or it waits for ever.
-    needed = max(config.fit.num_workers * config.fit.cpus_per_worker + 1, config.assign.cpus_per_actor)
+    needed = max(
+        config.fit.num_workers * config.fit.cpus_per_worker + 1,
+        config.merge.cpus_per_cell,
+        config.assign.cpus_per_actor,
+    )
     ray.init(
         address="local",
         num_cpus=config.ray.num_cpus or max(os.cpu_count() or 1, needed),

@@ -241,14 +241,53 @@ class RefineConfig(Section):
     """Gradients are scaled down to this norm; null leaves them as they are."""
 
 
+MAX_PAIRWISE_LEAVES = 20_000
+"""Most leaves of single and complete linkage, which hold all distances; the same as in raydc.core.linkage."""
+
+
 class MergeConfig(Section):
-    """The weighted Ward tree over the leaves, and its levels."""
+    """The tree over the weighted leaves, and its levels."""
+
+    linkage: Literal["ward", "average", "single", "complete"] = "ward"
+    """ward; average (mean squared distance between rows); single and complete (of the centroids, for few leaves)."""
+
+    metric: Literal["euclidean", "cosine", "pearson"] = "euclidean"
+    """Of average, single and complete linkage; pearson is the cosine of rows whose mean was taken off."""
+
+    method: Literal["auto", "exact", "certified", "minibatch"] = "auto"
+    """exact; certified (cell by cell, the exact tree if eps is 0); minibatch (cell by cell, without a proof); auto, the
+    first of these that is expected to stay within budget_seconds. For ward and average linkage."""
+
+    eps: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """certified: a merge inside a cell may be up to 1 + eps times farther than what lies outside; above 0 the tree is
+    no longer the exact one."""
+
+    cell_size: int = Field(4096, ge=2)
+    """Clusters per cell, on average; a cell holds at most twice as many."""
+
+    top_size: int = Field(16384, ge=1)
+    """This many clusters or fewer are merged exactly, without cells."""
+
+    budget_seconds: float = Field(1800.0, gt=0)
+    """auto: what the merge may take, by an estimate from the number of leaves and their width."""
+
+    cpus_per_cell: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """CPUs, and compute threads, of the task that merges a cell."""
 
     levels: list[Annotated[int, Field(ge=1)]] | None = None
     """Numbers of groups at which the tree is cut; the cuts nest. Default: the powers of ten below num_leaves."""
 
     min_population: float | None = Field(None, gt=0, lt=1)
     """Least share of the rows of a group; smaller groups join their sibling in the tree."""
+
+    @pydantic.model_validator(mode="after")
+    def _linkage_and_metric_agree(self) -> Self:
+        if self.linkage == "ward" and self.metric != "euclidean":
+            raise ValueError(
+                f"merge.metric={self.metric} does not go with merge.linkage=ward, which is Euclidean. Use "
+                "linkage=average, or preprocess.method=l2 with metric=euclidean."
+            )
+        return self
 
 
 class AssignConfig(Section):
@@ -322,6 +361,11 @@ class Config(Section):
         if too_fine := [k for k in self.merge.levels or [] if k >= leaves]:
             problems.append(
                 f"merge.levels={too_fine} must be below cluster.num_leaves={leaves}; a level groups the leaves"
+            )
+        if self.merge.linkage in ("single", "complete") and leaves > MAX_PAIRWISE_LEAVES:
+            problems.append(
+                f"merge.linkage={self.merge.linkage} holds all distances and takes at most {MAX_PAIRWISE_LEAVES} "
+                f"leaves, cluster.num_leaves is {leaves}. Use ward or average, or fewer leaves"
             )
         if self.fit.objective in ("dec", "idec") and self.refine.target_top_q * leaves <= 1:
             problems.append(

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydc.config import Config, apply_override, difference, digest, load_config, parse_config
+from raydc.config import MAX_PAIRWISE_LEAVES, Config, apply_override, difference, digest, load_config, parse_config
+from raydc.core import linkage
 from raydc.errors import ConfigError
 
 LEAST = {"input": {"path": "data"}}
@@ -46,8 +47,8 @@ def test_an_unknown_section_is_refused_with_the_nearest_one():
 
 
 def test_an_unknown_key_like_no_other_lists_those_that_exist():
-    text = refusal(LEAST | {"merge": {"zzz": 1}})
-    assert text == "merge.zzz: unknown setting. Known keys: levels, min_population."
+    text = refusal(LEAST | {"assign": {"zzz": 1}})
+    assert text == "assign.zzz: unknown setting. Known keys: block_rows, cpus_per_actor, num_actors, use_gpu."
 
 
 def test_an_unknown_key_in_a_list_of_columns_names_its_place():
@@ -93,6 +94,21 @@ def test_input_settings_that_cannot_work_are_refused(section, text):
 def test_levels_that_do_not_group_the_leaves_are_refused():
     with pytest.raises(ConfigError, match=r"merge.levels=\[10, 12\] must be below cluster.num_leaves=10"):
         parse_config(LEAST | {"cluster": {"num_leaves": 10}, "merge": {"levels": [5, 10, 12]}})
+
+
+def test_linkage_metric_and_method_are_checked_together():
+    with pytest.raises(ConfigError, match="merge.metric=cosine does not go with merge.linkage=ward"):
+        parse_config(LEAST | {"merge": {"metric": "cosine"}})
+    with pytest.raises(ConfigError, match="merge.linkage=single holds all distances and takes at most 20000 leaves"):
+        parse_config(LEAST | {"cluster": {"num_leaves": 20_001}, "merge": {"linkage": "single"}})
+    assert "merge.eps" in refusal(LEAST | {"merge": {"eps": -1}})
+    assert "merge.method='centroid'" in refusal(LEAST | {"merge": {"method": "centroid"}})
+    section = parse_config(LEAST | {"merge": {"linkage": "average", "metric": "pearson", "method": "certified"}}).merge
+    assert (section.linkage, section.metric, section.method) == ("average", "pearson", "certified")
+
+
+def test_the_limit_of_pairwise_linkages_is_that_of_the_core():
+    assert MAX_PAIRWISE_LEAVES == linkage.MAX_PAIRWISE_LEAVES
 
 
 def test_a_kernel_target_that_means_no_signal_is_refused():

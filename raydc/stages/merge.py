@@ -1,19 +1,27 @@
-"""merge: the weighted Ward tree over the leaves, its levels, and the model with leaf ids in tree order."""
+"""merge: the tree over the weighted leaves, its levels, and the model with leaf ids in tree order."""
 
 import io
 import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import safetensors.torch
 import torch
+from threadpoolctl import threadpool_limits
 
-from raydc.config import Config
-from raydc.core.linkage import ward
-from raydc.core.tree import heavier_left, leaf_order, levels, node_table, relabel
+from raydc.cluster import root_cause
+from raydc.config import Config, MergeConfig
+from raydc.core.linkage import Linkage, agglomerate
+from raydc.core.linkage_cells import CellMerges, CellState, run_here
+from raydc.core.tree import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
+from raydc.errors import StageError
 from raydc.lake import Lake, join
 from raydc.model import Model
 from raydc.rundir import RunDir
@@ -21,13 +29,16 @@ from raydc.schema import level_column
 
 log = logging.getLogger(__name__)
 
+_CELL_RETRIES = 10
+"""Workers and nodes that a cell may lose. It is a pure function of its cell, so another try gives the same merges."""
+
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Write tree/ (linkage.npy, nodes.parquet, levels.parquet, leaves.safetensors) and model/."""
+    """Write model/ and tree/: linkage.npy, nodes.parquet, levels.parquet, level_statistics.json, leaves.safetensors."""
     lake = run.lake
     leaves = safetensors.torch.load(lake.read_bytes(run.uri("fit", "leaves.safetensors")))
     weights, means, sse = (leaves[name].numpy() for name in ("weights", "means", "sse"))
-    tree = ward(means, weights, sse)
+    tree = merge_leaves(config, means, weights, sse)
     if len(tree.left_out):
         log.warning(
             "merge: %d of %d leaves hold no row and are left out of the model", len(tree.left_out), len(weights)
@@ -42,7 +53,12 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             "merge: the tree has %d leaves; levels %s are left out", len(order), sorted({*config.levels} - {*sizes})
         )
     groups = levels(linkage, sizes, weights, config.merge.min_population)
-    _write_tree(lake, run.uri("tree"), linkage, groups, node_table(linkage, weights, sse))
+    # Only a Ward tree's heights tell how the sum of squared errors rises.
+    centers = None if config.merge.linkage == "ward" else means
+    _write_tree(lake, run.uri("tree"), linkage, groups, node_table(linkage, weights, sse, centers))
+    described = {str(k): asdict(level_statistics(labels, weights, means, sse)) for k, labels in groups.items()}
+    described["leaves"] = asdict(level_statistics(np.arange(len(order)), weights, means, sse))
+    lake.write_json(run.uri("tree", "level_statistics.json"), described)
     statistics = {"weights": weights, "means": means, "sse": sse}
     body = safetensors.torch.save({k: torch.from_numpy(np.ascontiguousarray(a)) for k, a in statistics.items()})
     lake.write_bytes(run.uri("tree", "leaves.safetensors"), body)
@@ -51,9 +67,95 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "leaves": len(order),
         "left_out": len(tree.left_out),
         "levels": sizes,
+        "level_statistics": described,
+        "method": tree.method,
+        "reason": tree.reason,
         "rounds": tree.num_rounds,
+        "cells": tree.num_cells,
+        "cell_merges": tree.num_cell_merges,
         "inversions": tree.num_inversions,
     }
+
+
+def merge_leaves(
+    config: Config,
+    means: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    sse: npt.NDArray[np.float64],
+) -> Linkage:
+    """Return the tree by the settings of the section; its cells, if it takes any, are tasks on the cluster.
+
+    Raises:
+        StageError: the leaves do not fit the linkage or the metric, or a cell was lost for good.
+    """
+    section = config.merge
+    _warn_of_idle_settings(section)
+    connected = ray.is_initialized()
+    try:
+        return agglomerate(
+            means,
+            weights,
+            # Under cosine and pearson the leaves are directions; their squared errors are of the plain space.
+            sse if section.metric == "euclidean" else None,
+            linkage=section.linkage,
+            metric=section.metric,
+            method=section.method,
+            eps=section.eps,
+            cell_size=section.cell_size,
+            top_size=section.top_size,
+            seed=config.seed,
+            budget_seconds=section.budget_seconds,
+            num_parallel=_cells_at_a_time(section.cpus_per_cell) if connected else 1,
+            run_cells=partial(run_on_cluster, num_cpus=section.cpus_per_cell) if connected else run_here,
+        )
+    except ValueError as error:
+        raise StageError(f"merge: {error}.") from error
+    except ray.exceptions.RayError as error:
+        cause = root_cause(error)
+        raise StageError(
+            f"merge: a cell failed with {type(cause).__name__}: {cause}. The same command does this stage again."
+        ) from error
+
+
+def run_on_cluster(
+    step: Callable[..., CellMerges], state: CellState, cells: Sequence[int], *, num_cpus: int
+) -> Iterable[CellMerges]:
+    """Run each cell as a task and yield their merges in the order of the cells; a task that is lost runs again.
+
+    The state is put into the object store once, and a task reads it there without a copy.
+
+    Args:
+        step: called with state and cell.
+        state: of all clusters of the round.
+        cells: which cells.
+        num_cpus: CPUs and threads of a task.
+
+    Raises:
+        ray.exceptions.RayError: a cell was lost too often, or raised.
+    """
+    shared = ray.put(state)
+    options = {"num_cpus": num_cpus, "max_retries": _CELL_RETRIES}
+    task = ray.remote(**options)(_run_cell)
+    waiting = [task.remote(step, shared, cell, num_cpus) for cell in cells]
+    for one in waiting:
+        yield ray.get(one)
+
+
+def _run_cell(step: Callable[..., CellMerges], state: CellState, cell: int, num_threads: int) -> CellMerges:
+    # The search asks BLAS for its number of threads, and a worker serves tasks of several widths in its life.
+    with threadpool_limits(num_threads):
+        return step(state, cell)
+
+
+def _cells_at_a_time(cpus_per_cell: int) -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus_per_cell)
+
+
+def _warn_of_idle_settings(section: MergeConfig) -> None:
+    if section.linkage in ("single", "complete") and section.method != "auto":
+        log.warning("merge: method=%s has no effect on linkage=%s", section.method, section.linkage)
+    elif section.eps > 0 and section.method in ("exact", "minibatch"):
+        log.warning("merge: eps=%g has no effect with method=%s", section.eps, section.method)
 
 
 def leaf_statistics(run: RunDir) -> dict[str, npt.NDArray[np.float64]]:

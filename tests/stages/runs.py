@@ -30,14 +30,15 @@ def fill(folder: Path, num: int = 100, *, num_bad: int = 0) -> np.ndarray:
     return leaf[num_bad:]
 
 
-def labelled_run(folder: Path, **sections: Any) -> tuple[Config, RunDir]:
-    """Return a run over `folder`/in that is done up to assign."""
+def labelled_run(folder: Path, *, offset: np.ndarray | None = None, **sections: Any) -> tuple[Config, RunDir]:
+    """Return a run over `folder`/in that is done up to assign; `offset` moves the means that merge sees."""
     sections["input"] = {"label_column": "label", "on_bad_rows": "quarantine"} | sections.get("input", {})
-    config = shards.settings(folder / "in", merge={"levels": [2]}, **sections)
+    sections["merge"] = {"levels": [2]} | sections.get("merge", {})
+    config = shards.settings(folder / "in", **sections)
     run = RunDir(Lake(), str(folder / "runs"), "r1")
     run.write_header(config)
     _do(run, config, "profile", profiling.run(config, run))
-    _write_fit(run)
+    _write_fit(run, offset)
     _do(run, config, "fit", {"objective": config.fit.objective, "rows": 100})
     _do(run, config, "merge", merge.run(config, run))
     total = _assign(run)
@@ -49,14 +50,14 @@ def _do(run: RunDir, config: Config, stage: str, metrics: dict[str, Any]) -> Non
     run.mark_done(stage, config.settings(stage), 1.0, metrics)
 
 
-def _write_fit(run: RunDir) -> None:
+def _write_fit(run: RunDir, offset: np.ndarray | None) -> None:
     # Turned, so that merge has something to put in order.
     turned = shards.corner_model(centers_KL=torch.from_numpy(shards.CORNERS[[2, 0, 3, 1]]), levels={})
     turned.save(run.lake, run.uri("fit", "model"))
     turned.save(run.lake, run.uri("fit", "baselines", "raw_kmeans"))
     leaves = {
         "weights": torch.tensor([25.0, 25.0, 25.0, 25.0], dtype=torch.float64),
-        "means": turned.centers_KL.double(),
+        "means": turned.centers_KL.double() + (0.0 if offset is None else torch.from_numpy(offset)),
         "sse": torch.full((4,), 50.0, dtype=torch.float64),
     }
     run.lake.write_bytes(run.uri("fit", "leaves.safetensors"), safetensors.torch.save(leaves))
