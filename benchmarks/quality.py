@@ -27,7 +27,8 @@ from raydc.core.collectives import Ranks
 from raydc.core.nearest import nearest, prepare_process
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows
-from raydc.core.training import Clustering, Fitted, fit
+from raydc.core.state import Clustering
+from raydc.core.training import Fitted, fit
 from raydc.demo import write_digits
 from raydc.labelling import class_names
 from raydc.lake import Lake

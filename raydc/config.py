@@ -383,6 +383,12 @@ class Config(Section):
             return sorted(set(self.merge.levels))
         return [10**p for p in range(1, 12) if 10**p < self.cluster.num_leaves]
 
+    def encoder_widths(self, dim: int) -> list[int]:
+        """Return the encoder's layer widths, input first; of length 1 where the rows are clustered as they are."""
+        if self.fit.objective == "kmeans":
+            return [dim]
+        return [dim, *self.autoencoder.hidden_dims, self.autoencoder.latent_dim]
+
     def settings(self, stage: str) -> dict[str, Any]:
         """Return the settings that decide the result of `stage`: its own and those of every stage before it."""
         sections = [s for name in _up_to(stage) for s in SECTIONS_OF_STAGE[name]]

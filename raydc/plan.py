@@ -60,7 +60,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     n = profile.num_rows
     trained = min(n, config.fit.max_rows or n)
     dim, leaves = profile.spec.dim, config.cluster.num_leaves
-    encoder = encoder_widths(config, dim)
+    encoder = config.encoder_widths(dim)
     # A multiply-add is two FLOPs; the backward pass is twice the forward one.
     forward = 2.0 * sum(a * b for a, b in itertools.pairwise(encoder))
     nearest = 2.0 * leaves * encoder[-1]
@@ -101,13 +101,6 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         2 * len(profile.slices) + 30,
         seconds,
     )
-
-
-def encoder_widths(config: Config, dim: int) -> list[int]:
-    """Return the layer widths of the encoder, input first; of length 1 where the rows are clustered as they are."""
-    if config.fit.objective == "kmeans":
-        return [dim]
-    return [dim, *config.autoencoder.hidden_dims, config.autoencoder.latent_dim]
 
 
 def _matrix_rate(config: Config, num_threads: int) -> float:

@@ -5,7 +5,7 @@ import pytest
 
 from raydc.config import Config
 from raydc.core.preprocess import Moments
-from raydc.plan import encoder_widths, make_plan
+from raydc.plan import make_plan
 from raydc.slices import Column, InputSpec, Slice
 from raydc.stages.profile import Profile
 from tests import shards
@@ -55,8 +55,8 @@ def test_arithmetic_by_hand():
 
 
 def test_widths_of_the_encoder():
-    assert encoder_widths(config(fit={"objective": "dec"}), 8) == [8, 16, 4]
-    assert encoder_widths(config(fit={"objective": "kmeans"}), 8) == [8]
+    assert config(fit={"objective": "dec"}).encoder_widths(8) == [8, 16, 4]
+    assert config(fit={"objective": "kmeans"}).encoder_widths(8) == [8]
 
 
 def test_a_sample_shortens_the_training_but_not_the_labelling():

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,9 @@ from raydc.core.objectives.kernel import Kernel, calibrate
 from raydc.core.objectives.reconstruction import Reconstruction, corrupt
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, Rows, Step
-from raydc.core.snapshot import Snapshot, encode, refresh
+from raydc.core.settings import FitSettings, PretrainSettings, RefineSettings
+from raydc.core.snapshot import encode, refresh
+from raydc.core.state import Clustering, State, restore, to_checkpoint
 
 _CHECK_STEPS = 100
 
@@ -47,77 +49,6 @@ class Context(Protocol):
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
-    """See raydc.config.PretrainConfig."""
-
-    num_epochs: int
-    batch_rows: int
-    learning_rate: float
-    warmup_steps: int
-    schedule: str
-    weight_decay: float
-    corruption: float
-
-
-@dataclass(frozen=True)
-class ClusterSettings:
-    """See raydc.config.ClusterConfig."""
-
-    num_leaves: int
-    init_rows: int
-    num_restarts: int
-    num_iterations: int
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class RefineSettings:
-    """See raydc.config.RefineConfig."""
-
-    num_epochs: int
-    batch_rows: int
-    optimizer: str
-    learning_rate: float
-    refreshes_per_epoch: int
-    tolerance: float
-    alpha: float | str
-    target_top_q: float
-    gamma: float
-    max_grad_norm: float | None
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """All that decides the result of a fit, beside the rows."""
-
-    objective: str
-    """dec, idec, autoencoder or kmeans."""
-
-    seed: int
-    precision: str
-    hidden_dims: tuple[int, ...]
-    latent_dim: int
-    pretrain: PretrainSettings
-    cluster: ClusterSettings
-    refine: RefineSettings
-    baseline_rows: int
-    fingerprint: str
-    """Of the settings and the input; a checkpoint with another one is refused."""
-
-    checkpoint_epochs: int = 1
-    block_rows: int = 8192
-
-
-@dataclass(frozen=True)
-class Clustering:
-    """An encoder (None: the preprocessed rows themselves) and centres in its space."""
-
-    encoder: nn.Module | None
-    centers_KL: Tensor
-    kernel: Kernel
-
-
-@dataclass(frozen=True)
 class Fitted:
     """The outcome of a fit, the same on every rank."""
 
@@ -130,23 +61,6 @@ class Fitted:
 
     history: list[dict[str, Any]]
     decoder: nn.Module | None = None
-
-
-@dataclass
-class _State:
-    """What a checkpoint carries. Nothing in it depends on the number of ranks."""
-
-    autoencoder: Autoencoder | None
-    generator: torch.Generator
-    phase: str = "pretrain"
-    epoch: int = 0
-    converged: bool = False
-    centers: Tensor | None = None
-    kernel: Kernel | None = None
-    baselines: dict[str, Clustering] = field(default_factory=dict)
-    snapshot: Snapshot | None = None
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def fit(rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Context) -> Fitted:
@@ -184,7 +98,7 @@ class _Fit:
         if settings.objective != "kmeans":
             autoencoder = self._new_autoencoder()
             initialize(autoencoder, generator)
-        self.state = _State(autoencoder, generator)
+        self.state = State(autoencoder, generator)
 
     def pretrain(self) -> None:
         """Train the autoencoder on reconstruction."""
@@ -470,7 +384,7 @@ class _Fit:
         self.state.history.append(entry)
         if self.ranks.rank == 0 and keep:
             with tempfile.TemporaryDirectory(prefix="raydc-checkpoint-") as folder:
-                checkpoint.save(Path(folder), *_to_checkpoint(self.state, self.settings))
+                checkpoint.save(Path(folder), *to_checkpoint(self.state, self.settings.fingerprint))
                 self.context.report(entry, Path(folder))
         else:
             self.context.report(entry)
@@ -485,7 +399,7 @@ class _Fit:
                     f"the checkpoint was made with other settings or another input ({values['fingerprint']}, "
                     f"now {self.settings.fingerprint})"
                 )
-            _from_checkpoint(self.state, tensors, values, self._new_autoencoder)
+            restore(self.state, tensors, values, self._new_autoencoder)
         if self.state.autoencoder is not None:
             self.state.autoencoder.to(self.ranks.device)
         if self.state.centers is not None:
@@ -506,59 +420,6 @@ def learning_rate(plan: PretrainSettings, step: int, num_steps: int) -> float:
         return plan.learning_rate
     done = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
     return plan.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def _to_checkpoint(state: _State, settings: FitSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {"generator": state.generator.get_state()} | checkpoint.prefixed("optimizer", state.optimizer)
-    values: dict[str, Any] = {
-        "fingerprint": settings.fingerprint,
-        "phase": state.phase,
-        "epoch": state.epoch,
-        "converged": state.converged,
-        "history": state.history,
-        "kernels": {name: [b.kernel.alpha, b.kernel.scale] for name, b in state.baselines.items()},
-    }
-    if state.autoencoder is not None:
-        tensors |= checkpoint.prefixed("autoencoder", state.autoencoder.state_dict())
-    if state.centers is not None and state.kernel is not None:
-        tensors["centers"] = state.centers
-        values["kernel"] = [state.kernel.alpha, state.kernel.scale]
-    for name, baseline in state.baselines.items():
-        tensors[f"baseline_centers.{name}"] = baseline.centers_KL
-        if baseline.encoder is not None:
-            tensors |= checkpoint.prefixed(f"baseline_encoder.{name}", baseline.encoder.state_dict())
-    if state.snapshot is not None:
-        tensors |= checkpoint.prefixed("snapshot_encoder", state.snapshot.encoder.state_dict())
-        tensors["snapshot_centers"] = state.snapshot.centers_KL
-        tensors["snapshot_frequencies"] = state.snapshot.frequencies_K
-    # safetensors refuses two names for one storage: the autoencoder_kmeans centres are the first centres.
-    return {name: tensor.clone() for name, tensor in tensors.items()}, values
-
-
-def _from_checkpoint(
-    state: _State, tensors: dict[str, Tensor], values: dict[str, Any], new_autoencoder: Callable[[], Autoencoder]
-) -> None:
-    state.generator.set_state(tensors["generator"])
-    state.phase, state.epoch, state.converged = values["phase"], values["epoch"], values["converged"]
-    state.history = values["history"]
-    state.optimizer = checkpoint.with_prefix("optimizer", tensors)
-    if state.autoencoder is not None:
-        state.autoencoder.load_state_dict(checkpoint.with_prefix("autoencoder", tensors))
-    if "centers" in tensors:
-        state.centers, state.kernel = tensors["centers"], Kernel(*values["kernel"])
-    for name, kernel in values["kernels"].items():
-        weights = checkpoint.with_prefix(f"baseline_encoder.{name}", tensors)
-        encoder = _loaded(new_autoencoder, weights) if weights else None
-        state.baselines[name] = Clustering(encoder, tensors[f"baseline_centers.{name}"], Kernel(*kernel))
-    if "snapshot_centers" in tensors:
-        encoder = _loaded(new_autoencoder, checkpoint.with_prefix("snapshot_encoder", tensors))
-        state.snapshot = Snapshot(encoder, tensors["snapshot_centers"], tensors["snapshot_frequencies"])
-
-
-def _loaded(new_autoencoder: Callable[[], Autoencoder], weights: dict[str, Tensor]) -> nn.Module:
-    encoder = new_autoencoder().encoder
-    encoder.load_state_dict(weights)
-    return encoder.eval()
 
 
 def _refine_optimizer(plan: RefineSettings, objective: nn.Module) -> torch.optim.Optimizer:

@@ -27,19 +27,12 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import prepare_process
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.training import (
-    Clustering,
-    ClusterSettings,
-    FitSettings,
-    Fitted,
-    PretrainSettings,
-    RefineSettings,
-    fit,
-)
+from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings
+from raydc.core.state import Clustering
+from raydc.core.training import Fitted, fit
 from raydc.errors import DataError, StageError
 from raydc.lake import Lake
 from raydc.model import Model
-from raydc.plan import encoder_widths
 from raydc.rundir import RunDir
 from raydc.slices import InputSpec, Slice, read_slice
 from raydc.stages import profile as profiling
@@ -83,7 +76,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             profile.preprocess(config),
             profile.spec,
             run,
-            tuple(encoder_widths(config, profile.spec.dim)),
+            tuple(config.encoder_widths(profile.spec.dim)),
             expected,
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from raydc.core.collectives import Ranks
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, StreamedRows
-from raydc.core.training import ClusterSettings, FitSettings, PretrainSettings, RefineSettings, fit
+from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings
+from raydc.core.training import fit
 
 SETTINGS = FitSettings(
     objective="dec",

@@ -9,7 +9,8 @@ import torch
 from raydc.core.collectives import Ranks
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows
-from raydc.core.training import PretrainSettings, fit, learning_rate
+from raydc.core.settings import PretrainSettings
+from raydc.core.training import fit, learning_rate
 from tests.core.ranks import SETTINGS, PlainContext, blobs, fit_blobs, make_rows, run_ranks, with_objective
 
 
