@@ -3,9 +3,9 @@
 import argparse
 import os
 
-from benchmarks import quality
+from benchmarks import linkage, quality
 
-NAMES = {"quality": quality.main}
+NAMES = {"linkage": linkage.main, "quality": quality.main}
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=sorted(NAMES), help="one benchmark; all by default")
     parser.add_argument("--mnist", default=os.environ.get("RAYDC_MNIST"), metavar="FOLDER", help="MNIST as Parquet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", nargs="+", choices=list(linkage.ROWS), help="rows of linkage; all by default")
     options = parser.parse_args()
     for name in [options.name] if options.name else sorted(NAMES):
         NAMES[name](options)

@@ -134,8 +134,7 @@ def run_on_cluster(
         ray.exceptions.RayError: a cell was lost too often, or raised.
     """
     shared = ray.put(state)
-    options = {"num_cpus": num_cpus, "max_retries": _CELL_RETRIES}
-    task = ray.remote(**options)(_run_cell)
+    task = ray.remote(num_cpus=num_cpus, max_retries=_CELL_RETRIES)(_run_cell)
     waiting = [task.remote(step, shared, cell, num_cpus) for cell in cells]
     for one in waiting:
         yield ray.get(one)
