@@ -1,9 +1,10 @@
-"""The `raydc` command: run, assign, evaluate, show, demo."""
+"""The `raydc` command: run, assign, evaluate, show, tree, demo."""
 
 import argparse
 import datetime
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from raydc.errors import RaydcError, StageError
 from raydc.lake import Lake, absolute, join
 
 log = logging.getLogger(__name__)
+
+TREE_FORMATS = ("newick", "json", "edges", "topics", "condensed")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,6 +65,16 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="say where a run stands, and its results")
     show.add_argument("run", metavar="RUN", help="run folder")
     show.set_defaults(command=_show)
+
+    tree = commands.add_parser("tree", help="cut the tree of a run, or write it for other programs")
+    tree.add_argument("run", metavar="RUN", help="run folder")
+    what = tree.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cut", type=int, metavar="K", help="the group of each leaf in a cut into K groups, as CSV")
+    what.add_argument("--export", choices=TREE_FORMATS, help="write the whole tree in a format")
+    tree.add_argument("--output", metavar="FILE", help="path or URI; standard output by default. A cut may be .parquet")
+    tree.add_argument("--min-rows", type=float, metavar="N", help="condensed: rows of a cluster (default: 1 %% of all)")
+    tree.add_argument("--max-nodes", type=int, default=5000, metavar="N", help="json: most nodes (default: 5000)")
+    tree.set_defaults(command=_tree)
 
     demo = commands.add_parser("demo", help="cluster scikit-learn's digits, end to end, into runs/demo")
     demo.add_argument("--output", default="runs")
@@ -114,6 +127,30 @@ def _show(options: argparse.Namespace) -> None:
 
     folder, _ = _open_run(options.run)
     print("\n".join(summary.lines(folder)))
+
+
+def _tree(options: argparse.Namespace) -> None:
+    from raydc import trees
+
+    folder, _ = _open_run(options.run)
+    tree = trees.read(folder)
+    table = trees.groups(tree, options.cut) if options.cut is not None else None
+
+    def write(path: Path) -> None:
+        if table is not None:
+            trees.write_groups(table, path, parquet=(options.output or "").endswith(".parquet"))
+        else:
+            trees.export(tree, options.export, path, min_rows=options.min_rows, max_nodes=options.max_nodes)
+
+    if options.output:
+        with folder.lake.staged(absolute(options.output)) as path:
+            write(path)
+        log.info("tree: %s", absolute(options.output))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tree"
+        write(path)
+        sys.stdout.write(path.read_text(encoding="utf-8"))
 
 
 def _demo(options: argparse.Namespace) -> None:

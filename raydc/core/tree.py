@@ -354,6 +354,52 @@ def merge_sse(children_T2: np.ndarray, weights_K: np.ndarray, centers_KD: np.nda
     return rise_T
 
 
+def central_leaves(
+    Z: np.ndarray, weights_K: np.ndarray, centers_KD: np.ndarray, allowed_K: np.ndarray | None = None
+) -> np.ndarray:
+    """Return for each node a leaf that stands for it: of its two children's leaves, the one nearer to the node's mean.
+
+    A leaf stands for itself. So what climbs the tree is a tournament, O(K D) in all; the nearest of all leaves under a
+    node would cost O(K D) for each level of the tree. On equal distances the left child's leaf is taken.
+
+    Args:
+        Z: (K-1, 4) linkage matrix.
+        weights_K: (K,) rows of each leaf.
+        centers_KD: (K, D) centre of each leaf.
+        allowed_K: (K,) bool; a leaf that is not allowed stands for nothing.
+
+    Returns:
+        (V,) int64 leaves; -1 where no leaf under the node is allowed.
+
+    Raises:
+        ValueError: Z is not a linkage matrix, or lengths disagree.
+    """
+    children_T2 = checked_children(Z)
+    num_leaves = len(children_T2) + 1
+    allowed_K = np.ones(num_leaves, dtype=bool) if allowed_K is None else np.asarray(allowed_K, dtype=bool)
+    weight_K = np.array(weights_K, dtype=np.float64)
+    if not len(weight_K) == len(centers_KD) == len(allowed_K) == num_leaves:
+        raise ValueError(f"a tree of {num_leaves} leaves needs as many weights, centers and allowed leaves")
+    center_KD = np.asarray(centers_KD, dtype=np.float64)
+    center_KD = center_KD - center_KD.mean(axis=0)
+    mean_KD = center_KD.copy()
+    row_V = np.arange(2 * num_leaves - 1)  # A merge takes over the row of its left child.
+    central_V = np.full(2 * num_leaves - 1, -1, dtype=np.int64)
+    central_V[:num_leaves] = np.where(allowed_K, np.arange(num_leaves), -1)
+    for merges in _generations(children_T2):
+        left, right = row_V[children_T2[merges, 0]], row_V[children_T2[merges, 1]]
+        row_V[num_leaves + merges] = left
+        total = weight_K[left] + weight_K[right]
+        share = np.divide(weight_K[right], total, out=np.full_like(total, 0.5), where=total > 0)
+        mean_KD[left] += share[:, None] * (mean_KD[right] - mean_KD[left])
+        weight_K[left] = total
+        leaf_M2 = central_V[children_T2[merges]]
+        step_M2D = center_KD[leaf_M2] - mean_KD[left][:, None]
+        squared_M2 = np.where(leaf_M2 >= 0, np.einsum("msd,msd->ms", step_M2D, step_M2D), np.inf)
+        central_V[num_leaves + merges] = leaf_M2[np.arange(len(merges)), squared_M2.argmin(axis=1)]
+    return central_V
+
+
 def dendrogram_purity(Z: np.ndarray, table_KC: np.ndarray) -> float:
     """Return the mean, over all pairs of rows of one class, of that class's share in their lowest common ancestor.
 

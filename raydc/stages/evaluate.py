@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from raydc.config import Config
 from raydc.core import metrics
 from raydc.core.tally import Tally
-from raydc.core.tree import dendrogram_purity
-from raydc.labelling import Statistics
+from raydc.core.tree import central_leaves, dendrogram_purity
+from raydc.labelling import Statistics, nearest_rows
 from raydc.model import Model
 from raydc.rundir import RunDir
 from raydc.schema import level_column
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Write metrics.json and leaves.parquet."""
+    """Write metrics.json and leaves.parquet, and the medoids into tree/nodes.parquet."""
     statistics = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz")))
     model = Model.load(run.uri("model"), run.lake)
     leaves = merge.leaf_statistics(run)
@@ -44,6 +44,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     run.lake.write_json(run.uri("metrics.json"), body)
     with run.lake.staged(run.uri("leaves.parquet")) as path:
         pq.write_table(_leaf_table(statistics.tallies["leaf"], model), path)
+    _write_medoids(run, leaves, linkage)
     return {name: body[name] for name in ("rows", "quality", "internal", "baselines", "warnings") if name in body}
 
 
@@ -100,6 +101,30 @@ def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
     if body["rows"]["rejects"]:
         warnings.append(f"{body['rows']['rejects']} rows were quarantined in rejects/")
     return warnings
+
+
+def _write_medoids(run: RunDir, leaves: dict[str, npt.NDArray[np.float64]], linkage: npt.NDArray[np.float64]) -> None:
+    """Add the column medoid_id to nodes.parquet: the id of one row that stands for each node.
+
+    Merge cannot know it: which row is nearest to a leaf is found when rows are assigned. A leaf's medoid is its nearest
+    exemplar; a merge takes over the one of its children whose leaf is nearer to its own mean. Null where no row is.
+    """
+    if not run.lake.exists(run.uri("exemplars.parquet")):
+        return
+    with run.lake.open_parquet(run.uri("exemplars.parquet")) as handle:
+        nearest = nearest_rows(pq.read_table(handle), 1)
+    assert nearest is not None
+    with run.lake.open_parquet(run.uri("tree", "nodes.parquet")) as handle:
+        nodes = pq.read_table(handle)
+    row_K = np.full(len(leaves["weights"]), -1)
+    row_K[nearest["leaf"].to_numpy()] = np.arange(len(nearest))
+    leaf_V = central_leaves(linkage, leaves["weights"], leaves["means"], row_K >= 0)
+    row_V = np.where(leaf_V >= 0, row_K[leaf_V], -1)
+    medoid = nearest["id"].combine_chunks().take(pa.array(row_V, mask=row_V < 0))
+    # A second evaluation replaces the column of the first.
+    others = [name for name in nodes.column_names if name != "medoid_id"]
+    with run.lake.staged(run.uri("tree", "nodes.parquet")) as path:
+        pq.write_table(nodes.select(others).append_column("medoid_id", medoid), path)
 
 
 def _leaf_table(tally: Tally, model: Model) -> pa.Table:

@@ -263,3 +263,29 @@ def test_refusals_say_what_is_wrong():
         tree.dendrogram_purity(BY_HAND, np.eye(5))
     with pytest.raises(ValueError, match="weights"):
         tree.node_table(BY_HAND, np.ones(4))
+
+
+def test_the_central_leaf_is_the_nearer_of_the_childrens_by_hand():
+    # 0, 1 and 5 on a line, weights 1, 3, 1: the mean of the first two is .75, of all 1.6.
+    Z = np.array([[0, 1, 1.0, 2], [2, 3, 5.0, 3]])
+    weights, centers = np.array([1.0, 3, 1]), np.array([[0.0], [1.0], [5.0]])
+    assert tree.central_leaves(Z, weights, centers).tolist() == [0, 1, 2, 1, 1]
+    assert tree.central_leaves(Z, weights, centers, np.array([True, False, True])).tolist() == [0, -1, 2, 0, 0]
+    assert tree.central_leaves(Z, weights, centers, np.zeros(3, bool)).tolist() == [-1] * 5
+    assert tree.central_leaves(np.empty((0, 4)), np.ones(1), np.ones((1, 2))).tolist() == [0]
+    with pytest.raises(ValueError, match="a tree of 3 leaves needs as many weights"):
+        tree.central_leaves(Z, weights[:2], centers)
+
+
+def test_central_leaves_equal_a_plain_loop():
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(60, 3)), rng.uniform(1, 5, 60)
+    Z = linkage(x, "average")
+    found = tree.central_leaves(Z, weights, x)
+    members = [[k] for k in range(60)]
+    for merge, (left, right) in enumerate(Z[:, :2].astype(int)):
+        members.append(members[left] + members[right])
+        mean = np.average(x[members[-1]], axis=0, weights=weights[members[-1]])
+        a, b = found[left], found[right]
+        nearer = a if ((x[a] - mean) ** 2).sum() <= ((x[b] - mean) ** 2).sum() else b
+        assert found[60 + merge] == nearer

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
@@ -76,6 +77,8 @@ def _assign(run: RunDir) -> Statistics:
         baseline_fraction=1.0,
     )
     total = shards.label_all(job, profile.slices)
+    with run.lake.staged(run.uri("exemplars.parquet")) as path:
+        pq.write_table(total.exemplars.sort_by("key"), path)
     counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
     run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
     return total

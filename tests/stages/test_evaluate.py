@@ -1,6 +1,7 @@
 """evaluate and the summary: metrics.json from statistics and tree alone, and what a person reads of it."""
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -77,6 +78,34 @@ def test_metrics_are_the_same_bytes_when_computed_again(tmp_path):
     first = run.lake.read_bytes(run.uri("metrics.json"))
     evaluate.run(config, run)
     assert run.lake.read_bytes(run.uri("metrics.json")) == first
+
+
+def test_every_node_has_the_nearest_row_of_a_leaf_under_it_as_its_medoid(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    assert "medoid_id" not in pq.read_schema(run.uri("tree", "nodes.parquet")).names
+    evaluate.run(config, run)
+    first = run.lake.read_bytes(run.uri("tree", "nodes.parquet"))
+    nodes = pq.read_table(run.uri("tree", "nodes.parquet")).to_pydict()
+    labels = written_labels(run)
+    leaf, distance, ids = (np.array(labels[name]) for name in ("leaf", "distance", "id"))
+    for k in range(4):
+        assert nodes["medoid_id"][k] == ids[leaf == k][distance[leaf == k].argmin()]
+    for node in range(4, 7):
+        children = (nodes["left"][node], nodes["right"][node])
+        assert nodes["medoid_id"][node] in [nodes["medoid_id"][child] for child in children]
+    evaluate.run(config, run)
+    assert run.lake.read_bytes(run.uri("tree", "nodes.parquet")) == first
+
+
+def test_a_leaf_without_an_exemplar_has_no_medoid_and_gives_none_to_its_parents(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    exemplars = pq.read_table(run.uri("exemplars.parquet"))
+    pq.write_table(exemplars.filter(pc.field("leaf") != 0), run.uri("exemplars.parquet"))
+    evaluate.run(config, run)
+    medoids = pq.read_table(run.uri("tree", "nodes.parquet"))["medoid_id"].to_pylist()
+    assert medoids[0] is None and None not in medoids[1:]
 
 
 def test_a_learned_space_that_is_no_better_than_the_raw_rows_is_said_so(tmp_path, caplog):
