@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ CUTS = (10, 50, 300)
 def main(options: argparse.Namespace) -> None:
     """Run the rows that are named, or all, and write the page."""
     for name in options.rows or ROWS:
-        entry = {"made": _made(), **ROWS[name]()}
+        if name == "mnist" and not options.mnist:
+            print("mnist skipped: give its folder with --mnist or RAYDC_MNIST")
+            continue
+        entry = {"made": _made(), **(mnist(options.mnist) if name == "mnist" else ROWS[name]())}
         print(name, json.dumps(entry), flush=True)
         path = ROOT / "docs" / "linkage.json"
         book = json.loads(path.read_text()) if path.exists() else {}
@@ -144,6 +148,56 @@ def million() -> dict[str, Any]:
     return {"trees": [in_own_process("minibatch", "tree", 1_000_000, 32)]}
 
 
+MNIST = {
+    "cluster.num_leaves": 1000,
+    "cluster.num_restarts": 2,
+    "fit.objective": "kmeans",
+    "merge.levels": "[10, 100]",
+}
+"""What differs from jobs/mnist.yaml: no network, so that the row takes a minute, and two starts of k-means."""
+
+
+def mnist(folder: str) -> dict[str, Any]:
+    """Dendrogram purity of 1,000 leaves on MNIST: trees of the same leaves, against the same table of leaf x digit."""
+    from scipy.cluster.hierarchy import linkage
+
+    from raydc.core.linkage import agglomerate
+    from raydc.core.tree import cut, dendrogram_purity, level_statistics
+    from raydc.labelling import Statistics
+    from raydc.lake import Lake
+    from raydc.rundir import RunDir
+    from raydc.stages.merge import leaf_statistics
+
+    TREES.mkdir(parents=True, exist_ok=True)
+    settings = MNIST | {"input.path": folder, "output": TREES / "runs", "merge.method": "exact"}
+    overrides = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+    run = RunDir(Lake(), str(TREES / "runs"), "mnist-1000")
+    run.remove("")
+    command = [sys.executable, "-m", "raydc", "run", "--config", "jobs/mnist.yaml", "--run-id", run.run_id, *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    leaves = leaf_statistics(run)
+    weights, means, sse = (leaves[name] for name in ("weights", "means", "sse"))
+    table, _ = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz"))).tallies["leaf"].table()
+    cells = {"method": "minibatch", "cell_size": 50, "top_size": 50}
+    found = {
+        "exact": agglomerate(means, weights, sse, method="exact").merges,
+        "mini-batch, cells of 50": agglomerate(means, weights, sse, **cells).merges,
+        "scipy ward, every leaf weighs 1": linkage(means, "ward"),
+    }
+    purity = {name: round(dendrogram_purity(merges, table), 5) for name, merges in found.items()}
+    errors = {n: [level_statistics(cut(m, k), weights, means, sse).sse for k in CUTS] for n, m in found.items()}
+    return {
+        "settings": MNIST,
+        "num_leaves": len(weights),
+        "dendrogram_purity": purity,
+        "sse_over_exact": {
+            name: {str(k): round(e / b, 5) for k, e, b in zip(CUTS, errors[name], errors["exact"], strict=True)}
+            for name in found
+        },
+        "job": {"dendrogram_purity": run.lake.read_json(run.uri("metrics.json"))["quality"]["dendrogram_purity"]},
+    }
+
+
 def beside_exact(data: str, num: int, width: int) -> dict[str, Any]:
     """Return mini-batch and exact on the same leaves: seconds, and errors at cuts as shares of the exact tree's."""
     trees = [in_own_process(method, data, num, width) for method in ("minibatch", "exact")]
@@ -163,13 +217,14 @@ def sse_at_cuts(data: str, num: int, width: int, method: str) -> dict[int, float
     return {k: level_statistics(cut(merges, k), np.ones(num), x).sse for k in CUTS}
 
 
-ROWS = {
+ROWS: dict[str, Callable[..., dict[str, Any]]] = {
     "fastcluster": against_fastcluster,
     "exact": exact,
     "growth": growth,
     "minibatch": minibatch,
     "without_structure": without_structure,
     "million": million,
+    "mnist": mnist,
 }
 
 
@@ -221,7 +276,27 @@ def write_page(book: dict[str, Any]) -> None:
 
 
 def _section(entry: dict[str, Any]) -> list[str]:
+    lines = _purities(entry) if "dendrogram_purity" in entry else _trees(entry)
     made = entry["made"]
+    versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+    lines.append(
+        f"{made['cpu']}, {made['cores']} cores (load before: {made['load_before']}), commit {made['commit']}, "
+        f"{made['date']}, {versions}."
+    )
+    return lines
+
+
+def _purities(entry: dict[str, Any]) -> list[str]:
+    lines = ["| tree | dendrogram purity | " + " | ".join(f"SSE / exact at {k}" for k in CUTS) + " |", "|---" * 5 + "|"]
+    for name, purity in entry["dendrogram_purity"].items():
+        ratios = " | ".join(f"{entry['sse_over_exact'][name][str(k)]:.4f}" for k in CUTS)
+        lines.append(f"| {name} | {purity:.4f} | {ratios} |")
+    settings = ", ".join(f"`{key}={value}`" for key, value in entry["settings"].items())
+    text = f"`jobs/mnist.yaml` with {settings}; {entry['num_leaves']} leaves hold rows. The job's own tree: "
+    return [*lines, "", f"{text}{entry['job']['dendrogram_purity']:.4f}.", ""]
+
+
+def _trees(entry: dict[str, Any]) -> list[str]:
     lines = [
         "| method | data | weights | K | D | seconds | peak MiB | rounds | pairs / K^2 | fastcluster / this |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -240,11 +315,6 @@ def _section(entry: dict[str, Any]) -> list[str]:
     if "largest_relative_difference_of_heights" in entry:
         difference = entry["largest_relative_difference_of_heights"]
         lines += [f"Heights differ from fastcluster's by at most {difference:.1e} of themselves (unit weights).", ""]
-    versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-    lines.append(
-        f"{made['cpu']}, {made['cores']} cores (load before: {made['load_before']}), commit {made['commit']}, "
-        f"{made['date']}, {versions}."
-    )
     return lines
 
 

@@ -119,7 +119,7 @@ def _names(labels: Sequence[str | None]) -> list[str]:
         if label is None or label == "":
             names.append(str(leaf))
         else:
-            names.append(label if shared[label] == 1 else f"{label}_{leaf}")
+            names.append(label if shared[label] == 1 else f"{label}-{leaf}")
     return names
 
 

@@ -88,7 +88,7 @@ def test_fewer_nodes_and_larger_clusters_when_asked(run, capsys):
 def test_leaves_that_share_a_label_are_told_apart_and_without_labels_numbers_name_them(run, tmp_path):
     leaves = pq.read_table(run.uri("leaves.parquet"))
     for labels, names in (
-        (["cat", "dog", "cat", None], ["cat_0", "dog", "cat_2", "3"]),
+        (["cat", "dog", "cat", None], ["cat-0", "dog", "cat-2", "3"]),
         ([None] * 4, ["0", "1", "2", "3"]),
     ):
         place = leaves.column_names.index("majority_label")
