@@ -195,7 +195,7 @@ def dendrogram(top: TopOfTree, texts: Sequence[str], colours: Sequence[str]) -> 
         axes.tick_params(axis="y", length=0, labelcolor=INK, pad=6)
         axes.grid(False)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("height of the merge (Ward)")
+        axes.set_xlabel("height of the merge")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         return _finish(figure, "dendrogram", f"The top of the cluster tree, cut to {num_groups} groups.")
 
