@@ -136,6 +136,19 @@ def test_a_row_of_weight_two_counts_as_two_rows():
     assert float(weighted.leaves.weights_K.sum()) == float(repeated.leaves.weights_K.sum()) == 350
 
 
+def test_the_refinement_stops_when_few_rows_change_their_leaf():
+    settings = replace(SETTINGS, refine=replace(SETTINGS.refine, num_epochs=5, tolerance=0.99))
+    history = run_ranks(1, fit_blobs, settings)[0]["history"]
+    # The first refresh has nothing to compare with; the second, half an epoch later, is below the tolerance.
+    assert [h["epoch"] for h in history if h["phase"] == "refine"] == [0]
+    assert history[-1]["changed"] < 0.99 and history[-1]["steps"] < 16
+
+
+def test_bf16_training_ends_near_float32(on_one_rank):
+    result = run_ranks(1, fit_blobs, replace(SETTINGS, precision="bf16"))[0]
+    np.testing.assert_allclose(losses(result), losses(on_one_rank), rtol=0.05)
+
+
 def test_the_learning_rate_rises_then_falls_to_zero():
     plan = PretrainSettings(1, 1, 2.0, 10, "cosine", 0.0, 0.0)
     rates = [learning_rate(plan, step, 200) for step in range(200)]
