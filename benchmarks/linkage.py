@@ -265,8 +265,8 @@ def write_page(book: dict[str, Any]) -> None:
         "Written by `python -m benchmarks linkage` (`--rows NAME ...` runs some of its rows). Every tree is built in a",
         "process of its own; peak is that process's resident memory, with Python, numpy, the data and the tree.",
         "Data `tree`: twelve nested levels of normal clouds that overlap; `none`: one normal cloud. `pairs / K^2`:",
-        "distances evaluated by full searches; a look at every pair would be 0.5. fastcluster computes on one core, the",
-        "others on all.",
+        "distances evaluated by full searches; a look at every pair would be 0.5. fastcluster computes on one core,",
+        "the others on all.",
         "",
     ]
     for name, row in ROWS.items():
