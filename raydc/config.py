@@ -278,7 +278,7 @@ class MergeConfig(Section):
     """Numbers of groups at which the tree is cut; the cuts nest. Default: the powers of ten below num_leaves."""
 
     min_population: float | None = Field(None, gt=0, lt=1)
-    """Least share of the rows of a group; smaller groups join their sibling in the tree."""
+    """Least share of the rows of a group; a smaller branch makes none of its own, and its sibling is split on."""
 
     @pydantic.model_validator(mode="after")
     def _linkage_and_metric_agree(self) -> Self:

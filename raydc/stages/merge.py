@@ -53,6 +53,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             "merge: the tree has %d leaves; levels %s are left out", len(order), sorted({*config.levels} - {*sizes})
         )
     groups = levels(linkage, sizes, weights, config.merge.min_population)
+    for k, labels in groups.items():
+        if (found := int(labels.max()) + 1) < k:
+            log.warning("merge: level %d has %d groups; no other split leaves min_population on both sides", k, found)
     # Only a Ward tree's heights tell how the sum of squared errors rises.
     centers = None if config.merge.linkage == "ward" else means
     _write_tree(lake, run.uri("tree"), linkage, groups, node_table(linkage, weights, sse, centers))

@@ -135,3 +135,10 @@ def test_nodes_and_levels_tell_the_squared_errors_of_any_tree(tmp_path, section)
     }
     assert run.metrics("merge")["level_statistics"] == written
     assert run.metrics("merge")["method"] == "exact"
+
+
+def test_a_level_with_fewer_groups_than_asked_is_told(tmp_path, caplog):
+    fill(tmp_path / "in")
+    _, run = labelled_run(tmp_path, merge={"levels": [2, 3], "min_population": 0.3})
+    assert "merge: level 3 has 2 groups; no other split leaves min_population on both sides" in caplog.text
+    assert run.metrics("merge")["level_statistics"]["3"]["num_groups"] == 2
