@@ -28,7 +28,7 @@ class Board:
 
     def __init__(self) -> None:
         self._lines: list[str] = []
-        self._failure: str | None = None
+        self._failure: tuple[str, str] | None = None
 
     def post(self, line: str) -> None:
         """Add a line."""
@@ -39,11 +39,11 @@ class Board:
         lines, self._lines = self._lines, []
         return lines
 
-    def fail(self, text: str) -> None:
-        """Record a failure that another try would meet again."""
-        self._failure = self._failure or text
+    def fail(self, failure: tuple[str, str]) -> None:
+        """Record the kind and text of a failure that another try would meet again."""
+        self._failure = self._failure or failure
 
-    def failure(self) -> str | None:
+    def failure(self) -> tuple[str, str] | None:
         """Return the first recorded failure."""
         return self._failure
 

@@ -40,7 +40,7 @@ class Labelling:
     spec: InputSpec
     model: Model
     group_centers: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
-    """(G, L) centres of the groups of each level, in the clustering space."""
+    """(G, L) centres of the groups of each level that is to be counted, in the clustering space."""
 
     baselines: dict[str, Model] = field(default_factory=dict)
     """Compared with the model on the rows that the sample takes."""
@@ -192,8 +192,8 @@ def _count(
     statistics: Statistics, job: Labelling, z: Tensor, found: Prediction, classes: npt.NDArray[np.str_] | None
 ) -> None:
     _tally(statistics, "leaf", job.model.num_leaves).add(found.leaf, found.distance, found.second_distance, classes)
-    for k, groups in found.levels.items():
-        centers = torch.from_numpy(job.group_centers[k]).float().to(z.device)
+    for k, group_centers in job.group_centers.items():
+        groups, centers = found.levels[k], torch.from_numpy(group_centers).float().to(z.device)
         own, other = _own_and_other(z, centers, groups)
         _tally(statistics, level_column(k), len(centers)).add(groups, own, other, classes)
 

@@ -13,7 +13,6 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from raydc.cluster import root_cause
 from raydc.config import Config
 from raydc.core.nearest import prepare_process
 from raydc.errors import DataError, StageError
@@ -28,6 +27,8 @@ from raydc.stages import profile as profiling
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 10.0
+_CONTINUES = "Complete slices are kept; the same command continues."
+_RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), ("failure", pa.string())])
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -115,11 +116,20 @@ def _labelled(config: Config, load: Callable[[], Labelling], slices: list[Slice]
 
         def __init__(self) -> None:
             prepare_process(section.cpus_per_actor)
-            self.job = _on_gpu(load()) if section.use_gpu else load()
+            self.job: Labelling | None = None
 
         def __call__(self, batch: pa.Table) -> pa.Table:
-            found = [label_slice(self.job, Slice.from_row(row)).to_bytes() for row in batch.to_pylist()]
-            return pa.table({"statistics": pa.array(found, pa.large_binary())})
+            return pa.Table.from_pylist([self._label(row) for row in batch.to_pylist()], _RESULTS)
+
+        def _label(self, row: dict[str, Any]) -> dict[str, Any]:
+            # An error comes back as a row: raised here, it would reach the driver without its cause.
+            try:
+                if self.job is None:
+                    self.job = _on_gpu(load()) if section.use_gpu else load()
+                return {"statistics": label_slice(self.job, Slice.from_row(row)).to_bytes()}
+            except Exception as error:
+                log.exception("slice %s", row["name"])
+                return {"kind": type(error).__name__, "failure": f"slice {row['name']}: {error}"}
 
     items = [asdict(s) for s in slices]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -133,15 +143,13 @@ def _labelled(config: Config, load: Callable[[], Labelling], slices: list[Slice]
     # A lost actor or node is retried by Ray; a lost slice is done again whole, and a complete one is skipped.
     try:
         for row in dataset.iter_rows():
+            if row["kind"] == DataError.__name__:
+                raise DataError(f"assign: {row['failure']}")
+            if row["kind"] is not None:
+                raise StageError(f"assign: {row['kind']}: {row['failure']}. {_CONTINUES}")
             yield Statistics.from_bytes(row["statistics"])
-    except (ray.exceptions.RayError, DataError) as error:
-        cause = root_cause(error)
-        if isinstance(cause, DataError):
-            raise DataError(f"assign: {cause}") from error
-        raise StageError(
-            f"assign: a slice failed with {type(cause).__name__}: {cause}. Complete slices are kept; the same command "
-            "continues."
-        ) from error
+    except ray.exceptions.RayError as error:
+        raise StageError(f"assign: the actors were lost: {type(error).__name__}: {error}. {_CONTINUES}") from error
 
 
 def _on_gpu(job: Labelling) -> Labelling:

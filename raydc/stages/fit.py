@@ -34,7 +34,7 @@ from raydc.errors import DataError, StageError
 from raydc.lake import Lake
 from raydc.model import Model
 from raydc.rundir import RunDir
-from raydc.slices import InputSpec, Slice, read_slice
+from raydc.slices import InputSpec, RowBatch, Slice, read_slice
 from raydc.stages import profile as profiling
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             config.fit.cpus_per_worker,
             board,
         )
-        dataset = slice_dataset(run.lake, profile.slices, profile.spec, config.seed, expected / profile.num_rows)
+        dataset = slice_dataset(
+            run.lake, profile.slices, profile.spec, board, seed=config.seed, fraction=expected / profile.num_rows
+        )
         file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
         trainer = TorchTrainer(
             _train_loop,  # type: ignore[arg-type]
@@ -157,27 +159,37 @@ class EverySlice(DataConfig):
         return output
 
 
-def slice_dataset(lake: Lake, slices: list[Slice], spec: InputSpec, seed: int, fraction: float) -> ray.data.Dataset:
+def slice_dataset(
+    lake: Lake, slices: list[Slice], spec: InputSpec, board: Any, *, seed: int, fraction: float
+) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader."""
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
-        for row in batch.to_pylist():
-            for rows in read_slice(lake, Slice.from_row(row), spec):
-                chosen = sample_mask(rows.keys, stream_seed(seed, 8), fraction)
-                everything = bool(chosen.all())
-                x = np.ascontiguousarray(rows.x if everything else rows.x[chosen])
-                weights = np.ones(len(rows.keys), np.float32) if rows.weights is None else rows.weights
-                yield pa.table(
-                    {
-                        "key": rows.keys if everything else rows.keys[chosen],
-                        "x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), spec.dim),
-                        "weight": weights if everything else weights[chosen],
-                    }
-                )
+        try:
+            for row in batch.to_pylist():
+                for rows in read_slice(lake, Slice.from_row(row), spec):
+                    yield _to_block(rows, spec, stream_seed(seed, 8), fraction)
+        except DataError as error:
+            # Posted before it is raised: on its way through Ray Data an error may lose its cause.
+            ray.get(board.fail.remote(("DataError", str(error))))
+            raise
 
     items = [asdict(s) for s in slices if s.num_rows]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read, batch_size=1, batch_format="pyarrow", udf_modifying_row_count=True
+    )
+
+
+def _to_block(rows: RowBatch, spec: InputSpec, seed: int, fraction: float) -> pa.Table:
+    chosen = sample_mask(rows.keys, seed, fraction)
+    x = np.ascontiguousarray(rows.x if chosen.all() else rows.x[chosen])
+    weights = np.ones(len(rows.keys), np.float32) if rows.weights is None else rows.weights
+    return pa.table(
+        {
+            "key": rows.keys[chosen],
+            "x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), spec.dim),
+            "weight": weights[chosen],
+        }
     )
 
 
@@ -249,14 +261,8 @@ def _collect(job: Job, ranks: Ranks) -> Rows:
     dtype = torch.float16 if job.spec.dtype == np.float16 else torch.float32
 
     def stream() -> Iterator[Batch]:
-        try:
-            for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                yield _to_batch(table, job.spec.dim)
-        except Exception as error:
-            cause = root_cause(error)
-            if isinstance(cause, DataError):
-                ray.get(job.board.fail.remote(("DataError", str(cause))))
-            raise
+        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            yield _to_batch(table, job.spec.dim)
 
     row_bytes = job.spec.dim * job.spec.dtype.itemsize + 12 + 8 * job.widths[-1]
     shard_bytes = math.ceil(job.expected_rows / ranks.world_size) * row_bytes
