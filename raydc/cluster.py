@@ -80,6 +80,9 @@ def _start_local(config: Config) -> None:
     # change how later clusters of the same user start.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray warns, at the level of errors, about how its own actor pools pass their arguments: nothing that a person who
+    # watches could act on. Setting this variable brings the messages back.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Train workers keep their CPUs for the whole fit; Ray Data needs a whole spare one or it waits for ever.
     needed = max(
         config.fit.num_workers * config.fit.cpus_per_worker + 1,
