@@ -38,6 +38,10 @@ from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of the code that runs: asked when the run starts, not after hours in which others may have committed.
+_COMMIT = subprocess.run(
+    ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+).stdout.strip()
 PUBLISHED = {
     "mnist": {
         "raw_kmeans": "ACC .535 (DEC paper)",
@@ -182,10 +186,9 @@ def _record(name: str, seed: int, entries: list[dict[str, Any]]) -> None:
 
 
 def _made() -> dict[str, Any]:
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "commit": commit.stdout.strip(),
+        "commit": _COMMIT,
         "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {k: v for k, v in versions().items() if k in ("python", "torch", "faiss-cpu")},
