@@ -220,7 +220,7 @@ class RefineConfig(Section):
     """sgd uses momentum 0.9."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    """Constant rate. With Adam a larger one fits the first, uncertain target too fast (docs/quality.md)."""
+    """Constant rate. With Adam a larger one fits the first, uncertain target too fast."""
 
     refreshes_per_epoch: int = Field(2, ge=1)
     """How often the target distribution is recomputed over all rows."""

@@ -40,7 +40,7 @@ def initialize(module: nn.Module, generator: torch.Generator) -> None:
 
     The DEC paper draws N(0, 0.01^2) and relies on layer-wise pretraining to get away from it; end-to-end training needs
     a start that keeps some variance. This one is that of the authors' later code (variance 1 / (3 fan_in), as in
-    github.com/XifengGuo/DEC-keras); He's larger variance gave poorer clusters on MNIST (docs/results.md).
+    github.com/XifengGuo/DEC-keras); He's larger variance gave poorer clusters in a single short MNIST run.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
