@@ -367,7 +367,7 @@ class Config(Section):
                 f"merge.linkage={self.merge.linkage} holds all distances and takes at most {MAX_PAIRWISE_LEAVES} "
                 f"leaves, cluster.num_leaves is {leaves}. Use ward or average, or fewer leaves"
             )
-        if self.fit.objective in ("dec", "idec") and self.refine.target_top_q * leaves <= 1:
+        if self.refines and self.refine.target_top_q * leaves <= 1:
             problems.append(
                 f"refine.target_top_q={self.refine.target_top_q} must be above 1 / cluster.num_leaves={1 / leaves:.3g}"
                 ", the top q of a kernel without any signal"
@@ -383,9 +383,19 @@ class Config(Section):
             return sorted(set(self.merge.levels))
         return [10**p for p in range(1, 12) if 10**p < self.cluster.num_leaves]
 
+    @property
+    def learns(self) -> bool:
+        """Return whether an autoencoder is trained; otherwise the preprocessed rows are clustered as they are."""
+        return self.fit.objective not in ("kmeans",)
+
+    @property
+    def refines(self) -> bool:
+        """Return whether an objective is trained after k-means."""
+        return self.fit.objective not in ("kmeans", "autoencoder")
+
     def encoder_widths(self, dim: int) -> list[int]:
         """Return the encoder's layer widths, input first; of length 1 where the rows are clustered as they are."""
-        if self.fit.objective == "kmeans":
+        if not self.learns:
             return [dim]
         return [dim, *self.autoencoder.hidden_dims, self.autoencoder.latent_dim]
 

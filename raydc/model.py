@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raydc.core.autoencoder import perceptron
 from raydc.core.nearest import nearest_exact
 from raydc.core.objectives.kernel import Kernel, log_soft_assign
+from raydc.core.predictor import Predictor, build_predictor
 from raydc.core.preprocess import Preprocess
 from raydc.errors import DataError
 from raydc.lake import Lake, join
@@ -63,6 +64,9 @@ class Model:
     details: dict[str, Any] = field(default_factory=dict)
     """What else is worth keeping: objective, columns, fingerprint."""
 
+    predictor: Predictor | None = None
+    """What decides a row's leaf and confidence; None: the nearest centre and the kernel."""
+
     @property
     def dim(self) -> int:
         """Width of a raw row."""
@@ -98,12 +102,24 @@ class Model:
 
     @torch.no_grad()
     def label(self, z_NL: Tensor, *, block_rows: int = 8192) -> Prediction:
-        """Return the labels of points of the clustering space: nearest centre, second nearest, soft assignment."""
-        ids, squared = nearest_exact(z_NL, self.centers_KL, num=min(2, self.num_leaves))
+        """Return the labels of points of the clustering space.
+
+        Nearest centre, second nearest and soft assignment; with a predictor its two best leaves, the probability of the
+        best, and the distances to the centres of these leaves.
+        """
+        num = min(2, self.num_leaves)
+        if self.predictor is None:
+            ids, squared = nearest_exact(z_NL, self.centers_KL, num=num)
+            top = [log_soft_assign(b, self.centers_KL, self.kernel).max(dim=1).values for b in z_NL.split(block_rows)]
+            confidence = torch.cat(top).exp() if top else z_NL.new_empty(0)
+        else:
+            found = [self.predictor.best(block, num) for block in z_NL.split(block_rows)]
+            ids, probabilities = (torch.cat(parts) for parts in zip(*found, strict=True))
+            confidence = probabilities[:, 0]
+            apart = [((z_NL - self.centers_KL[ids[:, m]]).double() ** 2).sum(dim=1) for m in range(num)]
+            squared = torch.stack(apart, dim=1)
         if self.num_leaves == 1:
             ids, squared = ids.expand(-1, 2), squared.expand(-1, 2)
-        top = [log_soft_assign(b, self.centers_KL, self.kernel).max(dim=1).values for b in z_NL.split(block_rows)]
-        confidence = torch.cat(top).exp() if top else z_NL.new_empty(0)
         leaf = ids[:, 0].cpu().numpy().astype(np.int32)
         distances = squared.sqrt().float().cpu().numpy()
         return Prediction(
@@ -118,7 +134,8 @@ class Model:
     def to(self, device: torch.device) -> "Model":
         """Return the model on another device."""
         encoder = self.encoder.to(device) if self.encoder is not None else None
-        return replace(self, encoder=encoder, centers_KL=self.centers_KL.to(device))
+        predictor = self.predictor.to(device) if self.predictor is not None else None
+        return replace(self, encoder=encoder, centers_KL=self.centers_KL.to(device), predictor=predictor)
 
     def reordered(self, order: Sequence[int], levels: dict[int, npt.NDArray[np.int32]]) -> "Model":
         """Return the model whose leaf i is the present leaf order[i]; leaves that `order` leaves out are gone.
@@ -128,16 +145,23 @@ class Model:
             levels: (len(order),) group of each new leaf, by number of groups.
         """
         kept = torch.as_tensor(np.asarray(order, np.int64))
-        return replace(self, centers_KL=self.centers_KL[kept], levels=levels)
+        predictor = self.predictor.reordered(kept) if self.predictor is not None else None
+        return replace(self, centers_KL=self.centers_KL[kept], levels=levels, predictor=predictor)
 
     def save(self, lake: Lake, uri: str) -> None:
-        """Write config.json, weights.safetensors and centroids.safetensors into a folder, config.json last."""
+        """Write config.json, weights.safetensors and centroids.safetensors into a folder, config.json last.
+
+        Where leaves are decided by more than the nearest centre, predictor.safetensors too.
+        """
         weights = {} if self.encoder is None else dict(self.encoder.state_dict())
         statistics = {"mean": self.preprocess.mean_D, "scale": self.preprocess.scale_D}
         weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
         centroids = {"centers": self.centers_KL}
         centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in self.levels.items()}
-        for name, tensors in (("weights", weights), ("centroids", centroids)):
+        files = {"weights": weights, "centroids": centroids}
+        if self.predictor is not None:
+            files["predictor"] = self.predictor.tensors()
+        for name, tensors in files.items():
             body = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
             lake.write_bytes(join(uri, f"{name}.safetensors"), body)
         lake.write_json(
@@ -150,6 +174,7 @@ class Model:
                 "widths": list(self.widths),
                 "encoder": "perceptron" if self.encoder is not None else None,
                 "kernel": {"alpha": self.kernel.alpha, "scale": self.kernel.scale},
+                "predictor": self.predictor.kind if self.predictor is not None else None,
                 "preprocess": {"method": self.preprocess.method, "blocks": [list(b) for b in self.preprocess.blocks]},
                 "details": self.details,
             },
@@ -205,10 +230,12 @@ class Model:
             encoder.load_state_dict(weights)
             encoder.eval().requires_grad_(False)
         levels = {int(k): centroids[f"level_{k}"].numpy() for k in head["levels"]}
-        kernel = Kernel(**head["kernel"])
-        return cls(
-            preprocess, encoder, centroids["centers"], kernel, tuple(head["widths"]), levels, head.get("details", {})
-        )
+        kernel, predictor = Kernel(**head["kernel"]), None
+        if head.get("predictor") is not None:
+            tensors = safetensors.torch.load(lake.read_bytes(join(uri, "predictor.safetensors")))
+            predictor = build_predictor(head["predictor"], tensors)
+        details = head.get("details", {})
+        return cls(preprocess, encoder, centroids["centers"], kernel, tuple(head["widths"]), levels, details, predictor)
 
     def _encode_block(self, x_BD: Tensor) -> Tensor:
         x = self.preprocess(x_BD)

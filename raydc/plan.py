@@ -64,8 +64,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     # A multiply-add is two FLOPs; the backward pass is twice the forward one.
     forward = 2.0 * sum(a * b for a, b in itertools.pairwise(encoder))
     nearest = 2.0 * leaves * encoder[-1]
-    learns = config.fit.objective != "kmeans"
-    refines = config.fit.objective in ("dec", "idec")
+    learns, refines = config.learns, config.refines
     per_epoch = -(-trained // config.pretrain.batch_rows)
     pretrain_steps = config.pretrain.num_epochs * per_epoch if learns else 0
     refine_steps = config.refine.num_epochs * -(-trained // config.refine.batch_rows) if refines else 0

@@ -160,13 +160,25 @@ def lloyd(
 
 
 def leaf_sums(
-    blocks: Iterable[tuple[Tensor, Tensor]], centers_KD: Tensor, *, all_sum: Callable[[Tensor], Tensor]
+    blocks: Iterable[tuple[Tensor, Tensor]],
+    centers_KD: Tensor,
+    *,
+    all_sum: Callable[[Tensor], Tensor],
+    assign: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> LeafSums:
-    """Return the statistics of all rows of all ranks under the nearest of these centres."""
+    """Return the statistics of all rows of all ranks.
+
+    `assign` gives the leaf (n,) of each point and its squared distance (n,) to that leaf's centre; by default the
+    nearest centre.
+    """
     sums = LeafSums.zeros(centers_KD.shape[0], centers_KD.shape[1], centers_KD.device)
     for z, weights in blocks:
-        ids, squared = nearest(z, centers_KD)
-        sums.add(z, ids[:, 0], squared[:, 0], weights)
+        if assign is not None:
+            leaf, to_own = assign(z)
+        else:
+            ids, squared = nearest(z, centers_KD)
+            leaf, to_own = ids[:, 0], squared[:, 0]
+        sums.add(z, leaf, to_own, weights)
     return LeafSums.unpacked(all_sum(sums.packed()))
 
 

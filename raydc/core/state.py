@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from raydc.core import checkpoint
 from raydc.core.autoencoder import Autoencoder
+from raydc.core.nearest import nearest
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.snapshot import Snapshot
+from raydc.core.objectives.objective import Objective
+from raydc.core.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,16 @@ class Clustering:
     encoder: nn.Module | None
     centers_KL: Tensor
     kernel: Kernel
+    predictor: Predictor | None = None
+    """What decides a row's leaf; None: the nearest centre."""
+
+    def assign(self, z_NL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the leaf (N,) int64 of each point and its squared distance (N,) to the leaf's centre."""
+        if self.predictor is None:
+            ids, squared = nearest(z_NL, self.centers_KL)
+            return ids[:, 0], squared[:, 0]
+        leaf = self.predictor.best(z_NL, 1)[0][:, 0]
+        return leaf, ((z_NL - self.centers_KL[leaf]) ** 2).sum(dim=1)
 
 
 @dataclass
@@ -32,9 +44,13 @@ class State:
     epoch: int = 0
     converged: bool = False
     centers: Tensor | None = None
+    """Those of k-means, from which the objective starts."""
+
     kernel: Kernel | None = None
     baselines: dict[str, Clustering] = field(default_factory=dict)
-    snapshot: Snapshot | None = None
+    objective: Objective | None = None
+    """From k-means on, unless k-means is the last step."""
+
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -59,10 +75,8 @@ def to_checkpoint(state: State, fingerprint: str) -> tuple[dict[str, Tensor], di
         tensors[f"baseline_centers.{name}"] = baseline.centers_KL
         if baseline.encoder is not None:
             tensors |= checkpoint.prefixed(f"baseline_encoder.{name}", baseline.encoder.state_dict())
-    if state.snapshot is not None:
-        tensors |= checkpoint.prefixed("snapshot_encoder", state.snapshot.encoder.state_dict())
-        tensors["snapshot_centers"] = state.snapshot.centers_KL
-        tensors["snapshot_frequencies"] = state.snapshot.frequencies_K
+    if state.objective is not None:
+        tensors |= checkpoint.prefixed("objective", state.objective.memory())
     # safetensors refuses two names for one storage: the autoencoder_kmeans centres are the first centres.
     return {name: tensor.clone() for name, tensor in tensors.items()}, values
 
@@ -70,7 +84,7 @@ def to_checkpoint(state: State, fingerprint: str) -> tuple[dict[str, Tensor], di
 def restore(
     state: State, tensors: dict[str, Tensor], values: dict[str, Any], new_autoencoder: Callable[[], Autoencoder]
 ) -> None:
-    """Give a fresh state what `to_checkpoint` returned, on the CPU."""
+    """Give a fresh state what `to_checkpoint` returned, on the CPU; the objective is left to the caller."""
     state.generator.set_state(tensors["generator"])
     state.phase, state.epoch, state.converged = values["phase"], values["epoch"], values["converged"]
     state.history = values["history"]
@@ -83,9 +97,6 @@ def restore(
         weights = checkpoint.with_prefix(f"baseline_encoder.{name}", tensors)
         encoder = _loaded(new_autoencoder, weights) if weights else None
         state.baselines[name] = Clustering(encoder, tensors[f"baseline_centers.{name}"], Kernel(*kernel))
-    if "snapshot_centers" in tensors:
-        encoder = _loaded(new_autoencoder, checkpoint.with_prefix("snapshot_encoder", tensors))
-        state.snapshot = Snapshot(encoder, tensors["snapshot_centers"], tensors["snapshot_frequencies"])
 
 
 def _loaded(new_autoencoder: Callable[[], Autoencoder], weights: dict[str, Tensor]) -> nn.Module:

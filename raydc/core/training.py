@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +20,15 @@ from raydc.core import checkpoint
 from raydc.core.autoencoder import Autoencoder, choose_precision, initialize, precision
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import sample_mask, stream_seed
-from raydc.core.kmeans import LeafSums, leaf_sums, lloyd, start
-from raydc.core.objectives.dec import Dec
-from raydc.core.objectives.idec import Idec
+from raydc.core.kmeans import KMeans, LeafSums, leaf_sums, lloyd, start
+from raydc.core.objectives.build import build, uses_autoencoder
 from raydc.core.objectives.kernel import Kernel, calibrate
+from raydc.core.objectives.objective import Minibatch, Objective, Parts, run_pass
 from raydc.core.objectives.reconstruction import Reconstruction, corrupt
+from raydc.core.objectives.snapshot import encode
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, Rows, Step
 from raydc.core.settings import FitSettings, PretrainSettings, RefineSettings
-from raydc.core.snapshot import encode, refresh
 from raydc.core.state import Clustering, State, restore, to_checkpoint
 
 _CHECK_STEPS = 100
@@ -48,6 +48,16 @@ class Context(Protocol):
         """Return the folder of the last checkpoint, or None."""
 
 
+class Partners(Protocol):
+    """A source of second rows, such as a random neighbour of each row."""
+
+    def __call__(self, batch: Batch, seed: int) -> Batch:
+        """Return one partner for each row, in their order; chosen by hash of (row key, seed).
+
+        The partners may lie on other ranks: every rank calls it in every step, with no rows where it has none.
+        """
+
+
 @dataclass(frozen=True)
 class Fitted:
     """The outcome of a fit, the same on every rank."""
@@ -63,7 +73,13 @@ class Fitted:
     decoder: nn.Module | None = None
 
 
-def fit(rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Context) -> Fitted:
+def fit(
+    rows: Rows,
+    preprocess: Preprocess,
+    settings: FitSettings,
+    context: Context,
+    partners: Partners | None = None,
+) -> Fitted:
     """Return the fitted clustering of all rows of all ranks, going on from the last checkpoint if there is one.
 
     Args:
@@ -71,12 +87,13 @@ def fit(rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Cont
         preprocess: the fixed map of raw rows.
         settings: the same on every rank.
         context: the launcher.
+        partners: for an objective that takes rows in pairs.
 
     Raises:
         ValueError: fewer rows than leaves, or a checkpoint of other settings.
         FloatingPointError: a loss was not finite; the message names phase, epoch, step and rank.
     """
-    run = _Fit(rows, preprocess, settings, context)
+    run = _Fit(rows, preprocess, settings, context, partners)
     if rows.num_rows < settings.cluster.num_leaves:
         raise ValueError(f"{settings.cluster.num_leaves} leaves need at least as many rows, there are {rows.num_rows}")
     run.restore()
@@ -89,13 +106,21 @@ def fit(rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Cont
 
 
 class _Fit:
-    def __init__(self, rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Context) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        preprocess: Preprocess,
+        settings: FitSettings,
+        context: Context,
+        partners: Partners | None,
+    ) -> None:
         self.rows, self.preprocess, self.settings, self.context = rows, preprocess, settings, context
+        self.partners = partners
         self.ranks = Ranks(context.rank, context.world_size, context.device)
         self.arithmetic = choose_precision(settings.precision, context.device)
         generator = torch.Generator().manual_seed(stream_seed(settings.seed, 1))
         autoencoder = None
-        if settings.objective != "kmeans":
+        if uses_autoencoder(settings.objective):
             autoencoder = self._new_autoencoder()
             initialize(autoencoder, generator)
         self.state = State(autoencoder, generator)
@@ -137,21 +162,16 @@ class _Fit:
         encoder = state.autoencoder.encoder if state.autoencoder is not None else None
         blocks = self._latent_blocks(encoder)
         sample = self._sample(encoder, settings.cluster.init_rows)
-        found = lloyd(
-            blocks,
-            self._faiss_start(sample, stream_seed(settings.seed, 4)).to(self.ranks.device),
-            all_sum=self.ranks.sum,
-            generator=state.generator,
-            num_iterations=settings.cluster.num_iterations,
-            tolerance=settings.cluster.tolerance,
-        )
+        found = self._lloyd(blocks, self._faiss_start(sample, stream_seed(settings.seed, 4)).to(self.ranks.device))
         state.centers = found.centers_KD
         state.kernel, top_q = self._calibrated(sample, found.centers_KD.cpu())
         name = "autoencoder_kmeans" if encoder is not None else "raw_kmeans"
         frozen = self._copy_encoder(encoder) if encoder is not None else None
         state.baselines[name] = Clustering(frozen, found.centers_KD.cpu(), state.kernel)
-        refines = settings.objective in ("dec", "idec")
-        state.phase, state.epoch, state.optimizer = ("refine" if refines else "done"), 0, {}
+        state.objective = self._objective()
+        if state.objective is not None:
+            state.objective.start(self._shared_sample(encoder, state.objective.sample_rows))
+        state.phase, state.epoch, state.optimizer = ("refine" if state.objective is not None else "done"), 0, {}
         entry = {
             "phase": "kmeans",
             "epoch": 0,
@@ -166,48 +186,68 @@ class _Fit:
         self._save(entry)
 
     def refine(self) -> None:
-        """Train encoder and centres on the objective until few rows change their leaf."""
+        """Train on the objective until few rows change their leaf."""
         plan, state = self.settings.refine, self.state
-        objective = self._objective()
+        objective = state.objective
+        assert objective is not None
         module = self._distributed(objective)
         optimizer = _refine_optimizer(plan, objective)
         checkpoint.restore_optimizer(optimizer, state.optimizer)
         num_steps = self.rows.num_steps(plan.batch_rows)
-        refresh_at = {num_steps * r // plan.refreshes_per_epoch for r in range(plan.refreshes_per_epoch)}
         for epoch in range(state.epoch, plan.num_epochs):
             if state.converged:
                 break
+            seed = stream_seed(self.settings.seed, 7, epoch)
             seen: dict[str, Any] = {}
+            if objective.reclusters(epoch):
+                objective.take_centers(*self._reclustered(objective, "lloyd"))
 
-            def loss_of(step: Step) -> dict[str, Tensor]:
-                assert state.snapshot is not None and state.kernel is not None
-                log_p = state.snapshot.log_target(step.batch, self.preprocess, state.kernel, self.arithmetic)
-                return module(self.preprocess(step.batch.x_ND), step.batch.weights_N, log_p)
-
-            def before(step: int, epoch: int = epoch, seen: dict[str, Any] = seen) -> bool:
-                if step not in refresh_at:
+            def before(step: int, epoch: int = epoch, seen: dict[str, Any] = seen, seed: int = seed) -> bool:
+                one = objective.refresh(epoch, step, num_steps)
+                if one is None:
                     return True
-                first = state.snapshot is None
-                seen.update(self._refresh(objective))
-                state.converged = not first and seen["changed"] < plan.tolerance
+                blocks = (self._minibatch(b, seed) for b in self.rows.blocks(self.settings.block_rows))
+                seen.update(run_pass(one, blocks, self.ranks.sum))
+                state.converged = seen.get("changed", 1.0) < plan.tolerance
                 return not state.converged
 
+            def loss_of(step: Step, seed: int = seed) -> dict[str, Tensor]:
+                return module(self._with_sums(objective, self._minibatch(step.batch, seed, step.total_weight)))
+
+            def after(step: Step, seed: int = seed) -> None:
+                with torch.no_grad():
+                    sums = objective.step_sums(self._minibatch(step.batch, seed, step.total_weight))
+                    objective.after_step(None if sums is None else self.ranks.sum(sums))
+
             steps = self.rows.steps(plan.batch_rows, stream_seed(self.settings.seed, 5, epoch))
-            entry = self._run_epoch("refine", epoch, steps, loss_of, optimizer, plan.max_grad_norm, before)
-            state.centers = objective.centers.detach().clone()
+            entry = self._run_epoch("refine", epoch, steps, loss_of, optimizer, plan.max_grad_norm, before, after)
             self._end_epoch(epoch, plan.num_epochs, entry | seen, optimizer)
+        if objective.ending != "keep":
+            objective.take_centers(*self._reclustered(objective, objective.ending))
         state.phase = "done"
 
     def finish(self) -> Fitted:
         """Return the clustering with the statistics of all rows under it."""
         state = self.state
-        assert state.centers is not None and state.kernel is not None
-        encoder = state.autoencoder.encoder.eval() if state.autoencoder is not None else None
-        blocks = self._latent_blocks(encoder, arithmetic="float32")
-        leaves = leaf_sums(blocks(), state.centers, all_sum=self.ranks.sum)
+        clustering = self._clustering()
+        blocks = self._latent_blocks(clustering.encoder, arithmetic="float32")
+        leaves = leaf_sums(blocks(), clustering.centers_KL, all_sum=self.ranks.sum, assign=clustering.assign)
+        if clustering.predictor is not None:
+            # Its leaves have no centres of their own: their means serve, and the distances are taken anew from them.
+            clustering = replace(clustering, centers_KL=leaves.means(clustering.centers_KL).float())
+            leaves = leaf_sums(blocks(), clustering.centers_KL, all_sum=self.ranks.sum, assign=clustering.assign)
         decoder = state.autoencoder.decoder if state.autoencoder is not None else None
-        clustering = Clustering(encoder, state.centers, state.kernel)
         return Fitted(clustering, leaves, state.baselines, state.history, decoder)
+
+    def _clustering(self) -> Clustering:
+        state = self.state
+        assert state.centers is not None and state.kernel is not None
+        if state.objective is not None:
+            objective = state.objective.eval()
+            centers = objective.centers.detach().clone()
+            return Clustering(objective.encoder, centers, objective.kernel, objective.predictor())
+        encoder = state.autoencoder.encoder.eval() if state.autoencoder is not None else None
+        return Clustering(encoder, state.centers, state.kernel)
 
     def _run_epoch(
         self,
@@ -218,6 +258,7 @@ class _Fit:
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
         before_step: Callable[[int], bool | None],
+        after_step: Callable[[Step], None] = lambda step: None,
     ) -> dict[str, Any]:
         """Return the means of the epoch's sums, after a step of the optimiser for each training step."""
         started = time.perf_counter()
@@ -239,6 +280,7 @@ class _Fit:
             if max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(_parameters(optimizer), max_grad_norm)
             optimizer.step()
+            after_step(step)
             unchecked.append(loss.detach())
             if len(unchecked) == _CHECK_STEPS:
                 self._check_finite(unchecked, number, where)
@@ -269,39 +311,60 @@ class _Fit:
             )
         losses.clear()
 
-    def _refresh(self, objective: Dec) -> dict[str, Any]:
+    def _objective(self) -> Objective | None:
         state = self.state
-        assert state.kernel is not None
-        found = refresh(
-            self.rows,
-            objective.encoder,
-            objective.centers.detach(),
-            state.snapshot,
-            preprocess=self.preprocess,
+        assert state.centers is not None and state.kernel is not None
+        parts = Parts(
+            autoencoder=state.autoencoder,
+            centers_KL=state.centers.to(self.ranks.device),
             kernel=state.kernel,
-            ranks=self.ranks,
+            settings=self.settings,
             arithmetic=self.arithmetic,
-            block_rows=self.settings.block_rows,
+            num_rows=self.rows.num_rows,
+            dim=self.rows.dim,
         )
-        state.snapshot = found.snapshot
-        return {
-            "changed": found.changed,
-            "top_q": found.mean_top_q,
-            "empty": found.num_empty,
-            "largest_share": found.largest_share,
-        }
-
-    def _objective(self) -> Dec:
-        state, gamma = self.state, self.settings.refine.gamma
-        assert state.autoencoder is not None and state.centers is not None and state.kernel is not None
-        centers = state.centers.to(self.ranks.device)
-        if self.settings.objective == "idec":
-            objective: Dec = Idec(
-                state.autoencoder.encoder, state.autoencoder.decoder, centers, state.kernel, gamma=gamma
-            )
-        else:
-            objective = Dec(state.autoencoder.encoder, centers, state.kernel)
+        objective = build(self.settings.objective, parts)
+        if objective is None:
+            return None
+        if objective.needs_partners and self.partners is None:
+            raise ValueError(f"the objective {self.settings.objective} takes rows in pairs, but none were given")
         return objective.to(self.ranks.device)
+
+    def _minibatch(self, batch: Batch, seed: int, total_weight: Tensor | None = None) -> Minibatch:
+        partners = None
+        if total_weight is not None and self.state.objective is not None and self.state.objective.needs_partners:
+            assert self.partners is not None
+            partners = self._minibatch(self.partners(batch, seed), seed)
+        x = self.preprocess(batch.x_ND)
+        return Minibatch(
+            batch.keys_N, x, batch.weights_N, batch.positions_N, seed, total_weight=total_weight, partners=partners
+        )
+
+    def _with_sums(self, objective: Objective, batch: Minibatch) -> Minibatch:
+        # An autocast of its own: inside the step's, weights cast without a gradient would be cached for the loss.
+        with torch.no_grad(), precision(self.ranks.device, self.arithmetic):
+            sums = objective.batch_sums(batch)
+        return batch if sums is None else replace(batch, sums=self.ranks.sum(sums))
+
+    def _reclustered(self, objective: Objective, how: str) -> tuple[Tensor, Kernel]:
+        """Return the centres of k-means on the objective's present codes, and the kernel calibrated to them."""
+        sample = self._sample(objective.encoder, self.settings.cluster.init_rows)
+        centers = objective.centers.detach()
+        if how == "kmeans":
+            centers = self._faiss_start(sample, stream_seed(self.settings.seed, 4)).to(self.ranks.device)
+        found = self._lloyd(self._latent_blocks(objective.encoder), centers).centers_KD
+        return found, self._calibrated(sample, found.cpu())[0]
+
+    def _lloyd(self, blocks: Callable[[], Iterator[tuple[Tensor, Tensor]]], centers_KL: Tensor) -> KMeans:
+        plan = self.settings.cluster
+        return lloyd(
+            blocks,
+            centers_KL,
+            all_sum=self.ranks.sum,
+            generator=self.state.generator,
+            num_iterations=plan.num_iterations,
+            tolerance=plan.tolerance,
+        )
 
     def _latent_blocks(
         self, encoder: nn.Module | None, arithmetic: str | None = None
@@ -310,7 +373,7 @@ class _Fit:
         name, size = arithmetic or self.arithmetic, self.settings.block_rows
         if encoder is None:
             return lambda: ((self.preprocess(b.x_ND), b.weights_N) for b in self.rows.blocks(size))
-        kept = [(encode(encoder, b, self.preprocess, name), b.weights_N) for b in self.rows.blocks(size)]
+        kept = [(encode(encoder, self.preprocess(b.x_ND), name), b.weights_N) for b in self.rows.blocks(size)]
         return lambda: iter(kept)
 
     def _sample(self, encoder: nn.Module | None, num_rows: int) -> Tensor:
@@ -320,15 +383,23 @@ class _Fit:
         for batch in self.rows.blocks(self.settings.block_rows):
             chosen = torch.from_numpy(sample_mask(batch.keys_N.cpu().numpy(), seed, fraction))
             chosen = chosen.to(batch.x_ND.device)
-            part = Batch(batch.keys_N[chosen], batch.x_ND[chosen], batch.weights_N[chosen])
-            keys.append(part.keys_N)
-            x = self.preprocess(part.x_ND)
-            values.append(x if encoder is None else encode(encoder, part, self.preprocess, self.arithmetic))
+            keys.append(batch.keys_N[chosen])
+            values.append(encode(encoder, self.preprocess(batch.x_ND[chosen]), self.arithmetic))
         width = self.rows.dim if encoder is None else self.settings.latent_dim
         device = self.ranks.device
         all_keys = self.ranks.gather_rows(torch.cat([torch.empty(0, dtype=torch.int64, device=device), *keys]))
         all_values = self.ranks.gather_rows(torch.cat([torch.empty((0, width), device=device), *values]))
         return all_values[all_keys.argsort()]
+
+    def _shared_sample(self, encoder: nn.Module | None, num_rows: int) -> Tensor:
+        """Return the rows of `_sample` on every rank, on the training device; none for 0 rows."""
+        if not num_rows:
+            width = self.rows.dim if encoder is None else self.settings.latent_dim
+            return torch.empty((0, width), device=self.ranks.device)
+        sample = self._sample(encoder, num_rows)
+        size = int(self.ranks.broadcast(torch.tensor([len(sample)]))[0])
+        sample = sample if self.ranks.rank == 0 else sample.new_empty((size, sample.shape[1]))
+        return self.ranks.broadcast(sample).to(self.ranks.device)
 
     def _faiss_start(self, sample_ND: Tensor, seed: int) -> Tensor:
         plan = self.settings.cluster
@@ -404,11 +475,9 @@ class _Fit:
             self.state.autoencoder.to(self.ranks.device)
         if self.state.centers is not None:
             self.state.centers = self.state.centers.to(self.ranks.device)
-        if self.state.snapshot is not None:
-            snapshot, device = self.state.snapshot, self.ranks.device
-            snapshot.encoder.to(device)
-            snapshot.centers_KL = snapshot.centers_KL.to(device)
-            snapshot.frequencies_K = snapshot.frequencies_K.to(device)
+            self.state.objective = self._objective()
+            if self.state.objective is not None:
+                self.state.objective.recall(checkpoint.with_prefix("objective", tensors))
 
 
 def learning_rate(plan: PretrainSettings, step: int, num_steps: int) -> float:
@@ -422,10 +491,11 @@ def learning_rate(plan: PretrainSettings, step: int, num_steps: int) -> float:
     return plan.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def _refine_optimizer(plan: RefineSettings, objective: nn.Module) -> torch.optim.Optimizer:
+def _refine_optimizer(plan: RefineSettings, objective: Objective) -> torch.optim.Optimizer:
+    groups = objective.parameter_groups(plan.learning_rate)
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(objective.parameters(), lr=plan.learning_rate, momentum=0.9, fused=True)
-    return torch.optim.Adam(objective.parameters(), lr=plan.learning_rate, fused=True)
+        return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=0.9, fused=True)
+    return torch.optim.Adam(groups, lr=plan.learning_rate, fused=True)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

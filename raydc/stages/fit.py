@@ -346,7 +346,10 @@ def _write(job: Job, fitted: Fitted) -> None:
 def _to_model(job: Job, clustering: Clustering, details: dict[str, Any]) -> Model:
     widths = job.widths if clustering.encoder is not None else job.widths[:1]
     encoder = clustering.encoder.cpu() if clustering.encoder is not None else None
-    return Model(job.preprocess, encoder, clustering.centers_KL.cpu(), clustering.kernel, widths, {}, details)
+    predictor = clustering.predictor.to(torch.device("cpu")) if clustering.predictor is not None else None
+    return Model(
+        job.preprocess, encoder, clustering.centers_KL.cpu(), clustering.kernel, widths, {}, details, predictor
+    )
 
 
 def _worker_resources(config: Config) -> dict[str, float]:

@@ -58,7 +58,7 @@ def load(config: Config, run: RunDir) -> RunData:
         exemplars=_table_if_there(run, "exemplars.parquet"),
         map_rows=_table_if_there(run, "map_rows.parquet"),
         image_shape=config.input.image_shape,
-        tolerance=config.refine.tolerance if config.fit.objective in ("dec", "idec") else None,
+        tolerance=config.refine.tolerance if config.refines else None,
         seed=config.seed,
     )
 

@@ -11,9 +11,8 @@ from raydc.core.nearest import squared_distances
 from raydc.core.objectives.dec import Dec, divergence, log_target
 from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.kernel import Kernel, calibrate, log_soft_assign
+from raydc.core.objectives.objective import Minibatch, run_pass
 from raydc.core.objectives.reconstruction import Reconstruction, corrupt
-from raydc.core.preprocess import Preprocess
-from raydc.core.snapshot import refresh
 from tests.core.ranks import blobs, make_rows, run_ranks
 
 KERNEL = Kernel(alpha=3.0, scale=0.7)
@@ -41,22 +40,17 @@ def test_soft_assignment_of_three_points_and_two_centres():
 
 def streamed_target(ranks, x, centers, streamed):
     rows = make_rows(ranks, x, streamed=streamed)
-    found = refresh(
-        rows,
-        nn.Identity(),
-        torch.from_numpy(centers),
-        None,
-        preprocess=Preprocess(),
-        kernel=KERNEL,
-        ranks=ranks,
-        arithmetic="float32",
-        block_rows=128,
-    )
+    dec = Dec(nn.Identity(), torch.from_numpy(centers), KERNEL)
+    run_pass(dec.refresh(0, 0, 8), (minibatch(b) for b in rows.blocks(128)), ranks.sum)
     targets = {}
     for step in rows.steps(64, epoch_seed=1):
-        p = found.snapshot.log_target(step.batch, Preprocess(), KERNEL, "float32").exp()
+        p = dec.target(minibatch(step.batch)).exp()
         targets |= dict(zip(step.batch.keys_N.tolist(), p.numpy(), strict=True))
-    return targets, found.snapshot.frequencies_K.numpy()
+    return targets, dec.snapshot.frequencies_K.numpy()
+
+
+def minibatch(batch):
+    return Minibatch(batch.keys_N, batch.x_ND, batch.weights_N, batch.positions_N, seed=0)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -103,7 +97,7 @@ def test_idec_with_gamma_zero_is_the_autoencoder():
     weights = torch.rand(64)
     idec = Idec(autoencoder.encoder, autoencoder.decoder, torch.randn(4, 3), KERNEL, gamma=0.0)
     log_p = torch.log_softmax(torch.randn(64, 4), dim=1)
-    ours = idec(x, weights, log_p)
+    ours = idec.loss(x, weights, log_p)
     gradients = torch.autograd.grad(ours["loss"], list(autoencoder.parameters()) + [idec.centers])
     plain = Reconstruction(autoencoder)(x, weights, x)
     expected = torch.autograd.grad(plain["loss"], list(autoencoder.parameters()))
@@ -118,9 +112,11 @@ def test_gamma_multiplies_the_divergence_only():
     autoencoder = Autoencoder(12, (16,), 3)
     x, weights = torch.from_numpy(blobs(64)[0]), torch.ones(64)
     centers, log_p = torch.randn(4, 3), torch.log_softmax(torch.randn(64, 4), dim=1)
-    sums = Idec(autoencoder.encoder, autoencoder.decoder, centers, KERNEL, gamma=0.3)(x, weights, log_p)
+    sums = Idec(autoencoder.encoder, autoencoder.decoder, centers, KERNEL, gamma=0.3).loss(x, weights, log_p)
     assert float(sums["loss"].detach()) == pytest.approx(float(sums["reconstruction"]) + 0.3 * float(sums["kl"]))
-    assert float(sums["kl"]) == pytest.approx(float(Dec(autoencoder.encoder, centers, KERNEL)(x, weights, log_p)["kl"]))
+    assert float(sums["kl"]) == pytest.approx(
+        float(Dec(autoencoder.encoder, centers, KERNEL).loss(x, weights, log_p)["kl"])
+    )
 
 
 def test_a_constant_of_norm_100_on_every_row_leaves_q_unchanged():

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from raydc.core.objectives.kernel import Kernel, log_soft_assign
+from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
+from raydc.core.objectives.snapshot import Refresh, Snapshot
 
 
 def log_target(log_q_NK: Tensor, frequencies_K: Tensor) -> Tensor:
@@ -37,21 +39,79 @@ def divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
     return (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(dim=1)
 
 
-class Dec(nn.Module):
+class Dec(Objective):
     """KL between the frozen target and the live soft assignment; encoder and centres learn."""
 
-    needs_decoder = False
-
-    def __init__(self, encoder: nn.Module, centers_KL: Tensor, kernel: Kernel) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        centers_KL: Tensor,
+        kernel: Kernel,
+        *,
+        refreshes_per_epoch: int = 1,
+        arithmetic: str = "float32",
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.centers = nn.Parameter(centers_KL.clone())
         self.kernel = kernel
+        self.refreshes_per_epoch = refreshes_per_epoch
+        self.arithmetic = arithmetic
+        self.snapshot: Snapshot | None = None
+        """The frozen state at the last refresh; no submodule, so neither optimiser nor ranks touch it."""
 
-    def forward(self, x_ND: Tensor, weights_N: Tensor, log_p_NK: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def of(cls, parts: Parts) -> "Dec":
+        """Return the objective that starts from these parts."""
+        assert parts.autoencoder is not None
+        return cls(
+            parts.autoencoder.encoder,
+            parts.centers_KL,
+            parts.kernel,
+            refreshes_per_epoch=parts.settings.refine.refreshes_per_epoch,
+            arithmetic=parts.arithmetic,
+        )
+
+    def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
+        """Return the pass that makes a new snapshot, `refreshes_per_epoch` times in an epoch."""
+        if step not in {num_steps * r // self.refreshes_per_epoch for r in range(self.refreshes_per_epoch)}:
+            return None
+        assert self.encoder is not None
+        return Refresh(self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic)
+
+    def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `kl`."""
+        return self.loss(batch.x_ND, batch.weights_N, self.target(batch))
+
+    @torch.no_grad()
+    def target(self, batch: Minibatch) -> Tensor:
+        """Return the (n, K) log target of a batch under the last snapshot."""
+        snapshot = self.snapshot
+        assert snapshot is not None
+        log_q = log_soft_assign(snapshot.codes(batch, self.arithmetic), snapshot.centers_KL, self.kernel)
+        return log_target(log_q, snapshot.frequencies_K)
+
+    def loss(self, x_ND: Tensor, weights_N: Tensor, log_p_NK: Tensor) -> dict[str, Tensor]:
+        """Return the sums of `forward` under a given target."""
+        assert self.encoder is not None
         kl = (weights_N * self._divergence(self.encoder(x_ND), log_p_NK)).sum()
         return {"loss": kl, "kl": kl.detach()}
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return the centres and the snapshot."""
+        kept = super().memory()
+        return kept if self.snapshot is None else kept | self.snapshot.tensors()
+
+    def recall(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `memory` gave."""
+        assert self.encoder is not None
+        found = {n: t for n, t in tensors.items() if n.startswith("snapshot.")}
+        super().recall({n: t for n, t in tensors.items() if n not in found})
+        if found:
+            self.snapshot = Snapshot.of(found, self.encoder)
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
 
     def _divergence(self, z_NL: Tensor, log_p_NK: Tensor) -> Tensor:
         # The kernel, softmax and KL stay in float32: in bf16 a probability has three digits.

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from raydc.core.objectives.dec import Dec
 from raydc.core.objectives.kernel import Kernel
+from raydc.core.objectives.objective import Parts
 from raydc.core.objectives.reconstruction import squared_error
 
 
@@ -17,17 +18,39 @@ class Idec(Dec):
     eq. 9.
     """
 
-    needs_decoder = True
-
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, centers_KL: Tensor, kernel: Kernel, *, gamma: float
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        centers_KL: Tensor,
+        kernel: Kernel,
+        *,
+        gamma: float,
+        refreshes_per_epoch: int = 1,
+        arithmetic: str = "float32",
     ) -> None:
-        super().__init__(encoder, centers_KL, kernel)
+        super().__init__(encoder, centers_KL, kernel, refreshes_per_epoch=refreshes_per_epoch, arithmetic=arithmetic)
         self.decoder = decoder
         self.gamma = gamma
 
-    def forward(self, x_ND: Tensor, weights_N: Tensor, log_p_NK: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def of(cls, parts: Parts) -> "Idec":
+        """Return the objective that starts from these parts."""
+        assert parts.autoencoder is not None
+        refine = parts.settings.refine
+        return cls(
+            parts.autoencoder.encoder,
+            parts.autoencoder.decoder,
+            parts.centers_KL,
+            parts.kernel,
+            gamma=refine.gamma,
+            refreshes_per_epoch=refine.refreshes_per_epoch,
+            arithmetic=parts.arithmetic,
+        )
+
+    def loss(self, x_ND: Tensor, weights_N: Tensor, log_p_NK: Tensor) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its parts `reconstruction` and `kl`."""
+        assert self.encoder is not None
         z = self.encoder(x_ND)
         kl = (weights_N * self._divergence(z, log_p_NK)).sum()
         reconstruction = (weights_N * squared_error(x_ND, self.decoder(z))).sum()

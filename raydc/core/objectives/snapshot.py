@@ -1,0 +1,143 @@
+"""The frozen state from which DEC's target is made. Letters: N rows, K leaves, L latent width.
+
+The target of a row depends on the data only through the row's own q and the K-vector f, so a refresh is one pass over
+the rows and one all-reduce of K numbers. The latents of the pass are kept (N x L, sharded with the rows) where the rows
+are resident; streamed rows are encoded again by the frozen encoder.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydc.core.autoencoder import precision
+from raydc.core.objectives.kernel import Kernel, log_soft_assign
+from raydc.core.objectives.objective import Minibatch
+
+_PREFIX = "snapshot."
+
+
+@dataclass
+class Snapshot:
+    """Encoder, centres and leaf frequencies at the last refresh."""
+
+    encoder: nn.Module
+    centers_KL: Tensor
+    frequencies_K: Tensor
+    """(K,) float64: f_j, the sum of w_i q_ij over all rows of all ranks."""
+
+    z_NL: Tensor | None = None
+    """(N, L) float32 latents of this rank's resident rows."""
+
+    leaves_N: Tensor | None = None
+    """(N,) int64 hard assignment of this rank's resident rows."""
+
+    @torch.no_grad()
+    def codes(self, batch: Minibatch, arithmetic: str) -> Tensor:
+        """Return the (n, L) float32 latents of a batch under the snapshot's encoder."""
+        if self.z_NL is not None and batch.positions_N is not None:
+            return self.z_NL[batch.positions_N]
+        return encode(self.encoder, batch.x_ND, arithmetic)
+
+    @torch.no_grad()
+    def leaves(self, batch: Minibatch, kernel: Kernel, arithmetic: str) -> Tensor:
+        """Return the (n,) int64 hard assignment of a batch under the snapshot."""
+        if self.leaves_N is not None and batch.positions_N is not None:
+            return self.leaves_N[batch.positions_N]
+        return log_soft_assign(self.codes(batch, arithmetic), self.centers_KL, kernel).argmax(dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `of` needs; nothing of one rank alone."""
+        found = {f"{_PREFIX}encoder.{name}": t for name, t in self.encoder.state_dict().items()}
+        return found | {f"{_PREFIX}centers": self.centers_KL, f"{_PREFIX}frequencies": self.frequencies_K}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], encoder: nn.Module) -> "Snapshot":
+        """Return the snapshot that `tensors` gave, on the device of an encoder of the same shape."""
+        found = {name.removeprefix(_PREFIX): t for name, t in tensors.items()}
+        frozen = copy.deepcopy(encoder).eval()
+        frozen.load_state_dict({n.removeprefix("encoder."): t for n, t in found.items() if n.startswith("encoder.")})
+        device = next(encoder.parameters()).device
+        return cls(frozen, found["centers"].to(device), found["frequencies"].to(device))
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module | None, x_ND: Tensor, arithmetic: str) -> Tensor:
+    """Return the (n, L) float32 latents of preprocessed rows; the rows themselves where there is no encoder."""
+    if encoder is None:
+        return x_ND
+    with precision(x_ND.device, arithmetic):
+        return encoder(x_ND).float()
+
+
+class Refresh:
+    """The pass that makes a snapshot of encoder and centres, with f over all rows of all ranks.
+
+    f_j = sum_i w_i q_ij in float64: a float32 sum stands still at 2^24 rows.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        centers_KL: Tensor,
+        kernel: Kernel,
+        previous: Snapshot | None,
+        keep: Callable[[Snapshot], None],
+        arithmetic: str,
+    ) -> None:
+        """Make a pass under `encoder` and centres; `keep` is given the snapshot at its end."""
+        self._encoder, self._centers, self._kernel = encoder, centers_KL.detach(), kernel
+        self._previous, self._keep, self._arithmetic = previous, keep, arithmetic
+        self._f = torch.zeros(len(centers_KL), dtype=torch.float64, device=centers_KL.device)
+        self._sizes = torch.zeros_like(self._f)
+        # Rows, changed rows, sum of the largest q.
+        self._scalars = torch.zeros(3, dtype=torch.float64, device=centers_KL.device)
+        self._kept_z: list[Tensor] = []
+        self._kept_leaves: list[Tensor] = []
+        self._resident = True
+
+    def add(self, batch: Minibatch) -> None:
+        """Count rows of this rank."""
+        z = encode(self._encoder, batch.x_ND, self._arithmetic)
+        q = log_soft_assign(z, self._centers, self._kernel).exp()
+        top, leaves = q.max(dim=1)
+        # In double before the product: f is a sum over all rows.
+        self._f += batch.weights_N.double() @ q.double()
+        self._sizes += torch.bincount(leaves, minlength=len(self._f))
+        changed: Tensor | int = len(batch)
+        if self._previous is not None:
+            changed = (self._previous.leaves(batch, self._kernel, self._arithmetic) != leaves).sum()
+        counted = (len(batch), changed, top.sum())
+        self._scalars += torch.stack([torch.as_tensor(v, device=z.device).double() for v in counted])
+        self._resident = batch.positions_N is not None
+        if self._resident:
+            self._kept_z.append(z)
+            self._kept_leaves.append(leaves)
+
+    def sums(self) -> Tensor:
+        """Return f, the sizes of the leaves and the three scalars as one tensor."""
+        return torch.cat([self._f, self._sizes, self._scalars])
+
+    def end(self, sums: Tensor) -> dict[str, Any]:
+        """Keep the snapshot; return changed, top_q, empty and largest_share (see raydc.core.objectives.objective)."""
+        num_leaves = len(self._f)
+        f, sizes, (count, changed, top) = sums[:num_leaves], sums[num_leaves:-3], sums[-3:].tolist()
+        snapshot = Snapshot(copy.deepcopy(self._encoder).eval(), self._centers.clone(), f)
+        if self._resident:
+            empty = torch.empty((0, self._centers.shape[1]), device=f.device)
+            snapshot.z_NL = torch.cat(self._kept_z) if self._kept_z else empty
+            snapshot.leaves_N = (
+                torch.cat(self._kept_leaves)
+                if self._kept_leaves
+                else torch.empty(0, dtype=torch.int64, device=f.device)
+            )
+        self._keep(snapshot)
+        return {
+            "changed": changed / count,
+            "top_q": top / count,
+            "empty": int((sizes == 0).sum()),
+            "largest_share": float(sizes.max()) / count,
+        }
