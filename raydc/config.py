@@ -319,6 +319,26 @@ class EvaluateConfig(Section):
     """Rows, chosen by hash of the row key, drawn in the report's map."""
 
 
+class LeaseConfig(Section):
+    """One driver at a time works on a run; see raydc.lease."""
+
+    heartbeat_seconds: float = Field(5.0, gt=0, json_schema_extra=OPERATIONAL)
+    """Seconds between two signs of life of the driver; also how old `raydc show` may be."""
+
+    stale_seconds: float = Field(60.0, gt=0, json_schema_extra=OPERATIONAL)
+    """A driver without a sign of life for so long may be followed by another. On its own machine a dead one is seen at
+    once."""
+
+    @pydantic.model_validator(mode="after")
+    def _some_heartbeats_may_be_late(self) -> Self:
+        if self.stale_seconds < 3 * self.heartbeat_seconds:
+            raise ValueError(
+                f"lease.stale_seconds={self.stale_seconds:g} must be at least three times "
+                f"lease.heartbeat_seconds={self.heartbeat_seconds:g}, or a heartbeat that comes late costs the run"
+            )
+        return self
+
+
 class RayConfig(Section):
     """The Ray cluster to use."""
 
@@ -353,6 +373,7 @@ class Config(Section):
     merge: MergeConfig = MergeConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    lease: LeaseConfig = LeaseConfig()
     ray: RayConfig = RayConfig()
 
     @pydantic.model_validator(mode="after")

@@ -3,11 +3,13 @@
 Writes are whole or not there: a local file is renamed into place, an object appears when its upload is complete.
 """
 
+import errno
 import json
 import os
 import posixpath
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from raydc.errors import DataError
+
+_CREATE_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,32 @@ class Lake:
         else:
             fs.pipe_file(path, data)
 
+    def create(self, uri: str, data: bytes) -> bool:
+        """Write a file whole if nothing is there; return whether it now holds `data` of this call.
+
+        Of several callers at once exactly one gets True, in any process on any machine: a hard link locally (an exclusive
+        open where the file system has no links), If-None-Match on S3, a generation match on GCS. The file is read back,
+        so `data` must hold something of the caller's own: a retried request whose first answer was lost then still tells
+        its winner, and a store that ignores the condition leaves one winner, not two.
+        """
+        fs, path = self.file_system(uri)
+        if isinstance(fs, LocalFileSystem):
+            return _create_local(Path(path), data)
+        for attempt in range(_CREATE_TRIES):
+            try:
+                fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                break
+            except OSError:
+                # A refused condition, which some versions report like this, or another creation under way.
+                fs.invalidate_cache()
+                if not fs.exists(path) and attempt == _CREATE_TRIES - 1:
+                    raise
+                time.sleep(0.1 * 2**attempt)
+            else:
+                break
+        return self.read_bytes(uri) == data
+
     def write_json(self, uri: str, value: Any) -> None:
         """Write a JSON document, keys in the order given."""
         self.write_bytes(uri, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -217,6 +247,28 @@ def absolute(uri: str) -> str:
     if uri.startswith("file://"):
         uri = uri.removeprefix("file://")
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def _create_local(target: Path, data: bytes) -> bool:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+    try:
+        staged.write_bytes(data)
+        try:
+            os.link(staged, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            try:
+                with target.open("xb") as handle:
+                    handle.write(data)
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _is_visible(path: str) -> bool:

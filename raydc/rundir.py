@@ -15,6 +15,7 @@ from typing import Any
 from raydc.config import Config, difference, digest
 from raydc.errors import StageError
 from raydc.lake import Lake, absolute, join
+from raydc.lease import Fence
 from raydc.schema import FORMAT_VERSION
 
 
@@ -25,10 +26,28 @@ class RunDir:
         self.lake = lake
         self.run_id = run_id
         self.root = join(absolute(output), run_id)
+        self.fence: Fence | None = None
+        """The number under which this process may write; None for readers."""
+
+        self.progress: dict[str, Any] = {}
+        """What is being done, for `raydc show`; written with every heartbeat."""
 
     def uri(self, *names: str) -> str:
         """Return the URI of a name in the run folder."""
         return join(self.root, *names)
+
+    def check_owner(self) -> None:
+        """Return if this process may write: before every durable step.
+
+        Raises:
+            LeaseLost: another driver has taken the run over.
+        """
+        if self.fence is not None:
+            self.fence.check()
+
+    def tell(self, line: str) -> None:
+        """Note what the present stage is doing."""
+        self.progress["line"] = line
 
     def write_header(self, config: Config) -> None:
         """Write run.json: the resolved config, versions, commit and seed."""
@@ -88,10 +107,12 @@ class RunDir:
 
     def remove(self, *names: str) -> None:
         """Remove files and folders of the run, where they are there."""
+        self.check_owner()
         for name in names:
             self.lake.remove(self.uri(name))
 
     def _write_marker(self, stage: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
+        self.check_owner()
         body = {"stage": stage, "fingerprint": digest(settings), **state, "settings": settings}
         self.lake.write_json(self.uri("stages", f"{stage}.json"), body)
 
