@@ -1,4 +1,4 @@
-"""The `raydc` command: run, assign, evaluate, show, tree, demo."""
+"""The `raydc` command: run, resume, assign, evaluate, show, tree, demo."""
 
 import argparse
 import datetime
@@ -19,7 +19,7 @@ TREE_FORMATS = ("newick", "json", "edges", "topics", "condensed")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0 done, 2 an expected failure (told in one message), 130 interrupted."""
+    """Run the command and exit: 0 done, 2 an expected failure (one message), 130 interrupted, 143 on SIGTERM."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     for name in ("faiss", "fsspec", "botocore", "ray", "py.warnings"):
@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="raydc", description="Deep clustering of sharded embeddings on Ray.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run_arguments(commands.add_parser("run", help="cluster a data set: labels, tree, model, report"))
+
+    resume = commands.add_parser("resume", help="continue a run with the settings in its folder, after any death")
+    resume.add_argument("run", metavar="RUN", help="run folder")
+    resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other workers, memory, ...")
+    resume.set_defaults(command=_resume)
 
     assign = commands.add_parser("assign", help="label new data with the model of a finished run")
     assign.add_argument("--model", required=True, metavar="URI", help="a run folder, or its model/")
@@ -101,6 +106,15 @@ def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> No
     folder = pipeline.run(config, run_id)
     print()
     print("\n".join(summary.lines(folder)))
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from raydc import pipeline, summary
+
+    folder, config = _open_run(options.run)
+    output = folder.root.removesuffix(f"/{folder.run_id}")
+    config = _with_overrides(config.model_dump(mode="json") | {"output": output}, options.set)
+    print("\n".join(["", *summary.lines(pipeline.run(config, folder.run_id))]))
 
 
 def _assign(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ group that is restarted after one returns at once.
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,8 +112,8 @@ def _quiet_data() -> None:
 
 
 @contextmanager
-def watched(stage: str) -> Iterator[Any]:
-    """Yield a board whose lines are logged, as `<stage>: <line>`, while the block lasts."""
+def watched(stage: str, tell: Callable[[str], None] | None = None) -> Iterator[Any]:
+    """Yield a board whose lines are logged, as `<stage>: <line>`, and told, while the block lasts."""
     board = Board.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
@@ -121,6 +121,8 @@ def watched(stage: str) -> Iterator[Any]:
         try:
             for line in ray.get(board.take.remote(), timeout=30):
                 log.info("%s: %s", stage, line)
+                if tell is not None:
+                    tell(line)
         except (ray.exceptions.RayError, TimeoutError):
             # A lost board costs progress lines, never the run.
             return

@@ -164,10 +164,10 @@ class Lake:
     def create(self, uri: str, data: bytes) -> bool:
         """Write a file whole if nothing is there; return whether it now holds `data` of this call.
 
-        Of several callers at once exactly one gets True, in any process on any machine: a hard link locally (an exclusive
-        open where the file system has no links), If-None-Match on S3, a generation match on GCS. The file is read back,
-        so `data` must hold something of the caller's own: a retried request whose first answer was lost then still tells
-        its winner, and a store that ignores the condition leaves one winner, not two.
+        Of several callers at once exactly one gets True, in any process on any machine: a hard link locally (an
+        exclusive open where the file system has no links), If-None-Match on S3, a generation match on GCS. The file is
+        read back, so `data` must hold something of the caller's own: a retried request whose first answer was lost then
+        still tells its winner, and a store that ignores the condition seldom leaves two.
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):

@@ -4,17 +4,17 @@ A lease is a row of objects `lease/<n>.json`, each created if absent and never c
 number drives the run, so of two that try at once one wins (`Lake.create`). The driver's sign of life is
 `lease/<n>.beat.json`, a counter and its progress, rewritten every few seconds by a thread.
 
-**No clock is compared with another.** A contender watches the counter: if it moves, the driver lives and the contender
-is refused; if it stands still for `stale_seconds` of the contender's own monotonic clock, the driver is taken for dead.
-Machines may disagree about the time by hours; a driver that is slow in writing its heartbeat is safe as long as it writes
-one in `stale_seconds`. A driver of the same machine whose process is gone is dead at once, and a released lease is free.
+**No clock is compared with another.** A contender watches the counter: if it moves, the driver lives and the
+contender is refused; if it stands still for `stale_seconds` of the contender's own monotonic clock, the driver is taken
+for dead. Machines may disagree about the time by hours, and a slow heartbeat is in time if it comes within
+`stale_seconds`. A driver of the same machine whose process is gone is dead at once, and a released lease is free.
 
 **A driver that is not dead but was taken for dead** (stopped, cut off from storage) finds the next number taken when it
-wakes: its heartbeat thread interrupts it, and every durable step looks first (`Fence.check`). A look and a write are two
-steps, and a process may be stopped between them. That is harmless before the manifest: what a stage writes is decided by
-its settings, the writes are whole, and no reader trusts them yet. The right to publish is therefore taken in one step: a
-driver publishes under a number of its own, which it creates like any other (`Fence.advance`). Either it gets the number
-after its lease, and no one took the run over; or another has it, and it never publishes.
+wakes: its heartbeat thread interrupts it, and every durable step looks first (`Fence.check`). A look and a write are
+two steps, and a process may be stopped between them. Before the manifest that is harmless: what a stage writes is
+decided by its settings, the writes are whole, and no reader trusts them yet. The right to publish is taken in one step:
+a driver publishes under a number of its own, created like any other (`Fence.advance`). Either it gets the number after
+its lease, and no one took the run over; or another has that number, and it never publishes.
 """
 
 import json
@@ -254,8 +254,8 @@ def _wait_until_free(lake: Lake, root: str, last: Holder, stale_seconds: float) 
         alive = now.generation != last.generation or (now.beat is not None and now.beat.count != first)
         if alive:
             raise StageError(
-                f"run: {root} is driven by {now.owner}, which is alive. A run has one driver: wait until it ends or stop "
-                f"it. If it is killed, the same command takes over {stale_seconds:g} s after its last sign of life."
+                f"run: {root} is driven by {now.owner}, which is alive. A run has one driver: wait until it ends, or "
+                f"stop it. Once it is dead, the same command takes over, {stale_seconds:g} s after its last heartbeat."
             )
 
 

@@ -10,12 +10,16 @@ from raydc import cluster
 from raydc.config import Config
 from raydc.errors import StageError
 from raydc.lake import Lake
+from raydc.lease import acquire
 from raydc.plan import make_plan
-from raydc.rundir import RunDir
+from raydc.rundir import RunDir, now
 from raydc.schema import MANIFEST
+from raydc.signals import Stopped, stoppable
 from raydc.stages import assign, evaluate, fit, merge, profile, publish, report
 
 log = logging.getLogger(__name__)
+
+_SKIPPED = "%s: done earlier, skipped"
 
 
 @dataclass(frozen=True)
@@ -56,34 +60,61 @@ def plan(config: Config) -> list[str]:
 def run(config: Config, run_id: str) -> RunDir:
     """Run every stage that is not done yet and return the run folder.
 
+    The run has one driver: a second one is refused while the first lives. On SIGTERM the lease is given back and
+    Stopped is raised, in the main thread.
+
     Raises:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
-    for stage in STAGES:
-        folder.is_done(stage.name, config.settings(stage.name) | inputs)
+    settings = {stage.name: config.settings(stage.name) | inputs for stage in STAGES}
+    # Other settings are refused before anything starts.
+    done = [folder.is_done(name, found) for name, found in settings.items()]
+    if all(done):
+        for stage in STAGES:
+            log.info(_SKIPPED, stage.name)
+        return folder
+    lease = acquire(folder.lake, folder.root, progress=folder.progress, **config.lease.model_dump())
+    folder.fence = lease.fence
+    with lease, stoppable(lease) as listen, cluster.connected(config):
+        listen()
+        try:
+            _run_stages(config, folder, settings)
+        except Stopped:
+            # Before the cluster is left, which may take longer than the sender of the signal waits.
+            lease.release("stopped by SIGTERM")
+            log.error("%s: stopped by SIGTERM; `%s` continues", folder.progress.get("stage"), resume_command(folder))
+            raise
+    return folder
+
+
+def resume_command(folder: RunDir) -> str:
+    """Return the command that continues a run from any machine that reaches its folder and its input."""
+    return f"raydc resume {folder.root}"
+
+
+def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> None:
     if folder.marker("profile") is None:
         folder.write_header(config)
-    with cluster.connected(config):
-        for stage in STAGES:
-            settings = config.settings(stage.name) | inputs
-            if folder.is_done(stage.name, settings):
-                log.info("%s: done earlier, skipped", stage.name)
-                continue
-            _forget_later(folder, stage)
-            if folder.marker(stage.name) is None:
-                folder.remove(*stage.writes)
-            folder.begin(stage.name, settings)
-            started = time.perf_counter()
-            metrics = stage.run(config, folder)
-            seconds = time.perf_counter() - started
-            folder.mark_done(stage.name, settings, seconds, metrics)
-            log.info("%s: done in %.1f s", stage.name, seconds)
-            if stage.name == "profile":
-                for line in make_plan(config, profile.load(folder)).lines():
-                    log.info("plan: %s", line)
-    return folder
+    for stage in STAGES:
+        if folder.is_done(stage.name, settings[stage.name]):
+            log.info(_SKIPPED, stage.name)
+            continue
+        folder.progress.clear()
+        folder.progress.update(stage=stage.name, started=now())
+        _forget_later(folder, stage)
+        if folder.marker(stage.name) is None:
+            folder.remove(*stage.writes)
+        folder.begin(stage.name, settings[stage.name])
+        started = time.perf_counter()
+        metrics = stage.run(config, folder)
+        seconds = time.perf_counter() - started
+        folder.mark_done(stage.name, settings[stage.name], seconds, metrics)
+        log.info("%s: done in %.1f s", stage.name, seconds)
+        if stage.name == "profile":
+            for line in make_plan(config, profile.load(folder)).lines():
+                log.info("plan: %s", line)
 
 
 def _forget_later(folder: RunDir, stage: Stage) -> None:

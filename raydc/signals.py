@@ -1,4 +1,4 @@
-"""SIGTERM as an exception in the main thread, so that a run stops where it is, gives its lease back and says how to go on.
+"""SIGTERM as an exception in the main thread: a run stops where it is, gives its lease back and says how to go on.
 
 `ray job stop`, Kubernetes and batch systems send SIGTERM and, seconds later, SIGKILL.
 """

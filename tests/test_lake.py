@@ -1,5 +1,6 @@
 """Storage: what a listing finds, writes that are whole or not there, and the same on a real S3 protocol."""
 
+import errno
 import os
 import pickle
 
@@ -277,3 +278,31 @@ def test_slices_are_labelled_from_s3_to_s3(bucket, tmp_path):
             found.append(pq.read_table(handle))
     assert pa.concat_tables(found)["id"].to_pylist() == list(range(300))
     assert pa.concat_tables(found)["leaf"].to_pylist() == leaf.tolist()
+
+
+def test_a_file_is_created_once_and_whole(tmp_path):
+    uri = str(tmp_path / "new" / "a.json")
+    assert Lake().create(uri, b"first")
+    assert not Lake().create(uri, b"second")
+    assert Lake().read_bytes(uri) == b"first"
+    assert everything_in(tmp_path) == ["new", "new/a.json"]
+
+
+def test_where_links_are_not_there_a_file_is_created_once_as_well(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    uri = str(tmp_path / "a.json")
+    assert Lake().create(uri, b"first")
+    assert not Lake().create(uri, b"second")
+    assert Lake().read_bytes(uri) == b"first"
+
+
+@pytest.mark.s3
+def test_a_creation_whose_answer_was_lost_still_knows_its_winner(bucket):
+    lake = Lake()
+    assert lake.create(f"{bucket}/a.json", b"mine")
+    # What a client's own retry does after a time-out.
+    assert lake.create(f"{bucket}/a.json", b"mine")
+    assert not lake.create(f"{bucket}/a.json", b"theirs")

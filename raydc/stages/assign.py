@@ -35,7 +35,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric."""
     profile = profiling.load(run)
     load = partial(_load, config, run, profile.spec, profile.num_rows)
-    total = label_all(config, load, profile.slices, config.evaluate.num_exemplars)
+    total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, run)
     _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
     _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
     counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
@@ -68,7 +68,13 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labell
     )
 
 
-def label_all(config: Config, load: Callable[[], Labelling], slices: list[Slice], num_exemplars: int) -> Statistics:
+def label_all(
+    config: Config,
+    load: Callable[[], Labelling],
+    slices: list[Slice],
+    num_exemplars: int,
+    run: RunDir | None = None,
+) -> Statistics:
     """Return the sum of all slices' statistics, after every slice was labelled.
 
     Args:
@@ -76,6 +82,7 @@ def label_all(config: Config, load: Callable[[], Labelling], slices: list[Slice]
         load: called once in each actor.
         slices: to be labelled; those that are complete already are only counted.
         num_exemplars: nearest rows kept for each leaf.
+        run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
 
     Raises:
         DataError: a bad row or file that the settings do not let pass.
@@ -83,22 +90,19 @@ def label_all(config: Config, load: Callable[[], Labelling], slices: list[Slice]
     """
     total = Statistics()
     started = logged = time.monotonic()
-    for done, statistics in enumerate(_labelled(config, load, slices), 1):
+    expected = sum(s.num_rows for s in slices)
+    check = run.check_owner if run is not None else None
+    for done, statistics in enumerate(_labelled(config, load, slices, check), 1):
         total.merge(statistics, num_exemplars)
         now = time.monotonic()
+        rate = total.rows / (now - started)
+        left = (expected - total.rows) / max(rate, 1e-9)
+        line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s, {left:.0f} s left"
+        if run is not None:
+            run.tell(line)
         if now - logged > _LOG_SECONDS:
-            logged, rate = now, total.rows / (now - started)
-            planned = sum(s.num_rows for s in slices)
-            left = (planned - total.rows) / max(rate, 1e-9)
-            log.info(
-                "assign: %d of %d slices, %s rows, %s rows/s, %.0f s left",
-                done,
-                len(slices),
-                f"{total.rows:,}",
-                f"{rate:,.0f}",
-                left,
-            )
-    expected = sum(s.num_rows for s in slices)
+            logged = now
+            log.info("assign: %s", line)
     if not total.rows == total.labels + total.rejects == expected:
         raise StageError(
             f"assign: {expected} rows in, but {total.labels} labels and {total.rejects} rejects out. The input changed "
@@ -107,7 +111,9 @@ def label_all(config: Config, load: Callable[[], Labelling], slices: list[Slice]
     return total
 
 
-def _labelled(config: Config, load: Callable[[], Labelling], slices: list[Slice]) -> Iterable[Statistics]:
+def _labelled(
+    config: Config, load: Callable[[], Labelling], slices: list[Slice], check: Callable[[], None] | None
+) -> Iterable[Statistics]:
     section = config.assign
     actors = min(section.num_actors or _free_slots(config), max(len(slices), 1))
 
@@ -126,6 +132,8 @@ def _labelled(config: Config, load: Callable[[], Labelling], slices: list[Slice]
             try:
                 if self.job is None:
                     self.job = _on_gpu(load()) if section.use_gpu else load()
+                if check is not None:
+                    check()
                 return {"statistics": label_slice(self.job, Slice.from_row(row)).to_bytes()}
             except Exception as error:
                 log.exception("slice %s", row["name"])

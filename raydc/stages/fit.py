@@ -32,6 +32,7 @@ from raydc.core.state import Clustering
 from raydc.core.training import Fitted, fit
 from raydc.errors import DataError, StageError
 from raydc.lake import Lake
+from raydc.lease import LeaseLost
 from raydc.model import Model
 from raydc.rundir import RunDir
 from raydc.slices import InputSpec, RowBatch, Slice, read_slice
@@ -70,7 +71,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             profile.num_rows,
             100 * share,
         )
-    with watched("fit") as board:
+    with watched("fit", run.tell) as board:
         job = Job(
             fit_settings(config, profile.fingerprint),
             profile.preprocess(config),
@@ -196,16 +197,18 @@ def _to_block(rows: RowBatch, spec: InputSpec, seed: int, fraction: float) -> pa
 class RayContext:
     """The core's Context on Ray Train."""
 
-    def __init__(self, board: Any, folder: Path) -> None:
+    def __init__(self, job: Job, folder: Path) -> None:
         self.rank = ray.train.get_context().get_world_rank()
         self.world_size = ray.train.get_context().get_world_size()
         self.device = get_device()
-        self._board, self._folder = board, folder
+        self._job, self._folder = job, folder
 
     def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
         """Report to Train, and on rank 0 to the person who watches."""
         if self.rank == 0:
-            self._board.post.remote(progress_line(metrics))
+            self._job.board.post.remote(progress_line(metrics))
+            if checkpoint_dir is not None:
+                check_owner(self._job)
         checkpoint = Checkpoint.from_directory(str(checkpoint_dir)) if checkpoint_dir is not None else None
         ray.train.report(metrics, checkpoint=checkpoint)
 
@@ -213,6 +216,15 @@ class RayContext:
         """Return a local copy of the last checkpoint."""
         checkpoint = ray.train.get_checkpoint()
         return None if checkpoint is None else Path(checkpoint.to_directory(str(self._folder / "checkpoint")))
+
+
+def check_owner(job: Job) -> None:
+    """Return if the driver of these workers still has the run; they outlive it by a moment, and must not write then."""
+    try:
+        job.run.check_owner()
+    except LeaseLost as error:
+        ray.get(job.board.fail.remote((LeaseLost.__name__, str(error))))
+        raise
 
 
 def progress_line(metrics: dict[str, Any]) -> str:
@@ -242,7 +254,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         return {"failure": failure}
     prepare_process(job.num_threads)
     with tempfile.TemporaryDirectory(prefix="raydc-fit-") as folder:
-        context = RayContext(job.board, Path(folder))
+        context = RayContext(job, Path(folder))
         ranks = Ranks(context.rank, context.world_size, context.device)
         rows = _collect(job, ranks)
         try:
@@ -321,6 +333,7 @@ def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[
 
 
 def _write(job: Job, fitted: Fitted) -> None:
+    check_owner(job)
     lake, uri = job.run.lake, job.run.uri
     details = {
         "objective": job.settings.objective,

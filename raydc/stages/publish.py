@@ -1,6 +1,7 @@
 """publish: the manifest, last of all; a reader that sees it may trust every file it lists."""
 
 import hashlib
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,12 +18,16 @@ from raydc.stages import profile as profiling
 log = logging.getLogger(__name__)
 
 # Working files, which a later command may rewrite, and the manifest itself.
-_NOT_LISTED = ("checkpoints/", "stages/", "slices/", "fit/", MANIFEST)
+_NOT_LISTED = ("checkpoints/", "stages/", "slices/", "fit/", "lease/", MANIFEST)
 _BLOCK = 8 * 2**20
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Check that the counts add up and write _MANIFEST.json with path, rows, bytes and checksum of every file."""
+    """Check that the counts add up and write _MANIFEST.json with path, rows, bytes and checksum of every file.
+
+    Raises:
+        StageError: files are missing or too many, or another driver has taken the run over.
+    """
     prefix = run.root.rstrip("/") + "/"
     stored = [f for f in run.lake.find(run.root) if not f.uri.removeprefix(prefix).startswith(_NOT_LISTED)]
     # A killed worker leaves its hidden temporary file behind; nobody writes any more.
@@ -44,18 +49,30 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             f"publish: {profile.num_rows} rows in, but {rows['labels']} labels and {rows['rejects']} rejects on disk. "
             "Files were changed after they were written; use a new --run-id."
         )
-    run.lake.write_json(
-        run.uri(MANIFEST),
-        {
-            "format_version": FORMAT_VERSION,
-            "run_id": run.run_id,
-            "finished": now(),
-            "input_fingerprint": profile.fingerprint,
-            "rows": {"input": profile.num_rows, **rows},
-            "files": entries,
-        },
-    )
+    if run.fence is not None:
+        run.fence.advance("publish")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "run_id": run.run_id,
+        "finished": now(),
+        "input_fingerprint": profile.fingerprint,
+        "rows": {"input": profile.num_rows, **rows},
+        "files": entries,
+    }
+    _write_manifest(run, manifest)
     return {"files": len(entries), "bytes": sum(e["bytes"] for e in entries)}
+
+
+def _write_manifest(run: RunDir, manifest: dict[str, Any]) -> None:
+    """Create the manifest; one of the same files stays as it is, of other files gives way to the lease's holder."""
+    uri = run.uri(MANIFEST)
+    run.check_owner()
+    if run.lake.create(uri, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()):
+        return
+    before = run.lake.read_json(uri)
+    if (before["files"], before["rows"]) != (manifest["files"], manifest["rows"]):
+        run.check_owner()
+        run.lake.write_json(uri, manifest)
 
 
 def _entry(run: RunDir, file: StoredFile, path: str) -> dict[str, Any]:

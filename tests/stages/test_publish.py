@@ -8,6 +8,7 @@ import pytest
 
 from raydc.errors import StageError
 from raydc.lake import Lake
+from raydc.lease import LeaseLost, acquire
 from raydc.rundir import RunDir
 from raydc.schema import FORMAT_VERSION, MANIFEST
 from raydc.stages import publish
@@ -124,3 +125,32 @@ def test_shards_of_equal_names_are_published_side_by_side(tmp_path):
     publish.run(config, run)
     paths = {f["path"] for f in run.lake.read_json(run.uri(MANIFEST))["files"]}
     assert {"labels/x/part-0.parquet", "labels/y/part-0.parquet"} <= paths
+
+
+def test_two_drivers_never_both_publish(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    first, second = (RunDir(run.lake, str(tmp_path / "runs"), "r1") for _ in range(2))
+    first.fence = acquire(run.lake, run.root, heartbeat_seconds=0.1, stale_seconds=0.3).fence
+    # The first one gives no sign of life.
+    lease = acquire(run.lake, run.root, heartbeat_seconds=0.1, stale_seconds=0.3)
+    with lease:
+        second.fence = lease.fence
+        with pytest.raises(LeaseLost, match="has taken this run over"):
+            publish.run(config, first)
+        assert not run.lake.exists(run.uri(MANIFEST))
+        publish.run(config, second)
+    assert not [f for f in run.lake.read_json(run.uri(MANIFEST))["files"] if f["path"].startswith("lease/")]
+
+
+def test_a_manifest_that_is_there_stays_if_it_says_the_same_and_gives_way_if_not(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path)
+    publish.run(config, run)
+    first = run.lake.read_json(run.uri(MANIFEST))
+    run.lake.write_json(run.uri(MANIFEST), first | {"finished": "earlier"})
+    publish.run(config, run)
+    assert run.lake.read_json(run.uri(MANIFEST))["finished"] == "earlier"
+    run.lake.write_json(run.uri(MANIFEST), first | {"files": []})
+    publish.run(config, run)
+    assert run.lake.read_json(run.uri(MANIFEST))["files"] == first["files"]
