@@ -66,7 +66,9 @@ def test_no_core_module_names_a_room_outside_core_or_ray():
         ("config", {"errors"}),
         ("lake", {"errors"}),
         ("slices", {"errors", "lake", "schema"}),
-        ("rundir", {"config", "errors", "lake", "schema"}),
+        ("lease", {"errors", "lake"}),
+        ("signals", {"lease"}),
+        ("rundir", {"config", "errors", "lake", "lease", "schema"}),
         ("model", {"core", "errors", "lake", "schema"}),
     ],
 )
