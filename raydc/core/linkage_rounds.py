@@ -24,7 +24,7 @@ from raydc.core.linkage_search import (
 
 # Letters in this module: M slots, D width, L listed neighbours, P pairs merged in a round, A and B affected slots.
 
-POSTPONE_ABOVE = 0.2
+POSTPONE_ABOVE = 0.3
 """Full searches of clusters whose floor lies above this quantile of all nearest distances wait for a later round."""
 
 DEFAULT = SearchOptions()
@@ -280,7 +280,7 @@ class _Rounds:
 
     def _rank(self, slot_A: np.ndarray, list_AL: np.ndarray) -> None:
         """Order the listed neighbours of slots by rounded distance, keep the first ones, set the nearest."""
-        step = max(1, (1 << 22) // (list_AL.shape[1] * self.clusters.center_MD.shape[1]))
+        step = max(1, (1 << 18) // (list_AL.shape[1] * self.clusters.center_MD.shape[1]))
 
         def rank_block(start: int) -> None:
             self._rank_rows(slot_A[start : start + step], list_AL[start : start + step])

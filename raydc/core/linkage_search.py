@@ -58,7 +58,8 @@ def pair_delta(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> n
     Returns:
         (P,) float64.
     """
-    difference_PD = clusters.center_MD[left_P] - clusters.center_MD[right_P]
+    difference_PD = clusters.center_MD[left_P]
+    difference_PD -= clusters.center_MD[right_P]
     square_P = np.einsum("pd,pd->p", difference_PD, difference_PD)
     if clusters.kind == "average":
         return square_P + (clusters.spread_M[left_P] + clusters.spread_M[right_P])
