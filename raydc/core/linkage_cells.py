@@ -19,6 +19,7 @@ import numpy as np
 from raydc.core.linkage_rounds import (
     DEFAULT,
     Trail,
+    choose_engine,
     join,
     merge_all,
     merge_duplicates,
@@ -108,7 +109,7 @@ def outside_floor(state: CellState, cell: int, options: SearchOptions, trail: Tr
     clusters = Clusters(state.kind, state.center_MD, state.weight_M, state.spread_M, state.leaf_M)
     outside_M = np.ones(len(state.weight_M), dtype=bool)
     outside_M[first:last] = False
-    engine = options.engine()
+    engine = choose_engine(options.device)
     columns = engine.lay_out(clusters, outside_M, block_cols=options.block_cols, dtype=np.float32)
     member_N = np.arange(first, last)
     slot_NL, floor_N = engine.search(columns, clusters, member_N, options=replace(options, num_neighbours=2))

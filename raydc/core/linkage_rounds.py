@@ -14,12 +14,16 @@ import numpy as np
 
 from raydc.core.linkage_search import (
     Clusters,
+    Engine,
     SearchOptions,
     in_threads,
+    lay_out,
     pair_delta,
     rounded,
+    search,
     search_exactly,
     tie_order,
+    update,
 )
 
 # Letters in this module: M slots, D width, L listed neighbours, P pairs merged in a round, A and B affected slots.
@@ -146,6 +150,15 @@ def merge_duplicates(clusters: Clusters, trail: Trail, limit_M: np.ndarray, aliv
     alive_M[other] = False
 
 
+def choose_engine(device: str) -> Engine:
+    """Return the search of a device: see SearchOptions.device."""
+    if device == "cpu":
+        return Engine(lay_out, update, search)
+    from raydc.core.linkage_device import device_engine  # torch takes a second to import, and the CPU needs none.
+
+    return device_engine(device.removeprefix("torch:"))
+
+
 class _Rounds:
     """Nearest neighbours of the live slots, kept right through the merges.
 
@@ -158,7 +171,7 @@ class _Rounds:
         num_slots = len(alive_M)
         self.clusters, self.alive_M, self.trail = clusters, alive_M, trail
         self.num_alive = int(alive_M.sum())
-        self.options, self.engine = options, options.engine()
+        self.options, self.engine = options, choose_engine(options.device)
         self.columns: Any = None
         self.nearest_M = np.full(num_slots, -1, dtype=np.int64)
         self.distance_M = np.full(num_slots, np.inf)

@@ -121,13 +121,6 @@ class SearchOptions:
     device: str = "cpu"
     """cpu, or a torch device such as cuda or cuda:1. torch:cpu runs the device engine on the CPU, to test it."""
 
-    def engine(self) -> Engine:
-        if self.device == "cpu":
-            return Engine(lay_out, update, search)
-        from raydc.core.linkage_device import device_engine  # torch takes a second to import, and the CPU needs none.
-
-        return device_engine(self.device.removeprefix("torch:"))
-
 
 @cache
 def _thread_pools() -> ThreadpoolController:
