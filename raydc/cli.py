@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from raydc.config import Config, load_config, parse_config
-from raydc.errors import RaydcError, StageError
+from raydc.errors import ConfigError, RaydcError, StageError
 from raydc.lake import Lake, absolute, join
+from raydc.secrets import masked
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="compute metrics.json of a run again from its statistics")
     evaluate.add_argument("run", metavar="RUN", help="run folder")
+    _add_storage_argument(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
     show = commands.add_parser("show", help="say where a run stands, and its results")
     show.add_argument("run", metavar="RUN", help="run folder")
+    _add_storage_argument(show)
     show.set_defaults(command=_show)
 
     tree = commands.add_parser("tree", help="cut the tree of a run, or write it for other programs")
@@ -79,12 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     tree.add_argument("--output", metavar="FILE", help="path or URI; standard output by default. A cut may be .parquet")
     tree.add_argument("--min-rows", type=float, metavar="N", help="condensed: rows of a cluster (default: 1 %% of all)")
     tree.add_argument("--max-nodes", type=int, default=5000, metavar="N", help="json: most nodes (default: 5000)")
+    _add_storage_argument(tree)
     tree.set_defaults(command=_tree)
 
     demo = commands.add_parser("demo", help="cluster scikit-learn's digits, end to end, into runs/demo")
     demo.add_argument("--output", default="runs")
     demo.set_defaults(command=_demo)
     return parser
+
+
+def _add_storage_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="how to reach the run, as storage.endpoint_url=URL",
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -131,7 +145,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from raydc import summary
     from raydc.stages import evaluate
 
-    folder, config = _open_run(options.run)
+    folder, config = _open_run(options.run, options.set)
     evaluate.run(config, folder)
     print("\n".join(summary.lines(folder)))
 
@@ -139,14 +153,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from raydc import summary
 
-    folder, _ = _open_run(options.run)
+    folder, _ = _open_run(options.run, options.set)
     print("\n".join(summary.lines(folder)))
 
 
 def _tree(options: argparse.Namespace) -> None:
     from raydc import trees
 
-    folder, _ = _open_run(options.run)
+    folder, _ = _open_run(options.run, options.set)
     tree = trees.read(folder)
     table = trees.groups(tree, options.cut) if options.cut is not None else None
 
@@ -172,14 +186,22 @@ def _demo(options: argparse.Namespace) -> None:
     _execute(load_config(jobs / "digits.yaml", [f"output={options.output}"]), "demo")
 
 
-def _open_run(uri: str) -> tuple[Any, Config]:
+def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
+    from raydc.config import apply_override
     from raydc.rundir import RunDir
 
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith("storage."):
+            raise ConfigError(f"--set {masked(override)}: a finished run takes storage settings alone.")
+        apply_override(settings, override)
+    # The run itself says how it was made, but not from where it is looked at.
+    door = parse_config({"input": {"path": ""}, **settings}).storage
     output, _, run_id = absolute(uri).rstrip("/").rpartition("/")
-    folder = RunDir(Lake(), output, run_id)
+    folder = RunDir(Lake(**door.model_dump()), output, run_id)
     if not folder.lake.exists(folder.uri("run.json")):
         raise StageError(f"{uri}: no run there. Give the folder <output>/<run_id> of a run.")
-    return folder, parse_config(folder.lake.read_json(folder.uri("run.json"))["config"])
+    return folder, parse_config(folder.lake.read_json(folder.uri("run.json"))["config"] | settings)
 
 
 def _with_overrides(base: dict[str, Any], overrides: Sequence[str]) -> Config:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from raydc.errors import ConfigError
+from raydc.secrets import REMEDY, has_credentials, masked
 
 OPERATIONAL: dict[str, JsonValue] = {"operational": True}
 
@@ -82,6 +83,13 @@ class InputConfig(Section):
         names = [value] if isinstance(value, str) else value
         return [{"name": n} if isinstance(n, str) else n for n in names] if isinstance(names, list) else value
 
+    @pydantic.field_validator("path")
+    @classmethod
+    def _path_is_shared_and_free_of_secrets(cls, value: str | list[str]) -> str | list[str]:
+        for uri in [value] if isinstance(value, str) else value:
+            _check_uri(uri, "input.path")
+        return value
+
     @pydantic.model_validator(mode="after")
     def _columns_are_distinct(self) -> Self:
         names = [c.name for c in self.embedding_columns]
@@ -96,7 +104,7 @@ class InputConfig(Section):
 
 
 class StorageConfig(Section):
-    """How to reach an object store; credentials come from the environment or the instance profile."""
+    """How to reach an object store. Credentials come from the environment, a profile or the instance."""
 
     endpoint_url: str | None = Field(None, json_schema_extra=OPERATIONAL)
     """S3 endpoint other than AWS's own."""
@@ -109,6 +117,21 @@ class StorageConfig(Section):
 
     anonymous: bool = Field(False, json_schema_extra=OPERATIONAL)
     """Read public buckets without credentials."""
+
+    max_attempts: int = Field(8, ge=1, le=20, json_schema_extra=OPERATIONAL)
+    """Requests to S3 for one answer, the first included; the pause between two grows from 0.5 to 20 seconds."""
+
+    timeout_seconds: float = Field(30.0, gt=0, json_schema_extra=OPERATIONAL)
+    """Longest wait for a connection to S3, and for the next bytes of an answer."""
+
+    @pydantic.field_validator("endpoint_url")
+    @classmethod
+    def _endpoint_is_a_plain_url(cls, value: str | None) -> str | None:
+        if value is not None:
+            _check_uri(value, "storage.endpoint_url")
+            if not value.startswith(("http://", "https://")):
+                raise ValueError(f"storage.endpoint_url={value!r} must begin with http:// or https://.")
+        return value
 
 
 class PreprocessConfig(Section):
@@ -376,6 +399,12 @@ class Config(Section):
     lease: LeaseConfig = LeaseConfig()
     ray: RayConfig = RayConfig()
 
+    @pydantic.field_validator("output")
+    @classmethod
+    def _output_is_shared_and_free_of_secrets(cls, value: str) -> str:
+        _check_uri(value, "output")
+        return value
+
     @pydantic.model_validator(mode="after")
     def _settings_fit_the_leaves(self) -> Self:
         leaves, problems = self.cluster.num_leaves, []
@@ -489,7 +518,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `section.key=value` in a mapping of settings, in place."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"--set {override!r}: expected section.key=value.")
+        raise ConfigError(f"--set {masked(override)!r}: expected section.key=value.")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -501,9 +530,16 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {name} is not a section.")
+            raise ConfigError(f"--set {masked(override)!r}: {name} is not a section.")
         node = child
     node[last] = value
+
+
+def _check_uri(uri: str, setting: str) -> None:
+    if has_credentials(uri):
+        raise ValueError(f"{setting}={masked(uri)} carries credentials. {REMEDY}")
+    if uri.startswith("memory://"):
+        raise ValueError(f"{setting}={uri} lives in one process, where no worker can see it. Use a folder or a store.")
 
 
 def _describe(problem: Any) -> str:
@@ -518,7 +554,7 @@ def _describe(problem: Any) -> str:
         return f"{where}: required, but not set."
     if problem["type"] == "value_error" or not where:
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-    return f"{where}={problem['input']!r}: {problem['msg']}."
+    return f"{where}={masked(repr(problem['input']))}: {problem['msg']}."
 
 
 def _settings_in(place: Iterable[Any]) -> list[str]:

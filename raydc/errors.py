@@ -1,4 +1,4 @@
-"""The three errors that raydc raises on purpose, one for each person who can act on it."""
+"""The errors that raydc raises on purpose, one for each person who can act on it."""
 
 
 class RaydcError(Exception):
@@ -15,3 +15,7 @@ class DataError(RaydcError):
 
 class StageError(RaydcError):
     """A stage cannot start, continue or finish; the operator of the run acts."""
+
+
+class StorageUnavailable(StageError):
+    """A store gave no good answer for as long as we asked; unlike other errors, it may be gone on the next try."""

@@ -1,6 +1,7 @@
 """The only door to storage: local folders, s3://, gs:// and whatever else fsspec knows.
 
-Writes are whole or not there: a local file is renamed into place, an object appears when its upload is complete.
+Writes are whole or not there: a local file is on the disk before it is renamed into place, an object appears when its
+upload is complete. Requests to S3 are tried again as raydc/s3.py says; for other stores their libraries decide.
 """
 
 import errno
@@ -8,9 +9,10 @@ import json
 import os
 import posixpath
 import re
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,13 @@ import pyarrow.fs
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from raydc.errors import DataError
+from raydc.errors import DataError, StageError
+from raydc.secrets import masked, refuse_credentials
+
+_S3 = ("s3", "s3a", "s3n")
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MORE_ROOM = "Free space there, or use another output"
+_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 _CREATE_TRIES = 4
 
@@ -46,20 +54,30 @@ class Lake:
         region: str | None = None,
         profile: str | None = None,
         anonymous: bool = False,
+        max_attempts: int = 8,
+        timeout_seconds: float = 30.0,
     ) -> None:
         client = {"region_name": region} if region else {}
         s3: dict[str, Any] = {"endpoint_url": endpoint_url, "profile": profile, "client_kwargs": client}
         self._s3_options = {k: v for k, v in s3.items() if v}
+        self._s3_options |= {"max_attempts": max_attempts, "timeout_seconds": timeout_seconds}
         self._anonymous = anonymous
 
     def file_system(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        """Return the fsspec file system of `uri` and the path inside it."""
+        """Return the fsspec file system of `uri` and the path inside it.
+
+        Raises:
+            ConfigError: the URI carries credentials.
+            DataError: nothing is installed that knows its scheme.
+        """
+        refuse_credentials(uri, "uri")
         protocol = uri.partition("://")[0] if "://" in uri else "file"
-        options: dict[str, Any] = dict(self._s3_options) if protocol in ("s3", "s3a") else {}
-        if self._anonymous and protocol in ("s3", "s3a"):
-            options["anon"] = True
-        if self._anonymous and protocol in ("gs", "gcs"):
-            options["token"] = "anon"
+        if protocol in _S3:
+            from raydc.s3 import PatientS3
+
+            fs = PatientS3(**self._s3_options, **({"anon": True} if self._anonymous else {}))
+            return fs, fs._strip_protocol(absolute(uri))
+        options = {"token": "anon"} if self._anonymous and protocol in ("gs", "gcs") else {}
         try:
             fs, path = url_to_fs(uri, **options)
         except (ValueError, ImportError) as error:
@@ -98,17 +116,21 @@ class Lake:
             root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
             if _is_visible(path[len(root) :]):
                 details = {p: d for p, d in details.items() if _is_visible(p[len(root) :])}
+            found = {_with_scheme(uri, p): (p, d) for p, d in details.items()}
         elif fs.isdir(path):
-            details = fs.find(path, detail=True)
-            root = fs._strip_protocol(path).rstrip("/")
-            details = {p: d for p, d in details.items() if p.endswith(".parquet") and _is_visible(p[len(root) :])}
+            root = path.rstrip("/")
+            found = {
+                _below(uri, root, p): (p, d)
+                for p, d in fs.find(path, detail=True).items()
+                if p.endswith(".parquet") and _is_visible(p[len(root) :])
+            }
         elif fs.exists(path):
-            details = {path: fs.info(path)}
+            found = {absolute(uri): (path, fs.info(path))}
         else:
-            details = {}
+            found = {}
         return [
-            StoredFile(absolute(fs.unstrip_protocol(p)), d["size"])
-            for p, d in details.items()
+            StoredFile(name, d["size"])
+            for name, (p, d) in found.items()
             if d["type"] == "file" or (d.get("islink") and not fs.isdir(p))
         ]
 
@@ -147,19 +169,21 @@ class Lake:
         """Return every file below a folder, sorted by URI; nothing if the folder is not there."""
         fs, path = self.file_system(uri)
         fs.invalidate_cache()
-        if not fs.exists(path):
-            return []
         details = fs.find(path, detail=True)
-        return [StoredFile(absolute(fs.unstrip_protocol(p)), details[p]["size"]) for p in sorted(details)]
+        return [StoredFile(_below(uri, path, p), details[p]["size"]) for p in sorted(details)]
 
     def write_bytes(self, uri: str, data: bytes) -> None:
-        """Write a file whole, replacing what was there."""
+        """Write a file whole, replacing what was there.
+
+        Raises:
+            StageError: there is no room, or no right to write there.
+        """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
             with self.staged(uri) as staged:
                 staged.write_bytes(data)
         else:
-            fs.pipe_file(path, data)
+            _uploaded(lambda: fs.pipe_file(path, data))
 
     def create(self, uri: str, data: bytes) -> bool:
         """Write a file whole if nothing is there; return whether it now holds `data` of this call.
@@ -171,7 +195,8 @@ class Lake:
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            return _create_local(Path(path), data)
+            with _told(Path(path).parent, _MORE_ROOM):
+                return _create_local(Path(path), data)
         for attempt in range(_CREATE_TRIES):
             try:
                 fs.pipe_file(path, data, mode="create")
@@ -193,33 +218,42 @@ class Lake:
 
     @contextmanager
     def staged(self, uri: str) -> Iterator[Path]:
-        """Yield a local path to write; publish it as `uri` when the block ends well, else leave nothing behind."""
+        """Yield a local path to write; publish it as `uri` when the block ends well, else leave nothing behind.
+
+        Raises:
+            StageError: there is no room, or no right to write there.
+        """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            staged = target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-            try:
-                yield staged
-                os.replace(staged, target)
-            finally:
-                staged.unlink(missing_ok=True)
+            with _told(Path(path).parent, _MORE_ROOM):
+                yield from _renamed_into(Path(path))
         else:
-            with tempfile.TemporaryDirectory(prefix="raydc-") as folder:
+            with (
+                _told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
+                tempfile.TemporaryDirectory(prefix="raydc-") as folder,
+            ):
                 staged = Path(folder) / posixpath.basename(path)
                 yield staged
-                fs.put_file(str(staged), path)
+                _uploaded(lambda: fs.put_file(str(staged), path))
 
     def upload_folder(self, folder: Path, uri: str) -> None:
         """Write every file below a local folder to the same names below `uri`, each whole."""
         for source in sorted(p for p in folder.rglob("*") if p.is_file()):
-            self.write_bytes(join(uri, *source.relative_to(folder).parts), source.read_bytes())
+            with self.staged(join(uri, *source.relative_to(folder).parts)) as staged:
+                shutil.copyfile(source, staged)
 
     def download_folder(self, uri: str, folder: Path) -> None:
-        """Copy every file below `uri` to the same names below a local folder."""
+        """Copy every file below `uri` to the same names below a local folder.
+
+        Raises:
+            DataError: the name of an object leads out of the folder.
+        """
         root = absolute(uri).rstrip("/") + "/"
         for stored in self.find(uri):
-            target = folder / absolute(stored.uri).removeprefix(root)
+            name = stored.uri.removeprefix(root)
+            if ".." in name.split("/"):
+                raise DataError(f"storage {stored.uri}: its name leads out of the folder. Remove or rename the object.")
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.read_bytes(stored.uri))
 
@@ -243,17 +277,56 @@ def is_staged(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """Return `uri` so that it means the same in another process: plain local paths become absolute ones."""
+    """Return `uri` so that it means the same in another process, with one name for each scheme.
+
+    Plain local paths become absolute ones; s3a:// and s3n:// become s3://, gcs:// becomes gs://.
+    """
     if uri.startswith("file://"):
         uri = uri.removeprefix("file://")
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    scheme, separator, rest = uri.partition("://")
+    if separator:
+        return f"{_ONE_NAME.get(scheme, scheme)}://{rest}"
+    return os.path.abspath(os.path.expanduser(uri))
+
+
+_ONE_NAME = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+
+
+def _below(uri: str, root: str, path: str) -> str:
+    """Return the URI of a path at or below `root`, which is the path of `uri`."""
+    inside = path[len(root) :].strip("/")
+    folder = absolute(uri).rstrip("/")
+    return f"{folder}/{inside}" if inside else folder
+
+
+def _with_scheme(uri: str, path: str) -> str:
+    """Return the URI of a path in the file system of `uri`."""
+    scheme, separator, _ = absolute(uri).partition("://")
+    return f"{scheme}://{path.lstrip('/')}" if separator and "://" not in path else absolute(path)
+
+
+def _is_visible(path: str) -> bool:
+    return not any(part.startswith(("_", ".")) for part in path.split("/") if part)
+
+
+def _renamed_into(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = _beside(target)
+    try:
+        yield staged
+        _flush(staged)
+        os.replace(staged, target)
+        _flush(target.parent)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _create_local(target: Path, data: bytes) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+    staged = _beside(target)
     try:
         staged.write_bytes(data)
+        _flush(staged)
         try:
             os.link(staged, target)
         except FileExistsError:
@@ -266,10 +339,51 @@ def _create_local(target: Path, data: bytes) -> bool:
                     handle.write(data)
             except FileExistsError:
                 return False
+        _flush(target.parent)
         return True
     finally:
         staged.unlink(missing_ok=True)
 
 
-def _is_visible(path: str) -> bool:
-    return not any(part.startswith(("_", ".")) for part in path.split("/") if part)
+def _beside(target: Path) -> Path:
+    return target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a rename may reach it before the contents do."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _uploaded(upload: Callable[[], Any]) -> None:
+    try:
+        upload()
+    except FileNotFoundError as error:
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+        if code != "NoSuchUpload":
+            raise
+        # The answer to the end of a multipart upload was lost, and the second request found it ended.
+        upload()
+
+
+@contextmanager
+def _told(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn the errors of a full disk and of missing rights into one that names the folder and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise StageError(
+                f"storage {folder}: no space left to write ({masked(str(error))}). {remedy}; then the same command "
+                "continues."
+            ) from error
+        # The block may read elsewhere; only what names this folder is about writing here.
+        if error.errno in _NO_RIGHT and str(folder) in str(error):
+            raise StageError(
+                f"storage {folder}: may not be written ({masked(str(error))}). Give this user the right to write "
+                "there, or use another output."
+            ) from error
+        raise

@@ -169,7 +169,7 @@ class Lease:
         if self.lost is None:
             try:
                 self._beat(reason)
-            except OSError as error:
+            except (OSError, StageError) as error:
                 log.warning("lease: could not be given back (%s); it expires by itself", error)
 
     def _keep(self) -> None:

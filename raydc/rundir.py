@@ -17,6 +17,7 @@ from raydc.errors import StageError
 from raydc.lake import Lake, absolute, join
 from raydc.lease import Fence
 from raydc.schema import FORMAT_VERSION
+from raydc.secrets import masked
 
 
 class RunDir:
@@ -60,7 +61,7 @@ class RunDir:
                 "seed": config.seed,
                 "commit": _commit(),
                 "versions": versions(),
-                "command": sys.argv,
+                "command": [masked(argument) for argument in sys.argv],
                 "config": config.model_dump(mode="json"),
             },
         )

@@ -17,8 +17,8 @@ Kinds of fault:
     denied    403 AccessDenied: not a passing fault, drawn only where it is named
 
 Which request fails follows from (seed, method, path, how often this one was asked), not from the order of arrival. The
-same request is answered well after at most `most_in_a_row` faults in a row; a burst has no such limit. Requests are passed
-on with the client's own Host header, so the signature stays right for servers that check it.
+same request is answered well after at most `most_in_a_row` faults in a row; a burst has no such limit. Requests keep
+the client's own Host header, so the signature stays right for servers that check it.
 """
 
 import hashlib

@@ -30,7 +30,7 @@ from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings
 from raydc.core.state import Clustering
 from raydc.core.training import Fitted, fit
-from raydc.errors import DataError, StageError
+from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.lake import Lake
 from raydc.lease import LeaseLost
 from raydc.model import Model
@@ -170,9 +170,12 @@ def slice_dataset(
             for row in batch.to_pylist():
                 for rows in read_slice(lake, Slice.from_row(row), spec):
                     yield _to_block(rows, spec, stream_seed(seed, 8), fraction)
-        except DataError as error:
+        except StorageUnavailable:
+            # The next try of the workers may find the store well.
+            raise
+        except (DataError, StageError) as error:
             # Posted before it is raised: on its way through Ray Data an error may lose its cause.
-            ray.get(board.fail.remote(("DataError", str(error))))
+            ray.get(board.fail.remote((type(error).__name__, str(error))))
             raise
 
     items = [asdict(s) for s in slices if s.num_rows]
