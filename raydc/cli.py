@@ -125,7 +125,7 @@ def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> No
 def _resume(options: argparse.Namespace) -> None:
     from raydc import pipeline, summary
 
-    folder, config = _open_run(options.run)
+    folder, config = _open_run(options.run, [o for o in options.set if o.startswith("storage.")])
     output = folder.root.removesuffix(f"/{folder.run_id}")
     config = _with_overrides(config.model_dump(mode="json") | {"output": output}, options.set)
     print("\n".join(["", *summary.lines(pipeline.run(config, folder.run_id))]))
