@@ -71,6 +71,9 @@ class InputConfig(Section):
     on_bad_files: Literal["fail", "quarantine"] = "fail"
     """What to do with a file that cannot be read or has another schema."""
 
+    unique_ids: bool = Field(False, json_schema_extra=OPERATIONAL)
+    """Refuse an input in which an id stands in more than one row; otherwise such rows are counted in the metrics."""
+
     slice_bytes: int = Field(256 * 2**20, gt=0)
     """Target size of a slice in uncompressed bytes; a larger file is split between its row groups."""
 

@@ -6,7 +6,16 @@ FORMAT_VERSION = 1
 
 MANIFEST = "_MANIFEST.json"
 
-REJECT_REASONS = ("missing", "wrong_length", "not_finite", "zero_norm", "unreadable_file", "bad_weight")
+REJECT_REASONS = (
+    "missing",
+    "wrong_length",
+    "not_finite",
+    "zero_norm",
+    "norm_underflow",
+    "norm_overflow",
+    "unreadable_file",
+    "bad_weight",
+)
 
 
 def labels_schema(id_type: pa.DataType, levels: list[int]) -> pa.Schema:

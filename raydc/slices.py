@@ -5,7 +5,9 @@ resuming. Every row has a key, its position in the sorted input, so any worker c
 """
 
 import hashlib
+import logging
 import math
+from collections import Counter
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +22,11 @@ import pyarrow.parquet as pq
 from raydc.errors import DataError
 from raydc.lake import Lake, StoredFile
 from raydc.schema import rejects_schema
+
+log = logging.getLogger(__name__)
+
+# A row is divided by its norm in float32: outside of these its square is infinite, or has lost its digits.
+_LEAST_SQUARE, _LARGEST_SQUARE = np.float32(1e-30), np.float32(1e38)
 
 _FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
 
@@ -66,7 +73,7 @@ class InputSpec:
     weight_column: str | None = None
     carry_columns: tuple[str, ...] = ()
     refuse_zero_norm: bool = False
-    """Under l2 a row of zeros has no direction and counts as bad."""
+    """Under l2 a row of zeros, or one whose norm leaves float32, has no direction and counts as bad."""
 
     on_bad_rows: str = "fail"
     on_bad_files: str = "fail"
@@ -209,6 +216,8 @@ def _read_footer(lake: Lake, file: StoredFile) -> Footer:
         raise DataError(f"{file.uri}: {_first_line(error)}. Check the network and the access rights.") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         return Footer(file.uri, file.size, problem=_first_line(error))
+    if twice := sorted(name for name, n in Counter(schema.names).items() if n > 1):
+        return Footer(file.uri, file.size, problem=f"has more than one column {', '.join(map(repr, twice))}")
     seen = hashlib.sha256(str((file.size, metadata.num_rows)).encode())
     groups, num_values = [], dict.fromkeys(schema.names, 0)
     for g in range(metadata.num_row_groups):
@@ -284,7 +293,9 @@ def _output_names(uris: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for uri in uris:
         # Where a list spans schemes, `s3:` and the nothing behind it come before the first folder.
-        name = "/".join(part.rstrip(":") for part in uri.split("/")[shared:] if part)
+        parts = [part.rstrip(":") for part in uri.split("/")[shared:] if part]
+        # An object may be called `../x`; as the name of an output that would lead out of the run folder.
+        name = "/".join("_" if part in (".", "..") else part for part in parts)
         while not name.endswith(".parquet") or name in names:
             name += ".parquet"
         names[name] = None
@@ -304,7 +315,8 @@ def read_slice(
 
     Raises:
         DataError: a bad row under on_bad_rows=fail, or unreadable bytes under on_bad_files=fail. Under quarantine the
-            rows that cannot be used come as rejects; after unreadable bytes that is the whole rest of the slice.
+            rows that cannot be used come as rejects; after unreadable bytes that is the rest of their row group, with
+            their ids where these can be read.
     """
     if not part.num_rows:
         return
@@ -312,23 +324,53 @@ def read_slice(
     names += [spec.weight_column] if spec.weight_column else []
     names += [spec.label_column] if with_labels and spec.label_column else []
     names += list(spec.carry_columns) if with_carry else []
+    names = list(dict.fromkeys(names))
     row = 0
     try:
-        with lake.open_parquet(part.uri) as handle:
-            parquet = pq.ParquetFile(handle)
-            for batch in parquet.iter_batches(
-                block_rows, row_groups=list(part.row_groups), columns=list(dict.fromkeys(names)), use_threads=False
-            ):
-                table = pa.Table.from_batches([batch])
-                yield _decode(table, part, row, spec, with_labels=with_labels, with_carry=with_carry)
-                row += len(table)
+        for table in _tables(lake, part, part.row_groups, names, block_rows):
+            yield _decode(table, part, row, spec, with_labels=with_labels, with_carry=with_carry)
+            row += len(table)
+        return
     except _NOT_THE_FILE:
         raise
     except (pa.ArrowException, OSError) as error:
         problem = f"{part.uri} cannot be read beyond row {part.first_row + row}: {_first_line(error)}"
         if spec.on_bad_files == "fail":
             raise DataError(f"{problem}. Restore the file, or set input.on_bad_files=quarantine.") from None
-        yield _lost_rows(part, row, spec)
+        log.warning("%s; the other row groups are read on", problem)
+    # From here on each row group by itself: what is damaged in one says nothing of the next.
+    for group, start, stop in _group_rows(lake, part):
+        at = start
+        try:
+            for table in _tables(lake, part, (group,), names, block_rows):
+                fresh = table.slice(max(0, row - at))
+                at += len(table)
+                if len(fresh):
+                    yield _decode(fresh, part, row, spec, with_labels=with_labels, with_carry=with_carry)
+                    row += len(fresh)
+        except _NOT_THE_FILE:
+            raise
+        except (pa.ArrowException, OSError):
+            yield _lost_rows(lake, part, group, start, row, stop, spec)
+            row = stop
+
+
+def _tables(
+    lake: Lake, part: Slice, row_groups: Sequence[int], names: list[str], block_rows: int
+) -> Generator[pa.Table, None, None]:
+    with lake.open_parquet(part.uri) as handle:
+        # Where the writer left checksums of its pages, a flipped bit is found instead of read as another number.
+        parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+        for batch in parquet.iter_batches(block_rows, row_groups=list(row_groups), columns=names, use_threads=False):
+            yield pa.Table.from_batches([batch])
+
+
+def _group_rows(lake: Lake, part: Slice) -> list[tuple[int, int, int]]:
+    """Return (row group, first row, row behind the last) of each row group, counted within the slice."""
+    with lake.open_parquet(part.uri) as handle:
+        metadata = pq.ParquetFile(handle).metadata
+    stops = np.cumsum([metadata.row_group(g).num_rows for g in part.row_groups]).tolist()
+    return [(g, a, b) for g, a, b in zip(part.row_groups, [0, *stops], stops, strict=False)]
 
 
 def _decode(
@@ -365,7 +407,7 @@ def _decode(
         if spec.on_bad_rows == "fail":
             where = int(bad[0])
             raise DataError(
-                f"{part.uri} row {part.first_row + row + where} (id {ids[where].as_py()!r}) is bad: "
+                f"{part.uri} row {part.first_row + row + where} (id {shown(ids[where].as_py())}) is bad: "
                 f"{reasons[where]}. Fix the export, or set input.on_bad_rows=quarantine."
             )
         rejects = _rejects(ids.take(pa.array(bad)), part, part.first_row + row + bad, reasons[bad], spec)
@@ -427,7 +469,21 @@ def _mark_bad_values(x: npt.NDArray[Any], reasons: npt.NDArray[np.str_], *, refu
     flags[bad] = True
     _mark(reasons, flags, "not_finite")
     if refuse_zero_norm:
-        _mark(reasons, np.logical_not(x.any(axis=1)), "zero_norm")
+        _mark_bad_norms(x, reasons)
+
+
+def _mark_bad_norms(x: npt.NDArray[Any], reasons: npt.NDArray[np.str_]) -> None:
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        squares = np.einsum("ij,ij->i", x, x, dtype=np.float32, casting="unsafe")
+    suspects = np.flatnonzero(~((squares >= _LEAST_SQUARE) & (squares <= _LARGEST_SQUARE)))
+    if not len(suspects):
+        return
+    small = np.zeros(len(x), bool)
+    small[suspects] = squares[suspects] < _LEAST_SQUARE
+    _mark(reasons, small & ~x.any(axis=1), "zero_norm")
+    _mark(reasons, small, "norm_underflow")
+    small[suspects] = ~small[suspects]
+    _mark(reasons, small, "norm_overflow")
 
 
 def _mark(reasons: npt.NDArray[np.str_], flags: npt.NDArray[np.bool_], reason: str) -> None:
@@ -438,6 +494,12 @@ def canonical_ids(column: pa.ChunkedArray, spec: InputSpec) -> pa.Array:
     """Return the ids as int64 or string, whatever width or dictionary they were stored with."""
     ids = column.cast(spec.arrow_id_type).combine_chunks()
     return pa.concat_arrays(ids.chunks) if isinstance(ids, pa.ChunkedArray) else ids
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """Return an id as a message shows it: the beginning of one that is very long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _first_line(error: Exception) -> str:
@@ -452,15 +514,21 @@ def _rejects(
     return pa.table([ids, names, pa.array(rows), pa.array(reasons.tolist(), pa.string())], schema=schema)
 
 
-def _lost_rows(part: Slice, row: int, spec: InputSpec) -> RowBatch:
-    lost = np.arange(part.first_row + row, part.first_row + part.num_rows)
-    ids = pa.nulls(len(lost), spec.arrow_id_type)
-    rejects = _rejects(ids, part, lost, np.full(len(lost), "unreadable_file"), spec)
-    none = spec.arrow_id_type
+def _lost_rows(lake: Lake, part: Slice, group: int, start: int, row: int, stop: int, spec: InputSpec) -> RowBatch:
+    """Return the rows of a row group from `row` on as rejects; positions count within the slice."""
+    rows = np.arange(part.first_row + row, part.first_row + stop)
+    try:
+        columns = [t[spec.id_column] for t in _tables(lake, part, (group,), [spec.id_column], stop - start)]
+        ids = canonical_ids(pa.chunked_array([c for t in columns for c in t.chunks]), spec).slice(row - start)
+    except _NOT_THE_FILE:
+        raise
+    except (pa.ArrowException, OSError):
+        ids = pa.nulls(len(rows), spec.arrow_id_type)
+    rejects = _rejects(ids, part, rows, np.full(len(rows), "unreadable_file"), spec)
     return RowBatch(
         np.empty(0, np.int64),
         np.empty((0, spec.dim), spec.dtype),
-        pa.array([], none),
+        pa.array([], spec.arrow_id_type),
         np.empty(0, np.float32) if spec.weight_column else None,
         None,
         None,

@@ -68,6 +68,7 @@ def test_no_core_module_names_a_room_outside_core_or_ray():
         ("s3", {"errors", "secrets"}),
         ("lake", {"errors", "s3", "secrets"}),
         ("slices", {"errors", "lake", "schema"}),
+        ("repeats", {"lake", "slices"}),
         ("lease", {"errors", "lake"}),
         ("signals", {"lease"}),
         ("rundir", {"config", "errors", "lake", "lease", "schema", "secrets"}),

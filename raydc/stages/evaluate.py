@@ -33,6 +33,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     body: dict[str, Any] = {
         "rows": {"input": statistics.rows, "labels": statistics.labels, "rejects": statistics.rejects},
         **({"quality": quality} if quality else {}),
+        "repeated_ids": _repeated_ids(markers["profile"]),
         "internal": _internal(statistics, model, leaves),
         "baselines": _baselines(statistics, run),
         "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
@@ -46,6 +47,11 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         pq.write_table(_leaf_table(statistics.tallies["leaf"], model), path)
     _write_medoids(run, leaves, linkage)
     return {name: body[name] for name in ("rows", "quality", "internal", "baselines", "warnings") if name in body}
+
+
+def _repeated_ids(marker: dict[str, Any] | None) -> int | None:
+    """Return how many rows repeat the id of another; None where they were not counted."""
+    return ((marker or {}).get("metrics") or {}).get("repeated_ids")
 
 
 def _quality(statistics: Statistics, model: Model, linkage: npt.NDArray[np.float64]) -> dict[str, Any] | None:
@@ -98,6 +104,8 @@ def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
     bad_files = run.metrics("profile")["bad_files"]
     if bad_files:
         warnings.append(f"{len(bad_files)} input files were left out (input.on_bad_files=quarantine)")
+    if body["repeated_ids"]:
+        warnings.append(f"{body['repeated_ids']} rows repeat the id of another row")
     if body["rows"]["rejects"]:
         warnings.append(f"{body['rows']['rejects']} rows were quarantined in rejects/")
     return warnings

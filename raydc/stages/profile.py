@@ -7,14 +7,17 @@ No worker has started yet: whatever is wrong costs seconds, and all of it is tol
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raydc import repeats
 from raydc.config import Config, EmbeddingColumn, digest
 from raydc.core.hashing import stream_seed
 from raydc.core.preprocess import Moments, Preprocess
@@ -31,12 +34,14 @@ from raydc.slices import (
     plan_slices,
     read_footers,
     read_slice,
+    shown,
 )
 
 log = logging.getLogger(__name__)
 
 _SAMPLED_SLICES = 64
 _MOST_LISTED = 20
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class Profile:
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Read the input's footers and sample, and write profile.json."""
     profile = profile_input(config, run.lake)
+    repeated = _repeated_ids(config, profile, run.lake)
     run.lake.write_json(run.uri("profile.json"), profile.to_json())
     assert profile.moments is not None
     return {
@@ -123,6 +129,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "sampled_rows": profile.moments.num_rows,
         "sample_rejects": profile.sample_rejects,
         "bad_files": profile.bad_files,
+        "repeated_ids": repeated,
     }
 
 
@@ -368,7 +375,7 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
                 unreadable += found.pop("unreadable_file", 0)
                 if found and not example:
                     first = batch.rejects.slice(0, 1).to_pylist()[0]
-                    example = f"{part.uri} row {first['row']} (id {first['id']!r}) is bad: {first['reason']}"
+                    example = f"{part.uri} row {first['row']} (id {shown(first['id'])}) is bad: {first['reason']}"
                 rejects += found
                 seen += len(batch.x) + len(batch.rejects)
                 if seen >= share:
@@ -388,6 +395,47 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(rejects.items()))
         problems.append(f"input.path={config.input.path}: no usable row in the sample ({counts}). Fix the export")
     return replace(profile, moments=moments, sample_rejects=dict(rejects)), problems
+
+
+def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
+    """Return how many rows repeat the id of another, after telling of them.
+
+    Raises:
+        DataError: there are some, under input.unique_ids.
+    """
+    slices, spec = profile.slices, profile.spec
+    num_parts = -(-profile.num_rows // repeats.ROWS_PER_PART)
+    if num_parts <= 1:
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = repeats.count(np.concatenate(list(pool.map(lambda s: repeats.slice_keys(lake, s, spec), slices))))
+    else:
+        found = _repeats_by_tasks(slices, spec, lake, num_parts)
+    if not found.rows:
+        return 0
+    examples = "; ".join(repeats.describe(lake, slices, spec, found))
+    text = f"{found.rows} rows repeat the id of another row: {examples}"
+    if config.input.unique_ids:
+        raise DataError(f"profile: {text}. Remove the repeats, or set input.unique_ids=false.")
+    log.warning("profile: %s", text)
+    return found.rows
+
+
+def _repeats_by_tasks(slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int) -> repeats.Repeats:
+    """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks."""
+    import ray
+
+    @ray.remote(num_returns=num_parts)
+    def split(some: Sequence[Slice]) -> list[npt.NDArray[np.void]]:
+        return repeats.by_part(np.concatenate([repeats.slice_keys(lake, s, spec) for s in some]), num_parts)
+
+    @ray.remote
+    def count(*parts: npt.NDArray[np.void]) -> repeats.Repeats:
+        return repeats.count(np.concatenate(parts))
+
+    # As many readers as counters, so that neither holds more rows than the other.
+    groups = [slices[i::num_parts] for i in range(num_parts)]
+    pieces = [split.remote(group) for group in groups if group]
+    return repeats.total(ray.get([count.remote(*parts) for parts in zip(*pieces, strict=True)]))
 
 
 def _collect(into: dict[str, str], problems: dict[str, str]) -> None:
