@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+PEERS := build/peers
 # pip's default build of torch for Linux carries CUDA (gigabytes). For the CPU build point PIP_EXTRA_INDEX_URL at PyTorch's
 # index of CPU wheels. The version is fixed here because every other pin follows from it.
 TORCH := torch==2.13.0
@@ -43,8 +44,14 @@ format: venv
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-bench: venv
+bench: venv $(PEERS)/.installed
 	@$(VENV)/bin/python -m benchmarks
+
+# Other systems have an environment of their own, so that none of their pins reaches ours.
+$(PEERS)/.installed: benchmarks/peers.txt
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
 
 # Resolved in an environment of its own, so that no leftover of .venv gets pinned. "+cpu" and the like are dropped: one
 # file serves the CPU and the CUDA builds of a version.

@@ -1,0 +1,102 @@
+"""Our side of the rows of the speed table that the `raydc` command alone cannot measure; one process each.
+
+Run as `python -m benchmarks.ours NAME JSON`; prints one JSON object.
+"""
+
+import itertools
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks.record import ROOT
+
+
+def lloyd(data: str, start: str, iterations: int, threads: int) -> dict[str, Any]:
+    """Return the seconds of an iteration of the worker's Lloyd from given centres."""
+    import numpy as np
+    import torch
+
+    from raydc.core import kmeans
+    from raydc.core.nearest import prepare_process
+
+    prepare_process(threads)
+    x, centers = torch.from_numpy(np.load(data)), torch.from_numpy(np.load(start))
+    weights = torch.ones(len(x))
+    marks: list[float] = []
+    kmeans.lloyd(
+        lambda: zip(x.split(65536), weights.split(65536), strict=True),
+        centers,
+        all_sum=lambda t: t,
+        generator=torch.Generator(),
+        num_iterations=1 + iterations,
+        tolerance=0.0,
+        on_iteration=lambda *_: marks.append(time.perf_counter()),
+    )
+    return {"seconds": [b - a for a, b in itertools.pairwise(marks)]}
+
+
+def write_model(path: str, widths: list[int]) -> dict[str, Any]:
+    """Write a model of 1000 centres, without a tree; with an encoder of these widths, or none."""
+    import numpy as np
+    import torch
+
+    from benchmarks import planted
+    from raydc.core.autoencoder import initialize, perceptron
+    from raydc.core.objectives.kernel import Kernel
+    from raydc.core.preprocess import Preprocess
+    from raydc.model import Model
+
+    shutil.rmtree(path, ignore_errors=True)
+    encoder, centers = None, planted.centers()
+    if widths:
+        encoder = perceptron(widths)
+        initialize(encoder, torch.Generator().manual_seed(0))
+        centers = np.random.default_rng(0).normal(size=(1000, widths[-1])).astype(np.float32)
+    preprocess = Preprocess("none", [(0, planted.DIM, 1.0)])
+    columns = [{"name": "embedding", "dim": planted.DIM, "dtype": "float16", "weight": 1.0}]
+    Model(
+        preprocess,
+        encoder,
+        torch.from_numpy(centers),
+        Kernel(),
+        tuple(widths or [planted.DIM]),
+        {},
+        {"columns": columns},
+    ).save(path)
+    return {}
+
+
+def start_up() -> dict[str, Any]:
+    """Return seconds of `raydc run` on digits: to the first epoch, and from the last label to the prompt."""
+    folder = ROOT / "build" / "benchmarks" / "start-up"
+    shutil.rmtree(folder, ignore_errors=True)
+    overrides = ["--set", f"output={folder}", "--set", "pretrain.num_epochs=2", "--set", "refine.num_epochs=1"]
+    command = [sys.executable, "-m", "raydc", "run", "--config", "jobs/digits.yaml", "--run-id", "r", *overrides]
+    started, marks = time.perf_counter(), {}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            for key, pattern in (("resident", r"rows resident"), ("assigned", r"^assign: done")):
+                if re.search(pattern, line):
+                    marks.setdefault(key, time.perf_counter())
+    ended = time.perf_counter()
+    return {
+        "to_first_epoch": marks["resident"] - started,
+        "after_fit": ended - marks["assigned"],
+        "seconds": [ended - started],
+    }
+
+
+NAMES = {f.__name__: f for f in (lloyd, write_model, start_up)}
+
+if __name__ == "__main__":
+    found = NAMES[sys.argv[1]](**json.loads(sys.argv[2]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(json.dumps({**found, "peak_mib": peak}))

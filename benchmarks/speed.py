@@ -1,0 +1,424 @@
+"""Speed beside the peers and beside the bare machine: `python -m benchmarks speed [--rows NAME ...]`.
+
+Ours is the command as users type it (`raydc run`, `raydc assign`), Ray included, unless the row says otherwise. Peers
+run in their own environment, build/peers, which `make bench` makes. Runs of a row take turns; the figure is the median
+of --repeats. Writes docs/benchmarks.json, docs/benchmarks.md and docs/benchmarks.png.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from benchmarks import planted
+from benchmarks.record import ROOT, made
+
+BUILD = ROOT / "build" / "benchmarks"
+PEERS = ROOT / "build" / "peers" / "bin" / "python"
+THREADS = len(os.sched_getaffinity(0))
+WIDTHS = [784, 500, 500, 2000, 10]
+BATCH = 256
+
+Run = Callable[[], dict[str, Any]]
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the rows that are named, or all, and write the page."""
+    for name in options.rows or ROWS:
+        if name in NEEDS_MNIST and not options.mnist:
+            print(f"{name} skipped: give the folder of MNIST with --mnist or RAYDC_MNIST")
+            continue
+        for entry in ROWS[name](options):
+            print(json.dumps(entry), flush=True)
+            record({"name": name, **entry, "made": made()})
+
+
+# ---- rows ----
+
+
+def autoencoder_epoch(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """An epoch of pretraining, MNIST, 784-500-500-2000-10, batch 256."""
+    data, shape = mnist_array(options.mnist), {"widths": WIDTHS, "batch": BATCH, "threads": THREADS}
+    found = in_turn(
+        options.repeats,
+        ours=lambda: epochs_of(options.mnist, "pretrain", {"fit.objective": "autoencoder", "pretrain.num_epochs": 4}),
+        peer=lambda: peer("clustpy_autoencoder", data=data, epochs=2, **shape),
+        limit=lambda: bare("autoencoder_epoch", data=data, epochs=3, arithmetic="bf16", **shape),
+        limit_float32=lambda: bare("autoencoder_epoch", data=data, epochs=2, arithmetic="float32", **shape),
+    )
+    return [entry_of("autoencoder epoch", "MNIST 70k x 784", "s", found, peer_name="ClustPy")]
+
+
+def dec_epoch(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """An epoch of DEC with the exact global target, refreshed every epoch, on the same network."""
+    data = mnist_array(options.mnist)
+    shape = {"widths": WIDTHS, "batch": BATCH, "threads": THREADS, "clusters": 10}
+    settings = {
+        "pretrain.num_epochs": 1,
+        "refine.num_epochs": 4,
+        "refine.refreshes_per_epoch": 1,
+        "refine.tolerance": 0,
+    }
+    found = in_turn(
+        options.repeats,
+        ours=lambda: epochs_of(options.mnist, "refine", {"fit.objective": "dec", **settings}),
+        peer=lambda: peer("clustpy_dec", data=data, epochs=2, **shape),
+        limit=lambda: bare("dec_epoch", data=data, epochs=3, **shape),
+    )
+    return [entry_of("DEC epoch", "MNIST 70k x 784, K = 10", "s", found, peer_name="ClustPy (target of the batch)")]
+
+
+def lloyd(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """An iteration of Lloyd, 1,000,000 x 128 float32, K = 1024; ours is the worker's code in one process."""
+    data, start = BUILD / "lloyd.npy", BUILD / "lloyd-start.npy"
+    if not start.exists():
+        rng = np.random.default_rng(0)
+        centers_KD = rng.normal(size=(1024, 128)).astype(np.float32)
+        x_ND = centers_KD[rng.integers(0, 1024, 1_000_000)] + rng.standard_normal((1_000_000, 128), dtype=np.float32)
+        BUILD.mkdir(parents=True, exist_ok=True)
+        np.save(data, x_ND)
+        np.save(start, x_ND[rng.choice(len(x_ND), 1024, replace=False)])
+    shape = {"data": str(data), "iterations": 4, "threads": THREADS}
+    found = in_turn(
+        options.repeats,
+        ours=lambda: in_own_process([sys.executable, "-m", "benchmarks.ours"], "lloyd", start=str(start), **shape),
+        limit=lambda: bare("lloyd", start=str(start), **shape),
+        sklearn=lambda: peer("sklearn_lloyd", start=str(start), **shape),
+        spark=lambda: peer("spark_lloyd", clusters=1024, **shape),
+    )
+    size = "1M x 128, K = 1024"
+    return [
+        entry_of("Lloyd iteration", size, "s", found | {"peer": found[name]}, peer_name=label)
+        for name, label in (("sklearn", "scikit-learn"), ("spark", "Spark MLlib"))
+    ]
+
+
+def assign(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Parquet to label Parquet, 768 wide float16, K = 1000, without an encoder."""
+    return [_assign(options, [])]
+
+
+def assign_encoder(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same with the 768-500-500-2000-10 encoder."""
+    return [_assign(options, [planted.DIM, 500, 500, 2000, 10])]
+
+
+def _assign(options: argparse.Namespace, widths: list[int]) -> dict[str, Any]:
+    folder = planted.write(BUILD / f"planted-{options.num_rows}", options.num_rows)
+    centers = planted.centers() if not widths else np.random.default_rng(0).normal(size=(1000, 10)).astype(np.float32)
+    np.save(BUILD / "assign-centers.npy", centers)
+    model, output = BUILD / "assign-model", BUILD / "assign-labels"
+    in_own_process([sys.executable, "-m", "benchmarks.ours"], "write_model", widths=widths, path=str(model))
+
+    def ours() -> dict[str, Any]:
+        shutil.rmtree(output, ignore_errors=True)
+        command = ["assign", "--model", str(model), "--input", str(folder), "--output", str(output)]
+        return watched([sys.executable, "-m", "raydc", *command])
+
+    def limit() -> dict[str, Any]:
+        shutil.rmtree(output, ignore_errors=True)
+        centers = str(BUILD / "assign-centers.npy")
+        return bare("assign", folder=str(folder), output=str(output), centers=centers, widths=widths, threads=THREADS)
+
+    found = in_turn(options.repeats, ours=ours, limit=limit)
+    for runs in found.values():
+        runs["median"] = options.num_rows / runs["median"]
+    work = "assign, Parquet to Parquet" + (", with the encoder" if widths else "")
+    return entry_of(work, f"{options.num_rows:,} x 768 float16, K = 1000", "rows/s", found)
+
+
+def shard(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Filling the resident shard of one worker through Ray Data, beside pyarrow alone."""
+    folder = planted.write(BUILD / f"planted-{options.num_rows}", options.num_rows)
+    settings = _kmeans_only(folder) | {"cluster.num_iterations": 1, "evaluate.baseline_rows": 2000}
+
+    def ours() -> dict[str, Any]:
+        _, stages = run_job("imagenet", settings, until="fit")
+        return {"seconds": [stages["fit"]["metrics"]["load_seconds"]]}
+
+    found = in_turn(options.repeats, ours=ours, limit=lambda: bare("read", folder=str(folder)))
+    size = options.num_rows * planted.DIM * 2
+    for runs in found.values():
+        runs["median"] = size / 2**30 / runs["median"]
+    return [entry_of("filling a resident shard", f"{size / 1e9:.2f} GB of float16", "GiB/s", found)]
+
+
+def start_up(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds from the command to the first epoch and from the last label to the prompt, on digits."""
+
+    def ours() -> dict[str, Any]:
+        return in_own_process([sys.executable, "-m", "benchmarks.ours"], "start_up")
+
+    found = in_turn(options.repeats, ours=ours, limit=lambda: bare("ray_alone"))
+    entries = []
+    for key, work in (("to_first_epoch", "from the command to the first epoch"), ("after_fit", "from the last label")):
+        part = {
+            n: {"median": statistics.median(r[key] for r in runs["runs"]), **_peaks(runs)} for n, runs in found.items()
+        }
+        entries.append(entry_of(work, "digits", "s", part))
+    return entries
+
+
+def scale(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds per million rows of an epoch and of assign, at three sizes."""
+    entries = []
+    for num_rows in (options.num_rows // 16, options.num_rows // 4, options.num_rows):
+        folder = planted.write(BUILD / f"planted-{num_rows}", num_rows)
+        settings = {"input.path": folder, "pretrain.num_epochs": 2, "fit.objective": "autoencoder"}
+        seen, stages = run_job("imagenet", settings)
+        epochs = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == "pretrain"]
+        for work, seconds in (("pretraining epoch", min(epochs)), ("assign stage", stages["assign"]["seconds"])):
+            ours = {"ours": {"median": seconds / num_rows * 1e6, "peaks": seen["peaks"]}}
+            entries.append(entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours))
+    return entries
+
+
+def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The whole job on planted clusters: time by stage, memory by process, quality at each level of the hierarchy."""
+    folder = planted.write(BUILD / f"planted-{options.num_rows}", options.num_rows)
+    seen, stages = run_job("imagenet", {"input.path": folder, "input.label_column": "label"})
+    quality = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())["quality"]
+    size = f"{options.num_rows:,} x 768 float16, K = 1000"
+    extra = {"quality": quality, "seconds_by_stage": {n: s["seconds"] for n, s in stages.items()}}
+    return [entry_of("the whole job", size, "s", {"ours": {"median": seen["seconds"][0], **seen}}) | extra]
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    f.__name__: f
+    for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, scale, pipeline)
+}
+NEEDS_MNIST = ("autoencoder_epoch", "dec_epoch")
+
+
+# ---- running ----
+
+
+def in_turn(repeats: int, **runs: Run) -> dict[str, dict[str, Any]]:
+    """Return what each run gave: every one `repeats` times, in turn, so that all meet the same machine."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            found[name].append(run())
+            print(f"  {name}: {json.dumps(found[name][-1])[:300]}", flush=True)
+    return {
+        name: {
+            "median": statistics.median(statistics.median(r["seconds"]) for r in results),
+            "runs": results,
+            "peaks": results[-1].get("peaks") or {"process": results[-1].get("peak_mib")},
+        }
+        for name, results in found.items()
+    }
+
+
+def _peaks(runs: dict[str, Any]) -> dict[str, Any]:
+    return {"peaks": runs["peaks"]}
+
+
+def bare(name: str, **arguments: Any) -> dict[str, Any]:
+    """Return what benchmarks/bare.py measured."""
+    return in_own_process([sys.executable, "benchmarks/bare.py"], name, **arguments)
+
+
+def peer(name: str, **arguments: Any) -> dict[str, Any]:
+    """Return what benchmarks/peers.py measured in the peers' environment."""
+    return in_own_process([str(PEERS), "benchmarks/peers.py"], name, **arguments)
+
+
+def in_own_process(command: list[str], name: str, **arguments: Any) -> dict[str, Any]:
+    """Return the JSON that `command name arguments` prints last."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    done = subprocess.run(
+        [*command, name, json.dumps(arguments)],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_job(config: str, settings: dict[str, Any], until: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a job of jobs/ into build/; return what watching it gave and the markers of its stages."""
+    folder = BUILD / "job"
+    shutil.rmtree(folder, ignore_errors=True)
+    base = {"output": folder, "fit.cpus_per_worker": THREADS, **(_IMAGENET if config == "imagenet" else {}), **settings}
+    overrides = [text for key, value in base.items() for text in ("--set", f"{key}={value}")]
+    name = "cluster_imagenet" if config == "imagenet" else config
+    command = [sys.executable, "-m", "raydc", "run", "--config", f"jobs/{name}.yaml", "--run-id", "bench", *overrides]
+    seen = watched(command, stop_after=folder / "bench" / "stages" / f"{until}.json" if until else None)
+    return seen, {p.stem: json.loads(p.read_text()) for p in (folder / "bench" / "stages").glob("*.json")}
+
+
+_IMAGENET: dict[str, Any] = {
+    "input.embedding_columns": "embedding",
+    "input.id_column": "id",
+    "input.carry_columns": "[]",
+    "fit.num_workers": 1,
+    "fit.use_gpu": False,
+    "pretrain.num_epochs": 2,
+    "refine.num_epochs": 1,
+    "assign.num_actors": "null",
+    "assign.cpus_per_actor": 1,
+    "assign.use_gpu": False,
+}
+"""What differs from jobs/cluster_imagenet.yaml: no GPU, planted rows, and few epochs, which take minutes each here."""
+
+
+def _kmeans_only(folder: Path) -> dict[str, Any]:
+    return {"input.path": folder, "fit.objective": "kmeans", "cluster.num_restarts": 1, "cluster.init_rows": 2000}
+
+
+def epochs_of(mnist: str, phase: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the seconds of the epochs of a phase of a whole job on MNIST, but the first, which warms up."""
+    seen, stages = run_job("mnist", {"input.path": mnist, "cluster.num_restarts": 1, **settings})
+    seconds = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == phase][1:]
+    return {"seconds": seconds, "peaks": seen["peaks"]}
+
+
+def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any]:
+    """Run a command; return its seconds and the peak resident MiB of each kind of process below it."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    peaks: dict[str, float] = {}
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.5):
+            for one in _family(process.pid):
+                try:
+                    kind = "driver" if one.pid == process.pid else _kind(one.cmdline())
+                    peaks[kind] = max(peaks.get(kind, 0.0), one.memory_full_info().uss / 2**20)
+                except psutil.Error:
+                    continue
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    process.wait()
+    stop.set()
+    watcher.join()
+    if process.returncode:
+        raise RuntimeError(f"exit {process.returncode}: {' '.join(command)}")
+    return {"seconds": [time.perf_counter() - started], "peaks": {k: round(v) for k, v in sorted(peaks.items())}}
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def _kind(command: list[str]) -> str:
+    title = " ".join(command)
+    for word, kind in (("RayTrainWorker", "training worker"), ("Labeller", "assign actor"), ("raylet", "raylet")):
+        if word in title:
+            return kind
+    return "gcs" if "gcs_server" in title else "other"
+
+
+def mnist_array(folder: str) -> str:
+    """Return the path of MNIST as one (70000, 784) float32 array, written on the first call."""
+    import pyarrow.dataset as ds
+
+    path = BUILD / "mnist.npy"
+    if not path.exists():
+        column = ds.dataset(folder).to_table(columns=["embedding"])["embedding"].combine_chunks()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, column.flatten().to_numpy().reshape(len(column), -1).astype(np.float32))
+    return str(path)
+
+
+# ---- the page ----
+
+
+def entry_of(work: str, size: str, unit: str, found: dict[str, Any], peer_name: str | None = None) -> dict[str, Any]:
+    """Return a line of the table. A ratio above 1 is in our favour, whatever the unit."""
+    ours = found["ours"]["median"]
+
+    def ratio(name: str) -> float | None:
+        if name not in found:
+            return None
+        other = found[name]["median"]
+        return round(ours / other if unit.endswith("/s") else other / ours, 3)
+
+    def value(name: str) -> float | None:
+        return round(found[name]["median"], 4) if name in found else None
+
+    return {
+        "work": work,
+        "size": size,
+        "ours": round(ours, 4),
+        "peer": value("peer"),
+        "peer_name": peer_name,
+        "ratio": ratio("peer"),
+        "limit": value("limit"),
+        "limit_ratio": ratio("limit"),
+        "unit": unit,
+        "peaks": {name: runs["peaks"] for name, runs in found.items() if runs.get("peaks")},
+    }
+
+
+def record(entry: dict[str, Any]) -> None:
+    """Add a line to docs/benchmarks.json in the place of its elder, and write the page."""
+    path = ROOT / "docs" / "benchmarks.json"
+    book = json.loads(path.read_text()) if path.exists() else []
+    key = ("work", "size", "peer_name")
+    book = [e for e in book if any(e[k] != entry[k] for k in key)] + [entry]
+    book.sort(key=lambda e: list(ROWS).index(e["name"]))
+    path.write_text(json.dumps(book, indent=1) + "\n")
+    (ROOT / "docs" / "benchmarks.md").write_text(page(book))
+
+
+def page(book: list[dict[str, Any]]) -> str:
+    """Return the page."""
+    lines = [
+        "# Speed beside the peers and the bare machine",
+        "",
+        "Written by `python -m benchmarks speed` (`--rows NAME ...` runs some of its rows; `make bench` runs all).",
+        "Ours is the command with Ray, unless the row says otherwise; the limit is the same arithmetic in one process",
+        "without Ray, data in memory. Figures are medians of runs that took turns. A ratio above 1 is in our favour.",
+        "",
+        "| work | size | ours | unit | peer | peer's | ratio | limit | ratio to the limit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for e in book:
+        cells = [e["work"], e["size"], _number(e["ours"]), e["unit"], e["peer_name"] or "", _number(e["peer"])]
+        cells += [_number(e["ratio"]), _number(e["limit"]), _number(e["limit_ratio"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## Peak memory", "", "MiB of memory that a process has for itself, the largest of its kind.", ""]
+    for e in book:
+        peaks = "; ".join(f"{who}: {', '.join(f'{k} {v}' for k, v in p.items())}" for who, p in e["peaks"].items())
+        lines.append(f"- {e['work']}, {e['size']}: {peaks}")
+    for e in book:
+        if "quality" in e:
+            lines += ["", f"## {e['work']}, {e['size']}", "", "| stage | seconds |", "|---|---|"]
+            lines += [f"| {name} | {seconds:.1f} |" for name, seconds in e["seconds_by_stage"].items()]
+            lines += ["", f"Quality against the planted clusters: `{json.dumps(e['quality'])}`"]
+    for text in dict.fromkeys(_made_line(e) for e in book):
+        lines += ["", text]
+    return "\n".join(lines) + "\n"
+
+
+def _made_line(entry: dict[str, Any]) -> str:
+    m = entry["made"]
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    return f"{entry['name']}: {m['cpu']}, {m['cores']} cores, commit {m['commit']}, {m['date']}, {versions}."
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
