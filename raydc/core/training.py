@@ -181,6 +181,7 @@ class _Fit:
             "alpha": state.kernel.alpha,
             "scale": state.kernel.scale,
             "top_q": top_q,
+            "target_top_q": settings.refine.target_top_q,
             "seconds": time.perf_counter() - started,
         }
         self._save(entry)

@@ -144,6 +144,16 @@ def test_the_kernel_is_calibrated_where_alpha_one_has_no_signal():
     assert reached == pytest.approx(float(top), abs=1e-3)
 
 
+def test_a_fixed_alpha_that_cannot_reach_the_target_gets_no_singular_kernel():
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(300, 8, generator=generator)
+    z = centers.repeat(10, 1) + 0.5 * torch.randn(3000, 8, generator=generator)
+    kernel, reached = calibrate(z, centers, target_top_q=0.6, alpha=1.0)
+    width = float(squared_distances(z, centers).min(dim=1).values.mean())
+    assert kernel.alpha == 1.0 and kernel.scale == pytest.approx(0.1 * width, rel=1e-5)
+    assert reached < 0.5
+
+
 def test_far_rows_keep_finite_logarithms():
     z = torch.tensor([[1e6, 0.0], [0.0, 0.0]])
     log_q = log_soft_assign(z, torch.tensor([[0.0, 0.0], [1.0, 0.0]]), Kernel(alpha=1.0, scale=1e-6))

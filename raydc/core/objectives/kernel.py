@@ -55,8 +55,9 @@ def calibrate(
 
     With alpha = 1 the ratio of two similarities saturates at the ratio of squared distances however small the scale, so
     at large K no scale gives a signal: 1000 centres on the unit sphere leave a largest q of about .002. A larger alpha
-    decays faster. With alpha=None the least of `ALPHAS` is taken that reaches the target with a kernel at least as wide
-    as a tenth of the mean squared distance to the nearest centre; a narrower one is singular at the centres.
+    decays faster. The scale is at least a tenth of the mean squared distance to the nearest centre, over alpha: a
+    narrower kernel is singular at the centres, and under one a refinement loses leaf after leaf. With alpha=None the
+    least of `ALPHAS` is taken that reaches the target; a fixed alpha may fall short of it.
 
     Args:
         z_ND: (N, D) float32 sample of latent rows, N >= 1.
@@ -73,7 +74,7 @@ def calibrate(
     width = float(squared.min(dim=1).values.mean()) or 1.0
     best = Kernel(alpha or ALPHAS[-1], width)
     for candidate in ALPHAS if alpha is None else (alpha,):
-        narrowest = 0.1 * width / candidate if alpha is None else 1e-9 * width
+        narrowest = 0.1 * width / candidate
         if _mean_top_q(squared, candidate, narrowest) < target_top_q:
             best = Kernel(candidate, narrowest)
             continue
