@@ -8,6 +8,7 @@ so a run may resume with other values of them.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -345,6 +346,54 @@ class EvaluateConfig(Section):
     """Rows, chosen by hash of the row key, drawn in the report's map."""
 
 
+class DeltaConfig(Section):
+    """A Delta table of label files (extra `delta`)."""
+
+    uri: str | None = None
+    """Folder of a table that runs share; `output` must lie below it, under a name with an underscore. Default: a table
+    of the run, in its labels/."""
+
+
+_SECRETS = re.compile(r"secret|token|credential|password|access-key|access_key", re.IGNORECASE)
+
+
+class IcebergConfig(Section):
+    """An Iceberg table of label files (extra `iceberg`)."""
+
+    identifier: str = Field("raydc.labels", pattern=r"^[^.]+(\.[^.]+)+$")
+    """Namespace and name of the table; made if it is not there."""
+
+    catalog: str = "raydc"
+    """Name of the catalog; pyiceberg takes its secrets from PYICEBERG_CATALOG__<NAME>__<KEY> in the environment."""
+
+    properties: dict[str, str] = {}
+    """pyiceberg's catalog properties, such as {type: rest, uri: https://..., warehouse: ...}. Default: an embedded
+    catalog in a SQLite file, `_iceberg/` beside the run folders."""
+
+    @pydantic.model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        found = [k for k, v in self.properties.items() if _SECRETS.search(k) or re.search(r"://[^/@]*:[^/@]+@", v)]
+        if found:
+            raise ValueError(
+                f"publish.iceberg.properties: {found} hold a secret, and settings are saved with the run. Put it into "
+                f"the environment as PYICEBERG_CATALOG__{self.catalog.upper()}__<KEY>, __ for a dot and _ for a hyphen"
+            )
+        return self
+
+
+class PublishConfig(Section):
+    """Tables in which the label files are registered where they lie, under the partition column run_id."""
+
+    mode: Literal["append", "replace"] = "replace"
+    """replace: the run's earlier files leave the table in the same commit; append: a table that has any is refused."""
+
+    delta: DeltaConfig | None = None
+    """`{}` or a uri; null for none."""
+
+    iceberg: IcebergConfig | None = None
+    """`{}` or more; null for none."""
+
+
 class LeaseConfig(Section):
     """One driver at a time works on a run; see raydc.lease."""
 
@@ -399,6 +448,7 @@ class Config(Section):
     merge: MergeConfig = MergeConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
     lease: LeaseConfig = LeaseConfig()
     ray: RayConfig = RayConfig()
 
@@ -469,7 +519,7 @@ SECTIONS_OF_STAGE: dict[str, tuple[str, ...]] = {
     "assign": ("assign",),
     "evaluate": (),
     "report": (),
-    "publish": (),
+    "publish": ("publish",),
 }
 
 

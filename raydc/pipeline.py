@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from raydc import cluster
+from raydc import cluster, tables
 from raydc.config import Config
 from raydc.errors import StageError
 from raydc.lake import Lake
@@ -30,6 +30,8 @@ class Stage:
     run: Callable[[Config, RunDir], dict[str, Any]]
     writes: tuple[str, ...]
     """What it leaves in the run folder; an interrupted stage goes on from it, a new start removes it."""
+    repeatable: bool = False
+    """Other settings of its own do it again instead of being refused, because no stage rests on it."""
 
 
 STAGES = (
@@ -39,7 +41,7 @@ STAGES = (
     Stage("assign", assign.run, ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet")),
     Stage("evaluate", evaluate.run, ("metrics.json", "leaves.parquet")),
     Stage("report", report.run, ("report",)),
-    Stage("publish", publish.run, (MANIFEST,)),
+    Stage("publish", publish.run, (MANIFEST,), repeatable=True),
 )
 
 
@@ -54,6 +56,7 @@ def plan(config: Config) -> list[str]:
     Raises:
         ConfigError, DataError: the run cannot work; all problems in one message.
     """
+    tables.check(config, RunDir(make_lake(config), config.output, "run"))
     return make_plan(config, profile.profile_input(config, make_lake(config))).lines()
 
 
@@ -67,10 +70,11 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
+    tables.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
     settings = {stage.name: config.settings(stage.name) | inputs for stage in STAGES}
     # Other settings are refused before anything starts.
-    done = [folder.is_done(name, found) for name, found in settings.items()]
+    done = [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in STAGES]
     if all(done):
         for stage in STAGES:
             log.info(_SKIPPED, stage.name)
@@ -98,7 +102,7 @@ def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, An
     if folder.marker("profile") is None:
         folder.write_header(config)
     for stage in STAGES:
-        if folder.is_done(stage.name, settings[stage.name]):
+        if folder.is_done(stage.name, settings[stage.name], repeatable=stage.repeatable):
             log.info(_SKIPPED, stage.name)
             continue
         folder.progress.clear()

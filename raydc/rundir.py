@@ -71,8 +71,13 @@ class RunDir:
         uri = self.uri("stages", f"{stage}.json")
         return self.lake.read_json(uri) if self.lake.exists(uri) else None
 
-    def is_done(self, stage: str, settings: dict[str, Any]) -> bool:
+    def is_done(self, stage: str, settings: dict[str, Any], *, repeatable: bool = False) -> bool:
         """Return whether the stage has finished with these settings.
+
+        Args:
+            stage: name of the stage.
+            settings: that decide its result.
+            repeatable: with other settings it is simply to be done again, because nothing rests on it.
 
         Raises:
             StageError: it was started with other settings.
@@ -81,6 +86,8 @@ class RunDir:
         if marker is None:
             return False
         if marker["fingerprint"] != digest(settings):
+            if repeatable:
+                return False
             changes = "; ".join(difference(marker["settings"], settings)) or "a setting was added or removed"
             raise StageError(
                 f"{stage}: run {self.run_id!r} was started with other settings: {changes}. "

@@ -6,6 +6,9 @@ FORMAT_VERSION = 1
 
 MANIFEST = "_MANIFEST.json"
 
+RUN_COLUMN = "run_id"
+"""Partition column of the tables in which runs register their labels; not in the label files themselves."""
+
 REJECT_REASONS = (
     "missing",
     "wrong_length",

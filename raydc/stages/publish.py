@@ -1,4 +1,4 @@
-"""publish: the manifest, last of all; a reader that sees it may trust every file it lists."""
+"""publish: the label files into tables, and the manifest, last of all; who sees it may trust every file it lists."""
 
 import hashlib
 import json
@@ -6,29 +6,37 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydc import tables
 from raydc.config import Config
 from raydc.errors import StageError
 from raydc.lake import StoredFile, is_staged
+from raydc.model import Model
 from raydc.rundir import RunDir, now
-from raydc.schema import FORMAT_VERSION, MANIFEST
+from raydc.schema import FORMAT_VERSION, MANIFEST, labels_schema
 from raydc.stages import profile as profiling
+from raydc.tables import LabelFile
 
 log = logging.getLogger(__name__)
 
 # Working files, which a later command may rewrite, and the manifest itself.
-_NOT_LISTED = ("checkpoints/", "stages/", "slices/", "fit/", "lease/", MANIFEST)
+_NOT_LISTED = ("checkpoints/", "stages/", "slices/", "fit/", "lease/", "labels/_delta_log/", MANIFEST)
 _BLOCK = 8 * 2**20
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Check that the counts add up and write _MANIFEST.json with path, rows, bytes and checksum of every file.
+    """Check that the counts add up, register the label files in the tables of the settings and write _MANIFEST.json.
+
+    The manifest lists path, rows, bytes and checksum of every file, and the version of every table. The files stay as
+    they are; done again, the stage changes nothing.
 
     Raises:
         StageError: files are missing or too many, or another driver has taken the run over.
     """
     prefix = run.root.rstrip("/") + "/"
+    run.check_owner()
     stored = [f for f in run.lake.find(run.root) if not f.uri.removeprefix(prefix).startswith(_NOT_LISTED)]
     # A killed worker leaves its hidden temporary file behind; nobody writes any more.
     for leftover in [f for f in stored if is_staged(f.uri)]:
@@ -51,6 +59,15 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         )
     if run.fence is not None:
         run.fence.advance("publish")
+    registered = tables.register(config, run, _label_files(run, entries), _labels_schema(config, run, profile))
+    for table in registered:
+        log.info(
+            "publish: %s %s, %s %s",
+            table.format,
+            table.table,
+            "committed as version" if table.committed else "held these files already, version",
+            table.version,
+        )
     manifest = {
         "format_version": FORMAT_VERSION,
         "run_id": run.run_id,
@@ -58,19 +75,33 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "input_fingerprint": profile.fingerprint,
         "rows": {"input": profile.num_rows, **rows},
         "files": entries,
+        "tables": [tables.as_dict(table) for table in registered],
     }
     _write_manifest(run, manifest)
-    return {"files": len(entries), "bytes": sum(e["bytes"] for e in entries)}
+    return {"files": len(entries), "bytes": sum(e["bytes"] for e in entries), "tables": manifest["tables"]}
+
+
+def _label_files(run: RunDir, entries: list[dict[str, Any]]) -> list[LabelFile]:
+    return [
+        LabelFile(e["path"].removeprefix("labels/"), run.uri(e["path"]), e["bytes"], e["rows"], e["sha256"])
+        for e in entries
+        if e["path"].startswith("labels/")
+    ]
+
+
+def _labels_schema(config: Config, run: RunDir, profile: profiling.Profile) -> pa.Schema:
+    levels = Model.load(run.uri("model"), run.lake).levels
+    return labels_schema(profile.spec.arrow_id_type, list(levels))
 
 
 def _write_manifest(run: RunDir, manifest: dict[str, Any]) -> None:
-    """Create the manifest; one of the same files stays as it is, of other files gives way to the lease's holder."""
+    """Create the manifest; one that says the same stays as it is, another gives way to the lease's holder."""
     uri = run.uri(MANIFEST)
     run.check_owner()
     if run.lake.create(uri, (json.dumps(manifest, indent=1, allow_nan=False) + "\n").encode()):
         return
     before = run.lake.read_json(uri)
-    if (before["files"], before["rows"]) != (manifest["files"], manifest["rows"]):
+    if before | {"finished": None} != manifest | {"finished": None}:
         run.check_owner()
         run.lake.write_json(uri, manifest)
 

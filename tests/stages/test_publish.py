@@ -24,7 +24,11 @@ def test_the_manifest_lists_every_file_with_rows_bytes_and_checksum(tmp_path, nu
     manifest = run.lake.read_json(run.uri(MANIFEST))
     assert manifest["rows"] == {"input": 100, "labels": 100 - num_bad, "rejects": num_bad}
     assert (manifest["run_id"], manifest["format_version"]) == ("r1", FORMAT_VERSION)
-    assert metrics == {"files": len(manifest["files"]), "bytes": sum(f["bytes"] for f in manifest["files"])}
+    assert metrics == {
+        "files": len(manifest["files"]),
+        "bytes": sum(f["bytes"] for f in manifest["files"]),
+        "tables": [],
+    }
     for entry in manifest["files"]:
         body = Path(run.uri(entry["path"])).read_bytes()
         assert entry["bytes"] == len(body)
