@@ -5,6 +5,8 @@ the slice is complete, so a retried or resumed slice neither loses nor doubles a
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,12 +23,29 @@ from torch import Tensor
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import squared_distances
 from raydc.core.tally import Tally
+from raydc.errors import DataError
 from raydc.lake import Lake, join
 from raydc.model import Model, Prediction
 from raydc.schema import labels_schema, level_column, rejects_schema
 from raydc.slices import InputSpec, RowBatch, Slice, read_slice
 
 _Item = TypeVar("_Item")
+
+
+# What reading statistics that are damaged, or were never ours, may end in.
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OSError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pa.ArrowException,
+)
 
 
 @dataclass(frozen=True)
@@ -105,11 +124,23 @@ class Statistics:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Statistics":
-        """Return what `to_bytes` gave."""
-        arrays = dict(np.load(io.BytesIO(data), allow_pickle=False))
-        rows, labels, rejects = arrays["counts"].tolist()
-        tables = {n: _from_ipc(arrays[n].tobytes()) if n in arrays else None for n in ("exemplars", "map_rows")}
-        tallies = {name: Tally.from_arrays(name, arrays) for name in arrays["tallies"].tolist()}
+        """Return what `to_bytes` gave.
+
+        Raises:
+            DataError: these are no statistics, or not whole; Python objects in them are refused unread.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+                arrays = dict(stored)
+            rows, labels, rejects = arrays["counts"].tolist()
+            tables = {n: _from_ipc(arrays[n].tobytes()) if n in arrays else None for n in ("exemplars", "map_rows")}
+            tallies = {name: Tally.from_arrays(name, arrays) for name in arrays["tallies"].tolist()}
+        except _DAMAGE as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"statistics of the labels: damaged ({type(error).__name__}: {reason}). Delete slices/, statistics.npz "
+                "and stages/assign.json of the run, and run it again."
+            ) from None
         return cls(rows, labels, rejects, tallies, tables["exemplars"], tables["map_rows"])
 
 

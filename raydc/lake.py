@@ -5,6 +5,7 @@ upload is complete. Requests to S3 are tried again as raydc/s3.py says; for othe
 """
 
 import errno
+import io
 import json
 import os
 import posixpath
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 from fsspec.core import url_to_fs
@@ -162,8 +165,26 @@ class Lake:
         return fs.cat_file(path)
 
     def read_json(self, uri: str) -> Any:
-        """Return a JSON document."""
-        return json.loads(self.read_bytes(uri))
+        """Return a JSON document.
+
+        Raises:
+            DataError: it is not one.
+        """
+        try:
+            return json.loads(self.read_bytes(uri))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{uri}: not valid JSON ({error}). Restore the file.") from None
+
+    def read_array(self, uri: str) -> npt.NDArray[Any]:
+        """Return the array of an .npy file; one that holds Python objects is refused unread.
+
+        Raises:
+            DataError: it is no array of numbers, or not whole.
+        """
+        try:
+            return np.load(io.BytesIO(self.read_bytes(uri)), allow_pickle=False)
+        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError) as error:
+            raise DataError(f"{uri}: not a whole array of numbers ({_line(error)}). Restore the file.") from None
 
     def find(self, uri: str) -> list[StoredFile]:
         """Return every file below a folder, sorted by URI; nothing if the folder is not there."""
@@ -356,6 +377,10 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _uploaded(upload: Callable[[], Any]) -> None:

@@ -3,6 +3,7 @@
 `Model.load(uri).predict(x)` gives the labels that the job wrote, on plain arrays, without Ray.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,19 @@ from raydc.core.preprocess import Preprocess
 from raydc.errors import DataError
 from raydc.lake import Lake, join
 from raydc.schema import FORMAT_VERSION
+
+# What reading a folder that is damaged, or was never ours, may end in.
+_DAMAGE = (
+    FileNotFoundError,
+    safetensors.SafetensorError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -191,7 +205,7 @@ class Model:
         uri = cls.folder(uri, lake)
         try:
             head = json.loads(lake.read_bytes(join(uri, "config.json")))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             raise DataError(f"model {uri}: no model there. Give the model folder of a finished run.") from None
         found = (head.get("format"), head.get("format_version")) if isinstance(head, dict) else (None, None)
         if found != ("raydc-model", FORMAT_VERSION):
@@ -201,8 +215,8 @@ class Model:
             )
         try:
             return cls._read(uri, lake, head)
-        except (FileNotFoundError, safetensors.SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        except _DAMAGE as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             raise DataError(f"model {uri}: damaged ({reason}). Restore the folder, or fit again.") from None
 
     @staticmethod
@@ -226,6 +240,10 @@ class Model:
         )
         encoder = None
         if head["encoder"] is not None:
+            # Before any memory is taken for widths that a stranger wrote down.
+            asked, held = _num_weights(head["widths"]), sum(t.numel() for t in weights.values())
+            if asked > held:
+                raise ValueError(f"widths {head['widths']} ask for {asked} weights, the file holds {held}")
             encoder = perceptron(head["widths"])
             encoder.load_state_dict(weights)
             encoder.eval().requires_grad_(False)
@@ -241,3 +259,7 @@ class Model:
         x = self.preprocess(x_BD)
         # float32 whatever the training precision: a label must not depend on the machine that assigns it.
         return x if self.encoder is None else self.encoder(x)
+
+
+def _num_weights(widths: Sequence[int]) -> int:
+    return sum((int(a) + 1) * int(b) for a, b in itertools.pairwise(widths))

@@ -7,6 +7,7 @@ code; its legacy mode misses connections that are reset; neither asks again when
 
 import asyncio
 import logging
+import os
 import random
 from typing import Any
 
@@ -124,6 +125,12 @@ class PatientS3(S3FileSystem):
             "connect_timeout": timeout_seconds,
             "read_timeout": timeout_seconds,
         }
+        if kwargs.get("endpoint_url"):
+            # Stores other than AWS's often refuse the checksums that botocore would add on its own. Where the
+            # environment asks for them, it has its way.
+            for setting in ("request_checksum_calculation", "response_checksum_validation"):
+                if f"AWS_{setting.upper()}" not in os.environ:
+                    config[setting] = "when_required"
         kwargs["config_kwargs"] = config | (kwargs.get("config_kwargs") or {})
         super().__init__(*args, **kwargs)
         self.max_attempts = max_attempts

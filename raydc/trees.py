@@ -1,7 +1,6 @@
 """The tree of a finished run, cut at any size or written in other people's formats."""
 
 import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def read(run: RunDir) -> SavedTree:
     """
     if not run.lake.exists(run.uri("tree", "nodes.parquet")):
         raise StageError(f"tree: run {run.run_id!r} has no tree yet; stage merge writes it.")
-    linkage = np.load(io.BytesIO(run.lake.read_bytes(run.uri("tree", "linkage.npy"))), allow_pickle=False)
+    linkage = run.lake.read_array(run.uri("tree", "linkage.npy"))
     num_leaves = len(linkage) + 1
     rows_K = _column(run, "tree/nodes.parquet", "rows").to_numpy()[:num_leaves]
     labels = [None] * num_leaves

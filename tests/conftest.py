@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray's workers take their environment from the session that starts them: names for the tests' own S3 server.
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
-os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
+# Of a shape that is found again, should it ever be written down.
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "never-to-be-written-5b1f9c")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 import pytest
@@ -58,7 +59,6 @@ def s3_client(s3_endpoint, monkeypatch):
     for name, value in {
         "AWS_ENDPOINT_URL": s3_endpoint,
         "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():

@@ -306,3 +306,51 @@ def test_a_creation_whose_answer_was_lost_still_knows_its_winner(bucket):
     # What a client's own retry does after a time-out.
     assert lake.create(f"{bucket}/a.json", b"mine")
     assert not lake.create(f"{bucket}/a.json", b"theirs")
+
+
+def test_files_of_another_store_keep_the_name_of_their_folder(tmp_path):
+    lake = Lake()
+    for name in ("in/a.parquet", "in/x/b.parquet", "in/_c.parquet"):
+        with lake.staged(f"memory://bucket/{name}") as path:
+            pq.write_table(shards.rows(shards.vectors(3)), path)
+    try:
+        assert names(lake, "memory://bucket/in", "memory://bucket") == ["in/a.parquet", "in/x/b.parquet"]
+        assert names(lake, "memory://bucket/in/*.parquet", "memory://bucket") == ["in/a.parquet"]
+        assert names(lake, "memory://bucket/in/x/b.parquet", "memory://bucket") == ["in/x/b.parquet"]
+        assert [f.uri for f in lake.find("memory://bucket/in/x")] == ["memory://bucket/in/x/b.parquet"]
+        assert [f.num_rows for f in read_footers(lake, lake.list_parquet("memory://bucket/in"))] == [3, 3]
+        lake.download_folder("memory://bucket/in/", tmp_path / "back")
+        assert everything_in(tmp_path / "back") == ["_c.parquet", "a.parquet", "x", "x/b.parquet"]
+        assert lake.create("memory://bucket/new", b"1") and not lake.create("memory://bucket/new", b"2")
+        lake.remove("memory://bucket/in")
+        assert lake.find("memory://bucket/in") == []
+    finally:
+        lake.remove("memory://bucket")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("s3a://b/x", "s3://b/x"), ("s3n://b/x", "s3://b/x"), ("gcs://b/x", "gs://b/x")]
+)
+def test_schemes_of_one_store_have_one_name(given, expected):
+    assert absolute(given) == expected
+
+
+@pytest.mark.s3
+def test_s3a_is_the_same_store_everywhere(bucket, tmp_path):
+    lake, other = Lake(), bucket.replace("s3://", "s3a://")
+    with lake.staged(f"{other}/in/a.parquet") as path:
+        pq.write_table(shards.rows(shards.vectors(3)), path)
+    assert [f.uri for f in lake.list_parquet([f"{other}/in", f"{bucket}/in", f"{other}/in/*.parquet"])] == [
+        f"{bucket}/in/a.parquet"
+    ]
+    assert lake.exists(f"{other}/in/a.parquet")
+    lake.download_folder(f"{other}/in", tmp_path / "back")
+    assert everything_in(tmp_path / "back") == ["a.parquet"]
+
+
+@pytest.mark.s3
+def test_no_name_of_an_object_leads_out_of_the_folder_it_is_copied_to(bucket, s3_client, tmp_path):
+    s3_client.put_object(Bucket=bucket.removeprefix("s3://"), Key="run/../../escaped", Body=b"1")
+    with pytest.raises(DataError, match=r"run/../../escaped: its name leads out of the folder"):
+        Lake().download_folder(f"{bucket}/run", tmp_path / "a" / "b")
+    assert not (tmp_path / "escaped").exists()

@@ -282,7 +282,6 @@ def test_the_job_reads_from_s3_and_writes_to_it(ray_cluster, digits, s3_endpoint
     with lake.open_parquet(run.uri("labels", "part-00000.parquet")) as handle:
         leaf = pq.read_table(handle)["leaf"].to_numpy()
     np.testing.assert_array_equal(Model.load(run.root, lake).predict(x[:450]).leaf, leaf)
-    assert "testing" not in lake.read_bytes(run.uri("run.json")).decode()
 
 
 def test_show_and_evaluate_print_the_results_of_a_run(on_one_worker, capsys):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -19,10 +20,21 @@ def save(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> No
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return what `save` wrote."""
-    # Read, not mapped: mapped tensors would change under our hands when the next checkpoint replaces the file.
-    tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
-    return tensors, json.loads((folder / "state.json").read_text())
+    """Return what `save` wrote.
+
+    Raises:
+        ValueError: the files are damaged.
+    """
+    try:
+        # Read, not mapped: mapped tensors would change under our hands when the next checkpoint replaces the file.
+        tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (safetensors.SafetensorError, ValueError, RecursionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"the last checkpoint is damaged ({type(error).__name__}: {error}). Restore checkpoints/, or delete it "
+            "and stages/fit.json to fit again"
+        ) from None
+    return tensors, values
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ def group_centers(
 
 def read_linkage(run: RunDir) -> npt.NDArray[np.float64]:
     """Return the scipy linkage matrix of the run's tree."""
-    return np.load(io.BytesIO(run.lake.read_bytes(run.uri("tree", "linkage.npy"))), allow_pickle=False)
+    return run.lake.read_array(run.uri("tree", "linkage.npy"))
 
 
 def _write_tree(

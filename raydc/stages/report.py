@@ -1,6 +1,5 @@
 """report: one self-contained HTML page, and its figures as PNG files, from what the earlier stages have left."""
 
-import io
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,7 @@ def load(config: Config, run: RunDir) -> RunData:
         header=header,
         metrics=metrics,
         seconds=_seconds(run, metrics),
-        merges=np.load(io.BytesIO(run.lake.read_bytes(run.uri("tree/linkage.npy"))), allow_pickle=False),
+        merges=run.lake.read_array(run.uri("tree/linkage.npy")),
         levels=dict(sorted(groups.items())),
         leaves=_table(run, "leaves.parquet").sort_by("leaf"),
         exemplars=_table_if_there(run, "exemplars.parquet"),

@@ -1,0 +1,171 @@
+"""Folders from a stranger: whatever they hold, it runs no code, takes no memory, and ends in a clear error."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from raydc.core import checkpoint
+from raydc.errors import DataError
+from raydc.labelling import Statistics
+from raydc.lake import Lake
+from raydc.model import Model
+from tests import shards
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def npy(value, **options) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, value, **options)
+    return buffer.getvalue()
+
+
+def header_of(shape: tuple) -> bytes:
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def crafted_arrays(trap) -> dict[str, bytes]:
+    objects = np.array([Trap(trap)], object)
+    return {
+        "pickle": pickle.dumps(Trap(trap)),
+        "objects": npy(objects, allow_pickle=True),
+        "huge": header_of((2**50,)),
+        "negative": header_of((-5,)),
+        "beyond": header_of((2**70,)),
+        "code in the header": b"\x93NUMPY\x01\x00"
+        + struct.pack("<H", 40)
+        + b"__import__('os').system('true')".ljust(40),
+        "cut": npy(np.zeros(100))[:-40],
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("how", crafted_arrays("x"))
+def test_a_crafted_array_is_refused_and_runs_no_code(tmp_path, how):
+    (tmp_path / "linkage.npy").write_bytes(crafted_arrays(tmp_path / "sprung")[how])
+    with pytest.raises(DataError, match="linkage.npy: not a whole array of numbers .*Restore the file"):
+        Lake().read_array(str(tmp_path / "linkage.npy"))
+    assert not (tmp_path / "sprung").exists()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
+        for name, body in members.items():
+            out.writestr(name, body)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("how", [*crafted_arrays("x"), "no archive", "a name that leads out", "half"])
+def test_crafted_statistics_are_refused_and_run_no_code(tmp_path, how, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = Statistics(3, 2, 1).to_bytes()
+    assert Statistics.from_bytes(good).rows == 3
+    if how == "no archive":
+        body = pickle.dumps(Trap(tmp_path / "sprung"))
+    elif how == "half":
+        body = good[: len(good) // 2]
+    elif how == "a name that leads out":
+        body = zipped({"../../escaped.npy": npy(np.zeros(3)), "/tmp/escaped.npy": npy(np.zeros(3))})
+    else:
+        body = zipped({"counts.npy": crafted_arrays(tmp_path / "sprung")[how], "tallies.npy": npy(np.array(["leaf"]))})
+    with pytest.raises(DataError, match="statistics of the labels: damaged"):
+        Statistics.from_bytes(body)
+    assert list(tmp_path.parent.glob("escaped*")) == [] and list(tmp_path.iterdir()) == []
+
+
+def tensors_with(header: dict) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(16)
+
+
+CRAFTED_TENSORS = {
+    "a header of 2^60 bytes": struct.pack("<Q", 2**60) + b"{}",
+    "a tensor of 2^50 bytes": tensors_with({"centers": {"dtype": "F32", "shape": [2**48], "data_offsets": [0, 2**50]}}),
+    "offsets before the file": tensors_with({"centers": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}),
+    "a shape that lies": tensors_with({"centers": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 16]}}),
+}
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "centroids.safetensors"])
+@pytest.mark.parametrize("how", CRAFTED_TENSORS)
+def test_a_model_with_crafted_tensors_is_refused(tmp_path, name, how):
+    shards.corner_model().save(Lake(), str(tmp_path))
+    (tmp_path / name).write_bytes(CRAFTED_TENSORS[how])
+    with pytest.raises(DataError, match=rf"model {tmp_path}: damaged"):
+        Model.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": [2, 10**6, 10**6, 2], "encoder": "perceptron"},
+        {"widths": [2, -5, 2], "encoder": "perceptron"},
+        {"widths": ["2", "__import__('os')"], "encoder": "perceptron"},
+        {"levels": ["../../etc/passwd"]},
+        {"levels": 5},
+        {"kernel": {"alpha": 1, "scale": 1, "surprise": 2}},
+        {"kernel": None},
+        {"preprocess": []},
+        {"preprocess": {"method": "none", "blocks": [[0, 1e400, 1]]}},
+    ],
+)
+def test_a_model_whose_head_lies_is_refused_before_memory_is_taken(tmp_path, change):
+    shards.corner_model().save(Lake(), str(tmp_path))
+    head = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(head | change))
+    with pytest.raises(DataError, match=rf"model {tmp_path}: damaged"):
+        Model.load(str(tmp_path))
+
+
+def test_json_as_deep_as_a_stack_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="no model there"):
+        Model.load(str(tmp_path))
+    with pytest.raises(DataError, match="config.json: not valid JSON"):
+        Lake().read_json(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch", "cut", "json", "gone"])
+def test_a_crafted_checkpoint_is_refused_and_runs_no_code(tmp_path, how):
+    folder, trap = tmp_path / "checkpoint", tmp_path / "sprung"
+    checkpoint.save(folder, {"a": torch.zeros(3)}, {"phase": "pretrain"})
+    assert checkpoint.load(folder)[1] == {"phase": "pretrain"}
+    path = folder / "state.safetensors"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Trap(trap)))
+    elif how == "torch":
+        torch.save({"a": Trap(trap)}, path)
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif how == "json":
+        (folder / "state.json").write_text("{")
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match="the last checkpoint is damaged .*Restore checkpoints/"):
+        checkpoint.load(folder)
+    assert not trap.exists()
+
+
+def test_a_file_of_tensors_is_no_way_to_another_file(tmp_path):
+    body = safetensors.torch.save({"../../escaped": torch.zeros(2)})
+    shards.corner_model().save(Lake(), str(tmp_path / "model"))
+    (tmp_path / "model" / "weights.safetensors").write_bytes(body)
+    Model.load(str(tmp_path / "model"))
+    assert not list(tmp_path.parent.glob("escaped*"))
