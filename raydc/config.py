@@ -17,6 +17,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from raydc import presets
 from raydc.errors import ConfigError
 from raydc.secrets import REMEDY, has_credentials, masked
 
@@ -167,20 +168,35 @@ class PretrainConfig(Section):
     batch_rows: int = Field(256, ge=1)
     """Rows per step, summed over all workers."""
 
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam is AdamW; sgd uses momentum 0.9."""
+
     learning_rate: float = Field(1e-3, gt=0)
-    """Peak rate of Adam."""
+    """Peak rate, of a loss that is the mean squared error over elements."""
 
     warmup_steps: int = Field(200, ge=0)
     """Steps in which the rate rises linearly to its peak; at most a tenth of all steps are used for it."""
 
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Course of the rate after that: constant, or a cosine from the peak to zero."""
+    schedule: Literal["constant", "cosine", "steps"] = "cosine"
+    """Course of the rate after that: constant; a cosine from the peak to zero; a tenth after every decay_steps."""
+
+    decay_steps: int = Field(20_000, ge=1)
+    """Steps after which schedule=steps divides the rate by ten."""
 
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW)."""
 
     corruption: float = Field(0.0, ge=0, lt=1)
     """Share of the inputs set to zero before encoding (denoising); 0 is plain reconstruction."""
+
+    layerwise: bool = False
+    """Train the layers one pair after the other first (stacked denoising autoencoders, as DEC's authors do)."""
+
+    layer_epochs: int = Field(20, ge=1)
+    """layerwise: passes over the rows for each pair of layers; optimiser and rates are those of this section."""
+
+    layer_corruption: float = Field(0.2, ge=0, lt=1)
+    """layerwise: share of a layer's input and of its output that is dropped; never the rows nor the code."""
 
 
 class ClusterConfig(Section):
@@ -205,8 +221,13 @@ class ClusterConfig(Section):
 class FitConfig(Section):
     """What is learned, and on which workers."""
 
-    objective: Literal["dec", "idec", "autoencoder", "kmeans"] = "dec"
-    """dec; idec; autoencoder (pretraining and k-means only); kmeans (no network, the preprocessed rows)."""
+    objective: Literal["dec", "idec", "ae", "dcn", "autoencoder", "kmeans"] = "dec"
+    """dec; idec; ae (reconstruction and a loss on the code); dcn; autoencoder (pretraining and k-means only); kmeans
+    (no network, the preprocessed rows)."""
+
+    preset: Literal["paper", "scale"] | None = None
+    """Settings of the objective that are not given get their values from here (raydc/presets.py): paper, the published
+    ones, for small data; scale, for many rows and leaves."""
 
     max_rows: int | None = Field(None, ge=1)
     """Train on a sample of about this many rows, chosen by hash of the row key; every row is assigned all the same."""
@@ -235,7 +256,7 @@ class FitConfig(Section):
 
 
 class RefineConfig(Section):
-    """Deep Embedded Clustering (DEC) and its variant IDEC."""
+    """The training on a clustering objective, after k-means."""
 
     num_epochs: int = Field(20, ge=0)
     """Most passes over the rows."""
@@ -258,11 +279,43 @@ class RefineConfig(Section):
     alpha: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Degrees of freedom of the Student-t kernel; auto takes the least that reaches target_top_q (1 in the paper)."""
 
+    scale: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Squared length unit of the kernel; auto calibrates it to target_top_q (1 in the paper)."""
+
     target_top_q: float = Field(0.5, gt=0, lt=1)
     """Mean largest soft assignment to which the kernel's scale is calibrated at the start."""
 
+    target_exponent: float = Field(2.0, ge=1)
+    """DEC and IDEC: s in the target p ~ q^s / f^t. A larger one sharpens it more."""
+
+    frequency_exponent: float = Field(1.0, ge=0)
+    """DEC and IDEC: t in the target p ~ q^s / f^t. 0 leaves the sizes of the leaves to the rows; 1 evens them out."""
+
+    size_prior: Literal["uniform", "kmeans"] | list[Annotated[float, Field(gt=0)]] = "uniform"
+    """DEC and IDEC: the sizes r in p ~ q^s (r / f)^t: equal; as they are after k-means; or one number for each leaf,
+    the largest for the leaf that is largest after k-means."""
+
     gamma: float = Field(0.1, ge=0)
     """IDEC: weight of the clustering loss beside the reconstruction."""
+
+    code_loss: Literal["nearest", "l2", "l1"] = "nearest"
+    """ae: squared distance of the code to the nearest centre, its squared norm, or the sum of its absolute values."""
+
+    beta: float = Field(0.1, ge=0)
+    """ae: weight of the code loss beside the reconstruction; at 0 nothing is left to train, and the result is that of
+    objective=autoencoder."""
+
+    distance_weight: float = Field(1.0, ge=0)
+    """DCN: lambda, weight of the squared distance to the nearest centre beside the squared error of the row."""
+
+    centroid_update: Literal["ema", "counts"] = "ema"
+    """DCN: centres are moving averages with centroid_decay; or, as published, means over all rows counted so far."""
+
+    centroid_decay: float = Field(0.99, ge=0, lt=1)
+    """DCN: what a step leaves of the moving sums."""
+
+    recluster_epochs: int | None = Field(10, ge=1)
+    """DCN: Lloyd's iterations over all rows move the centres after every so many epochs; null for never."""
 
     max_grad_norm: float | None = Field(5.0, gt=0)
     """Gradients are scaled down to this norm; null leaves them as they are."""
@@ -458,6 +511,15 @@ class Config(Section):
         _check_uri(value, "output")
         return value
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, values: Any) -> Any:
+        fit = values.get("fit") if isinstance(values, dict) else None
+        if not isinstance(fit, dict) or fit.get("preset") not in ("paper", "scale"):
+            return values
+        objective = fit.get("objective", FitConfig.model_fields["objective"].default)
+        return presets.filled(values, str(objective), fit["preset"])
+
     @pydantic.model_validator(mode="after")
     def _settings_fit_the_leaves(self) -> Self:
         leaves, problems = self.cluster.num_leaves, []
@@ -470,10 +532,15 @@ class Config(Section):
                 f"merge.linkage={self.merge.linkage} holds all distances and takes at most {MAX_PAIRWISE_LEAVES} "
                 f"leaves, cluster.num_leaves is {leaves}. Use ward or average, or fewer leaves"
             )
-        if self.refines and self.refine.target_top_q * leaves <= 1:
+        if self.refines and self.refine.scale == "auto" and self.refine.target_top_q * leaves <= 1:
             problems.append(
                 f"refine.target_top_q={self.refine.target_top_q} must be above 1 / cluster.num_leaves={1 / leaves:.3g}"
                 ", the top q of a kernel without any signal"
+            )
+        if isinstance(self.refine.size_prior, list) and len(self.refine.size_prior) != leaves:
+            problems.append(
+                f"refine.size_prior has {len(self.refine.size_prior)} numbers for cluster.num_leaves={leaves}; give "
+                "one for each leaf, or uniform, or kmeans"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -494,7 +561,8 @@ class Config(Section):
     @property
     def refines(self) -> bool:
         """Return whether an objective is trained after k-means."""
-        return self.fit.objective not in ("kmeans", "autoencoder")
+        weightless = self.fit.objective == "ae" and self.refine.beta == 0
+        return self.fit.objective not in ("kmeans", "autoencoder") and not weightless
 
     def encoder_widths(self, dim: int) -> list[int]:
         """Return the encoder's layer widths, input first; of length 1 where the rows are clustered as they are."""

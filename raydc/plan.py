@@ -66,14 +66,24 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     nearest = 2.0 * leaves * encoder[-1]
     learns, refines = config.learns, config.refines
     per_epoch = -(-trained // config.pretrain.batch_rows)
-    pretrain_steps = config.pretrain.num_epochs * per_epoch if learns else 0
+    layers = list(itertools.pairwise(encoder))
+    layer_epochs = config.pretrain.layer_epochs if learns and config.pretrain.layerwise else 0
+    pretrain_steps = (config.pretrain.num_epochs + layer_epochs * len(layers)) * per_epoch if learns else 0
     refine_steps = config.refine.num_epochs * -(-trained // config.refine.batch_rows) if refines else 0
     flops = trained * nearest * config.cluster.num_iterations
     if learns:
         flops += trained * config.pretrain.num_epochs * 3 * 2 * forward
+        # A pair of layers learns on what the ones below it make of the row.
+        pairs = sum(
+            2.0 * sum(a * b for a, b in layers[:i]) + 3 * 2 * 2.0 * layers[i][0] * layers[i][1]
+            for i in range(len(layers))
+        )
+        flops += trained * layer_epochs * pairs
     if refines:
-        network = 2 * forward if config.fit.objective == "idec" else forward
-        step = 3 * (network + nearest) + config.refine.refreshes_per_epoch * (forward + nearest)
+        network = forward if config.fit.objective == "dec" else 2 * forward
+        # Passes without a gradient: DEC and IDEC make their target, DCN encodes a step's rows again.
+        passes = {"dec": config.refine.refreshes_per_epoch, "idec": config.refine.refreshes_per_epoch, "dcn": 1}
+        step = 3 * (network + nearest) + passes.get(config.fit.objective, 0) * (forward + nearest)
         flops += trained * config.refine.num_epochs * step
     assign = n * (forward + nearest + 2.0 * leaves * dim / max(1.0, n / config.evaluate.baseline_rows))
     shard = -(-trained // config.fit.num_workers) * (dim * profile.spec.dtype.itemsize + 16 + 8 * encoder[-1])

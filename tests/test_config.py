@@ -4,9 +4,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydc.config import MAX_PAIRWISE_LEAVES, Config, apply_override, difference, digest, load_config, parse_config
+from raydc.config import (
+    MAX_PAIRWISE_LEAVES,
+    Config,
+    FitConfig,
+    apply_override,
+    difference,
+    digest,
+    load_config,
+    parse_config,
+)
 from raydc.core import linkage
+from raydc.core.objectives.build import uses_autoencoder
 from raydc.errors import ConfigError
+from raydc.presets import PRESETS
 
 LEAST = {"input": {"path": "data"}}
 
@@ -246,3 +257,43 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(values):
     turned = dict(reversed(values.items()))
     assert digest(values) == digest(turned)
     assert len(digest(values)) == 16
+
+
+# Presets.
+
+
+def test_a_preset_fills_in_what_is_not_given_and_nothing_else():
+    given = {"refine": {"learning_rate": 0.5}, "pretrain": {"layer_epochs": 3}, "fit": {"preset": "paper"}}
+    config = parse_config(LEAST | given)
+    assert (config.refine.learning_rate, config.pretrain.layer_epochs) == (0.5, 3)
+    assert (config.refine.optimizer, config.refine.alpha, config.refine.scale) == ("sgd", 1.0, 1.0)
+    assert config.pretrain.layerwise and config.preprocess.method == "scale"
+    plain = parse_config(LEAST)
+    assert (plain.refine.optimizer, plain.pretrain.layerwise) == ("adam", False)
+
+
+@pytest.mark.parametrize(("objective", "name"), [(o, n) for o, table in PRESETS.items() for n in table])
+def test_every_preset_is_made_of_valid_settings(objective, name):
+    config = parse_config(LEAST | {"fit": {"objective": objective, "preset": name}})
+    for section, values in PRESETS[objective][name].items():
+        for key, value in values.items():
+            assert getattr(getattr(config, section), key) == value
+    # What a run writes down is read back as the same settings.
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_a_preset_that_an_objective_does_not_have_is_refused():
+    text = refusal(LEAST | {"fit": {"objective": "ae", "preset": "paper"}})
+    assert text == "fit.preset=paper: fit.objective=ae has no such preset, only: scale."
+    assert "fit.preset='best': Input should be 'paper' or 'scale'" in refusal(LEAST | {"fit": {"preset": "best"}})
+
+
+def test_sizes_must_be_as_many_as_leaves():
+    few = LEAST | {"cluster": {"num_leaves": 3}, "merge": {"levels": []}, "refine": {"size_prior": [2.0, 1.0]}}
+    assert "refine.size_prior has 2 numbers for cluster.num_leaves=3; give one for each leaf" in refusal(few)
+    assert "refine.size_prior" in refusal(LEAST | {"refine": {"size_prior": "large"}})
+
+
+def test_the_names_of_the_core_and_the_config_agree_on_who_has_an_autoencoder():
+    for objective in FitConfig.model_fields["objective"].annotation.__args__:
+        assert uses_autoencoder(objective) == parse_config(LEAST | {"fit": {"objective": objective}}).learns

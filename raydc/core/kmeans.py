@@ -76,7 +76,9 @@ class KMeans:
     """Empty leaves that were given new centres on the way."""
 
 
-def start(sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int) -> Tensor:
+def start(
+    sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int, weights_N: Tensor | None = None
+) -> Tensor:
     """Return the (K, D) float32 centres of the best of several FAISS k-means runs on a sample.
 
     FAISS sums its objective in float32, which stands still at 2^24; the restarts are compared by our own inertia.
@@ -86,6 +88,7 @@ def start(sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int) -
         num_leaves: K.
         num_restarts: runs, each with its own seed.
         seed: of the first run.
+        weights_N: (N,) float32 row weights; None for 1 each.
 
     Raises:
         ValueError: fewer rows than leaves.
@@ -95,6 +98,7 @@ def start(sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int) -
         raise ValueError(f"{num_leaves} leaves need at least as many rows, the sample has {n}")
     shift = sample_ND.double().mean(dim=0).float()
     rows = np.ascontiguousarray((sample_ND - shift).numpy(), np.float32)
+    weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N.numpy()
     best, least = None, math.inf
     for restart in range(num_restarts):
         kmeans = faiss.Kmeans(
@@ -108,9 +112,10 @@ def start(sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int) -
             max_points_per_centroid=n,
             min_points_per_centroid=1,
         )
-        kmeans.train(rows)
+        kmeans.train(rows, weights)
         centers = torch.from_numpy(np.array(kmeans.centroids))
-        inertia = float(nearest(torch.from_numpy(rows), centers)[1].double().sum())
+        squared = nearest(torch.from_numpy(rows), centers)[1][:, 0].double()
+        inertia = float(squared.sum() if weights_N is None else squared @ weights_N.double())
         if inertia < least:
             best, least = centers, inertia
     assert best is not None
@@ -151,7 +156,7 @@ def lloyd(
         centers = sums.means(centers).float()
         num_empty = int((sums.weights_K == 0).sum())
         if num_empty:
-            centers = _reseed(centers, sums, generator)
+            centers = reseed(centers, sums, generator)
             reseeded += num_empty
         elif previous - inertia <= tolerance * previous and math.isfinite(previous):
             break
@@ -182,7 +187,14 @@ def leaf_sums(
     return LeafSums.unpacked(all_sum(sums.packed()))
 
 
-def _reseed(centers_KD: Tensor, sums: LeafSums, generator: torch.Generator) -> Tensor:
+def reseed(centers_KD: Tensor, sums: LeafSums, generator: torch.Generator) -> Tensor:
+    """Return the centres with those of empty leaves moved beside the leaves of largest SSE.
+
+    Args:
+        centers_KD: (K, D), of any float type.
+        sums: statistics of all rows of all ranks; at least one leaf has rows.
+        generator: CPU generator in the same state on all ranks.
+    """
     empty = torch.nonzero(sums.weights_K == 0)[:, 0]
     donors = sums.sse_K.argsort(descending=True, stable=True)
     donors = donors[sums.weights_K[donors] > 0]
@@ -191,5 +203,5 @@ def _reseed(centers_KD: Tensor, sums: LeafSums, generator: torch.Generator) -> T
     signs = torch.randint(0, 2, (len(empty), centers_KD.shape[1]), generator=generator).to(centers_KD.device) * 2 - 1
     moved = centers_KD.clone()
     # A tenth of the leaf's spread: near enough to share its rows, far enough to take some.
-    moved[empty] = (centers_KD[donors].double() + 0.1 * spread[:, None] * signs).float()
+    moved[empty] = (centers_KD[donors].double() + 0.1 * spread[:, None] * signs).to(centers_KD.dtype)
     return moved

@@ -9,11 +9,16 @@ class PretrainSettings:
 
     num_epochs: int
     batch_rows: int
+    optimizer: str
     learning_rate: float
     warmup_steps: int
     schedule: str
+    decay_steps: int
     weight_decay: float
     corruption: float
+    layerwise: bool
+    layer_epochs: int
+    layer_corruption: float
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,18 @@ class RefineSettings:
     refreshes_per_epoch: int
     tolerance: float
     alpha: float | str
+    scale: float | str
     target_top_q: float
+    target_exponent: float
+    frequency_exponent: float
+    size_prior: str | list[float]
     gamma: float
+    beta: float
+    code_loss: str
+    distance_weight: float
+    centroid_update: str
+    centroid_decay: float
+    recluster_epochs: int | None
     max_grad_norm: float | None
 
 
@@ -48,7 +63,7 @@ class FitSettings:
     """All that decides the result of a fit, beside the rows."""
 
     objective: str
-    """dec, idec, autoencoder or kmeans."""
+    """A name that raydc.core.objectives.build knows."""
 
     seed: int
     precision: str

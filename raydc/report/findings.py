@@ -9,7 +9,14 @@ from raydc.report.wording import change, count, duration, plural, score
 # Differences below this are taken for noise: restarts of k-means alone move NMI and ACC by as much.
 MARGIN = 0.005
 
-OBJECTIVES = {"dec": "DEC", "idec": "IDEC", "autoencoder": "Autoencoder + k-means", "kmeans": "k-means"}
+OBJECTIVES = {
+    "dec": "DEC",
+    "idec": "IDEC",
+    "ae": "Autoencoder with a code loss",
+    "dcn": "DCN",
+    "autoencoder": "Autoencoder + k-means",
+    "kmeans": "k-means",
+}
 
 
 @dataclass(frozen=True)

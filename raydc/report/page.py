@@ -251,7 +251,13 @@ def draw_training(metrics: Mapping[str, Any], tolerance: float | None) -> list[D
     drawings = []
     if lines := _curves(pretrain, {"loss": "loss"}):
         drawings.append(figures.curves("pretrain_loss", "Reconstruction loss of the autoencoder, by epoch.", lines))
-    both = {"loss": "loss", "kl": "clustering (KL)", "reconstruction": "reconstruction"}
+    both = {
+        "loss": "loss",
+        "kl": "clustering (KL)",
+        "code": "code",
+        "distance": "distance to the centre",
+        "reconstruction": "reconstruction",
+    }
     # With one term the loss is that term: one line instead of two that cover each other.
     terms = both if any(e.get("reconstruction") is not None for e in refine) else {"loss": "loss"}
     if lines := _curves(refine, terms):

@@ -8,7 +8,7 @@ from torch import nn
 
 from raydc.core.autoencoder import Autoencoder
 from raydc.core.nearest import squared_distances
-from raydc.core.objectives.dec import Dec, divergence, log_target
+from raydc.core.objectives.dec import Dec, Target, divergence, log_target
 from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.kernel import Kernel, calibrate, log_soft_assign
 from raydc.core.objectives.objective import Minibatch, run_pass
@@ -44,7 +44,7 @@ def streamed_target(ranks, x, centers, streamed):
     run_pass(dec.refresh(0, 0, 8), (minibatch(b) for b in rows.blocks(128)), ranks.sum)
     targets = {}
     for step in rows.steps(64, epoch_seed=1):
-        p = dec.target(minibatch(step.batch)).exp()
+        p = dec.log_target(minibatch(step.batch)).exp()
         targets |= dict(zip(step.batch.keys_N.tolist(), p.numpy(), strict=True))
     return targets, dec.snapshot.frequencies_K.numpy()
 
@@ -175,3 +175,45 @@ def test_corruption_hits_its_share_and_follows_the_row():
     assert not torch.equal(corrupt(x, keys, share=0.2, seed=6), noisy)
     columns = noisy.mean(dim=0)
     assert float(columns.min()) > 0.74 and float(columns.max()) < 0.85
+
+
+def test_the_target_with_exponents_and_sizes_is_the_formula():
+    generator = np.random.default_rng(0)
+    q = generator.random((30, 5))
+    q /= q.sum(1, keepdims=True)
+    sizes = np.array([5.0, 1.0, 2.0, 1.0, 1.0])
+    ours = log_target(
+        torch.from_numpy(q).log(),
+        torch.from_numpy(q.sum(0)),
+        exponent=3.0,
+        frequency_exponent=0.5,
+        log_prior_K=torch.from_numpy(sizes).log(),
+    ).exp()
+    p = q**3 * (sizes / q.sum(0)) ** 0.5
+    np.testing.assert_allclose(ours, p / p.sum(1, keepdims=True), rtol=1e-9)
+
+
+def test_without_the_frequencies_a_target_leaves_the_sizes_alone():
+    q = torch.tensor([[0.6, 0.4], [0.4, 0.6]]).log()
+    f = torch.tensor([9.0, 1.0], dtype=torch.float64)
+    even = log_target(q, f, frequency_exponent=0.0).exp()
+    torch.testing.assert_close(even, torch.tensor([[9.0, 4.0], [4.0, 9.0]]) / 13.0)
+    with_sizes = log_target(q, f, log_prior_K=f.log()).exp()
+    torch.testing.assert_close(with_sizes, even)
+
+
+def test_given_sizes_go_to_the_leaves_by_rank():
+    f = torch.tensor([10.0, 30.0, 20.0], dtype=torch.float64)
+    assert Target(size_prior=[1.0, 4.0, 2.0]).log_prior(f).exp().tolist() == pytest.approx([1.0, 4.0, 2.0])
+    assert Target(size_prior="kmeans").log_prior(f).exp().tolist() == pytest.approx([10.0, 30.0, 20.0])
+    assert not Target(size_prior="uniform").log_prior(f).any()
+
+
+def test_a_given_scale_of_the_kernel_is_kept_and_the_least_alpha_that_reaches_the_target_goes_with_it():
+    z, centers = torch.from_numpy(blobs(400)[0]), torch.from_numpy(blobs(6)[0])
+    kernel, top = calibrate(z, centers, target_top_q=0.9, alpha=1.0, scale=1.0)
+    assert kernel == Kernel(1.0, 1.0)
+    assert top == pytest.approx(float(log_soft_assign(z, centers, kernel).exp().max(1).values.mean()), abs=1e-5)
+    chosen, reached = calibrate(z, centers, target_top_q=0.8, scale=1.0)
+    below, missed = calibrate(z, centers, target_top_q=0.8, alpha=(chosen.alpha - 1) / 2, scale=1.0)
+    assert chosen.scale == below.scale == 1.0 and missed < 0.8 <= reached

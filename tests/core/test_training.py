@@ -8,9 +8,9 @@ import torch
 
 from raydc.core.collectives import Ranks
 from raydc.core.preprocess import Preprocess
+from raydc.core.pretraining import learning_rate
 from raydc.core.rows import Batch, ResidentRows
-from raydc.core.settings import PretrainSettings
-from raydc.core.training import fit, learning_rate
+from raydc.core.training import fit
 from tests.core.ranks import SETTINGS, PlainContext, blobs, fit_blobs, make_rows, run_ranks, with_objective
 
 
@@ -150,7 +150,7 @@ def test_bf16_training_ends_near_float32(on_one_rank):
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
-    plan = PretrainSettings(1, 1, 2.0, 10, "cosine", 0.0, 0.0)
+    plan = replace(SETTINGS.pretrain, learning_rate=2.0, warmup_steps=10)
     rates = [learning_rate(plan, step, 200) for step in range(200)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == pytest.approx(2.0) and rates[10] == max(rates)
     assert rates[-1] < 0.001

@@ -1,5 +1,7 @@
 """From the name of an objective to its module: the one place where all names are listed."""
 
+from raydc.core.objectives.ae import Ae
+from raydc.core.objectives.dcn import Dcn
 from raydc.core.objectives.dec import Dec
 from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.objective import Objective, Parts
@@ -11,7 +13,7 @@ def uses_autoencoder(name: str) -> bool:
 
 
 def build(name: str, parts: Parts) -> Objective | None:
-    """Return the objective of a name; None where k-means is the last step.
+    """Return the objective of a name; None where nothing is left to train after k-means.
 
     Raises:
         ValueError: no objective has this name.
@@ -22,4 +24,9 @@ def build(name: str, parts: Parts) -> Objective | None:
         return Dec.of(parts)
     if name == "idec":
         return Idec.of(parts)
+    if name == "ae":
+        # Without a code loss there is nothing beyond the pretraining: exactly the autoencoder's k-means.
+        return Ae.of(parts) if parts.settings.refine.beta > 0 else None
+    if name == "dcn":
+        return Dcn.of(parts)
     raise ValueError(f"unknown objective {name!r}")

@@ -1,17 +1,31 @@
 """Deep Embedded Clustering (DEC) with the exact global target. Letters: N rows, K leaves, D width, L latent width."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from raydc.core.objectives.kernel import Kernel, log_soft_assign
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
 from raydc.core.objectives.snapshot import Refresh, Snapshot
+from raydc.core.settings import RefineSettings
 
 
-def log_target(log_q_NK: Tensor, frequencies_K: Tensor) -> Tensor:
+def log_target(
+    log_q_NK: Tensor,
+    frequencies_K: Tensor,
+    *,
+    exponent: float = 2.0,
+    frequency_exponent: float = 1.0,
+    log_prior_K: Tensor | None = None,
+) -> Tensor:
     """Return the logarithm of the sharpened target of each row.
 
-    p_ij = (q_ij^2 / f_j) / sum_j' (q_ij'^2 / f_j'), with f_j = sum_i q_ij over all rows of the data.
+    p_ij = q_ij^s (r_j / f_j)^t, divided by its sum over j, with f_j = sum_i w_i q_ij over all rows of the data.
+
+    The paper's target has s = 2, t = 1 and equal sizes r. Dividing by f takes from large leaves and gives to small
+    ones; with t = 0 it does not, and with sizes r it drives the leaves towards these instead of equal ones.
 
     A row's target needs only its own q and the K numbers f, so nothing of size N x K is kept: this is the paper's
     target, not one made from a mini-batch.
@@ -19,13 +33,19 @@ def log_target(log_q_NK: Tensor, frequencies_K: Tensor) -> Tensor:
     Args:
         log_q_NK: (N, K) log q of a frozen snapshot.
         frequencies_K: (K,) float64, positive; the sum over all rows of all workers.
+        exponent: s.
+        frequency_exponent: t.
+        log_prior_K: (K,) float64 logarithm of r up to a constant; None for equal sizes.
 
     Returns:
         (N, K) float32; exp of each row sums to 1.
 
     Source: Xie, Girshick, Farhadi, arXiv:1511.06335, eq. 3.
     """
-    return torch.log_softmax(2.0 * log_q_NK - frequencies_K.clamp_min(1e-30).log().to(log_q_NK.dtype), dim=1)
+    excess = frequencies_K.clamp_min(1e-30).log()
+    if log_prior_K is not None:
+        excess = excess - log_prior_K
+    return torch.log_softmax(exponent * log_q_NK - (frequency_exponent * excess).to(log_q_NK.dtype), dim=1)
 
 
 def divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
@@ -39,24 +59,58 @@ def divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
     return (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(dim=1)
 
 
+@dataclass(frozen=True)
+class Target:
+    """How the target is made, and how often; see `log_target`."""
+
+    exponent: float = 2.0
+    frequency_exponent: float = 1.0
+    size_prior: str | Sequence[float] = "uniform"
+    """uniform; kmeans, the sizes at the first refresh; or one number for each leaf, matched to them by rank."""
+
+    refreshes_per_epoch: int = 1
+
+    @classmethod
+    def of(cls, refine: RefineSettings) -> "Target":
+        """Return the target of the settings."""
+        return cls(refine.target_exponent, refine.frequency_exponent, refine.size_prior, refine.refreshes_per_epoch)
+
+    def log_prior(self, frequencies_K: Tensor) -> Tensor:
+        """Return log r, (K,) float64, from f at the first refresh."""
+        if self.size_prior == "uniform":
+            return torch.zeros_like(frequencies_K)
+        if self.size_prior == "kmeans":
+            return frequencies_K.clamp_min(1e-30).log()
+        given = torch.tensor(self.size_prior, dtype=torch.float64, device=frequencies_K.device)
+        by_size = frequencies_K.argsort(descending=True, stable=True)
+        return torch.empty_like(given).index_copy_(0, by_size, given.sort(descending=True).values.log())
+
+
+PAPER_TARGET = Target()
+
+
 class Dec(Objective):
     """KL between the frozen target and the live soft assignment; encoder and centres learn."""
+
+    log_prior: Tensor
+    """(K,) float64, set at the first refresh."""
 
     def __init__(
         self,
         encoder: nn.Module,
         centers_KL: Tensor,
         kernel: Kernel,
+        target: Target = PAPER_TARGET,
         *,
-        refreshes_per_epoch: int = 1,
         arithmetic: str = "float32",
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.centers = nn.Parameter(centers_KL.clone())
         self.kernel = kernel
-        self.refreshes_per_epoch = refreshes_per_epoch
+        self.target = target
         self.arithmetic = arithmetic
+        self.register_buffer("log_prior", torch.zeros(len(centers_KL), dtype=torch.float64))
         self.snapshot: Snapshot | None = None
         """The frozen state at the last refresh; no submodule, so neither optimiser nor ranks touch it."""
 
@@ -64,32 +118,35 @@ class Dec(Objective):
     def of(cls, parts: Parts) -> "Dec":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
-        return cls(
-            parts.autoencoder.encoder,
-            parts.centers_KL,
-            parts.kernel,
-            refreshes_per_epoch=parts.settings.refine.refreshes_per_epoch,
-            arithmetic=parts.arithmetic,
-        )
+        target = Target.of(parts.settings.refine)
+        return cls(parts.autoencoder.encoder, parts.centers_KL, parts.kernel, target, arithmetic=parts.arithmetic)
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Return the pass that makes a new snapshot, `refreshes_per_epoch` times in an epoch."""
-        if step not in {num_steps * r // self.refreshes_per_epoch for r in range(self.refreshes_per_epoch)}:
+        times = self.target.refreshes_per_epoch
+        if step not in {num_steps * r // times for r in range(times)}:
             return None
         assert self.encoder is not None
         return Refresh(self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic)
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `kl`."""
-        return self.loss(batch.x_ND, batch.weights_N, self.target(batch))
+        return self.loss(batch.x_ND, batch.weights_N, self.log_target(batch))
 
     @torch.no_grad()
-    def target(self, batch: Minibatch) -> Tensor:
+    def log_target(self, batch: Minibatch) -> Tensor:
         """Return the (n, K) log target of a batch under the last snapshot."""
         snapshot = self.snapshot
         assert snapshot is not None
-        log_q = log_soft_assign(snapshot.codes(batch, self.arithmetic), snapshot.centers_KL, self.kernel)
-        return log_target(log_q, snapshot.frequencies_K)
+        z = snapshot.codes(batch, self.arithmetic)
+        with torch.autocast(z.device.type, enabled=False):
+            return log_target(
+                log_soft_assign(z, snapshot.centers_KL, self.kernel),
+                snapshot.frequencies_K,
+                exponent=self.target.exponent,
+                frequency_exponent=self.target.frequency_exponent,
+                log_prior_K=self.log_prior,
+            )
 
     def loss(self, x_ND: Tensor, weights_N: Tensor, log_p_NK: Tensor) -> dict[str, Tensor]:
         """Return the sums of `forward` under a given target."""
@@ -111,6 +168,8 @@ class Dec(Objective):
             self.snapshot = Snapshot.of(found, self.encoder)
 
     def _keep(self, snapshot: Snapshot) -> None:
+        if self.snapshot is None:
+            self.log_prior.copy_(self.target.log_prior(snapshot.frequencies_K))
         self.snapshot = snapshot
 
     def _divergence(self, z_NL: Tensor, log_p_NK: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from raydc.core.objectives.dec import Dec
+from raydc.core.objectives.dec import PAPER_TARGET, Dec, Target
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Parts
 from raydc.core.objectives.reconstruction import squared_error
@@ -24,12 +24,12 @@ class Idec(Dec):
         decoder: nn.Module,
         centers_KL: Tensor,
         kernel: Kernel,
+        target: Target = PAPER_TARGET,
         *,
         gamma: float,
-        refreshes_per_epoch: int = 1,
         arithmetic: str = "float32",
     ) -> None:
-        super().__init__(encoder, centers_KL, kernel, refreshes_per_epoch=refreshes_per_epoch, arithmetic=arithmetic)
+        super().__init__(encoder, centers_KL, kernel, target, arithmetic=arithmetic)
         self.decoder = decoder
         self.gamma = gamma
 
@@ -37,14 +37,14 @@ class Idec(Dec):
     def of(cls, parts: Parts) -> "Idec":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
-        refine = parts.settings.refine
+        net, refine = parts.autoencoder, parts.settings.refine
         return cls(
-            parts.autoencoder.encoder,
-            parts.autoencoder.decoder,
+            net.encoder,
+            net.decoder,
             parts.centers_KL,
             parts.kernel,
+            Target.of(refine),
             gamma=refine.gamma,
-            refreshes_per_epoch=refine.refreshes_per_epoch,
             arithmetic=parts.arithmetic,
         )
 

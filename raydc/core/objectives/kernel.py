@@ -49,7 +49,13 @@ def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
 
 
 def calibrate(
-    z_ND: Tensor, centers_KD: Tensor, *, target_top_q: float, alpha: float | None = None
+    z_ND: Tensor,
+    centers_KD: Tensor,
+    *,
+    target_top_q: float,
+    alpha: float | None = None,
+    scale: float | None = None,
+    weights_N: Tensor | None = None,
 ) -> tuple[Kernel, float]:
     """Return the kernel whose mean largest q over the rows is `target_top_q`, and the mean that it reaches.
 
@@ -64,6 +70,8 @@ def calibrate(
         centers_KD: (K, D) float32.
         target_top_q: in (1/K, 1).
         alpha: fixed degrees of freedom, or None to choose.
+        scale: fixed squared length unit, or None to choose.
+        weights_N: (N,) float32 row weights of the mean; None for 1 each.
 
     Raises:
         ValueError: no rows.
@@ -71,22 +79,28 @@ def calibrate(
     if not len(z_ND):
         raise ValueError("calibration needs at least one row")
     squared = squared_distances(z_ND, centers_KD).double()
+    weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N.double()
     width = float(squared.min(dim=1).values.mean()) or 1.0
     best = Kernel(alpha or ALPHAS[-1], width)
     for candidate in ALPHAS if alpha is None else (alpha,):
-        narrowest = 0.1 * width / candidate
-        if _mean_top_q(squared, candidate, narrowest) < target_top_q:
+        narrowest = 0.1 * width / candidate if scale is None else scale
+        reached = _mean_top_q(squared, candidate, narrowest, weights)
+        if reached < target_top_q or scale is not None:
             best = Kernel(candidate, narrowest)
-            continue
+            if reached < target_top_q:
+                continue
+            break
         low, high = narrowest, 1e9 * width
         for _ in range(100):
             middle = (low * high) ** 0.5
-            low, high = (middle, high) if _mean_top_q(squared, candidate, middle) > target_top_q else (low, middle)
+            above = _mean_top_q(squared, candidate, middle, weights) > target_top_q
+            low, high = (middle, high) if above else (low, middle)
         best = Kernel(candidate, (low * high) ** 0.5)
         break
-    return best, _mean_top_q(squared, best.alpha, best.scale)
+    return best, _mean_top_q(squared, best.alpha, best.scale, weights)
 
 
-def _mean_top_q(squared_NK: Tensor, alpha: float, scale: float) -> float:
+def _mean_top_q(squared_NK: Tensor, alpha: float, scale: float, weights_N: Tensor | None) -> float:
     logits = -(alpha + 1.0) / 2.0 * torch.log1p(squared_NK / (alpha * scale))
-    return float(torch.softmax(logits, dim=1).max(dim=1).values.mean())
+    top = torch.softmax(logits, dim=1).max(dim=1).values
+    return float(top.mean() if weights_N is None else top @ weights_N / weights_N.sum())

@@ -12,8 +12,9 @@ The course of a fit, and the member that is called:
    `memory` gave to the checkpoint.
 3. Before each step `refresh`: None, or a pass over all rows of all ranks (`run_pass`).
 4. `batch_sums`, if the loss needs numbers of the whole step's rows; the trainer puts their sum into `Minibatch.sums`.
-5. The module is called with the `Minibatch` and returns weighted sums over its rows; the trainer divides by the weight
-   of the step's rows on all ranks, steps backward and lets the optimiser step.
+   Passes and such sums run without gradients and outside autocast: `snapshot.encode` brings the training's arithmetic.
+5. The module is called with the `Minibatch`, in the training's arithmetic, and returns weighted sums over its rows. The
+   trainer divides by the weight of the step's rows on all ranks, goes backward and lets the optimiser step.
 6. `after_step`, with the sums that `step_sums` returned, added up over the ranks.
 7. After the last epoch: `ending` says whether the centres stay as they are or k-means has the last word; then
    `centers` and `predictor` decide the leaf of a row (raydc.core.predictor).
@@ -32,6 +33,8 @@ from raydc.core.autoencoder import Autoencoder
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.predictor import Predictor
 from raydc.core.settings import FitSettings
+
+_KERNEL = "kernel"
 
 
 @dataclass(frozen=True)
@@ -182,11 +185,14 @@ class Objective(nn.Module):
 
     def memory(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold beside the autoencoder's weights; nothing of one rank alone."""
-        return {k: t for k, t in self.state_dict().items() if not k.startswith(("encoder.", "decoder."))}
+        kept = {k: t for k, t in self.state_dict().items() if not k.startswith(("encoder.", "decoder."))}
+        return kept | {_KERNEL: torch.tensor([self.kernel.alpha, self.kernel.scale], dtype=torch.float64)}
 
     def recall(self, tensors: dict[str, Tensor]) -> None:
         """Take what `memory` gave."""
-        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        self.kernel = Kernel(*tensors[_KERNEL].tolist())
+        kept = {k: t for k, t in tensors.items() if k != _KERNEL}
+        missing, unexpected = self.load_state_dict(kept, strict=False)
         lost = [k for k in missing if not k.startswith(("encoder.", "decoder."))]
         if lost or unexpected:
             raise ValueError(f"the checkpoint lacks {lost} and has {unexpected} that the objective does not know")

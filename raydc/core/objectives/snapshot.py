@@ -93,7 +93,7 @@ class Refresh:
         self._previous, self._keep, self._arithmetic = previous, keep, arithmetic
         self._f = torch.zeros(len(centers_KL), dtype=torch.float64, device=centers_KL.device)
         self._sizes = torch.zeros_like(self._f)
-        # Rows, changed rows, sum of the largest q.
+        # Weights of the rows, of the changed ones, and of the largest q.
         self._scalars = torch.zeros(3, dtype=torch.float64, device=centers_KL.device)
         self._kept_z: list[Tensor] = []
         self._kept_leaves: list[Tensor] = []
@@ -105,13 +105,13 @@ class Refresh:
         q = log_soft_assign(z, self._centers, self._kernel).exp()
         top, leaves = q.max(dim=1)
         # In double before the product: f is a sum over all rows.
-        self._f += batch.weights_N.double() @ q.double()
-        self._sizes += torch.bincount(leaves, minlength=len(self._f))
-        changed: Tensor | int = len(batch)
+        weights = batch.weights_N.double()
+        self._f += weights @ q.double()
+        self._sizes.index_add_(0, leaves, weights)
+        changed = weights
         if self._previous is not None:
-            changed = (self._previous.leaves(batch, self._kernel, self._arithmetic) != leaves).sum()
-        counted = (len(batch), changed, top.sum())
-        self._scalars += torch.stack([torch.as_tensor(v, device=z.device).double() for v in counted])
+            changed = weights * (self._previous.leaves(batch, self._kernel, self._arithmetic) != leaves)
+        self._scalars += torch.stack([weights.sum(), changed.sum(), weights @ top.double()])
         self._resident = batch.positions_N is not None
         if self._resident:
             self._kept_z.append(z)

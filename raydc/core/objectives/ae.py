@@ -1,0 +1,61 @@
+"""An autoencoder with a loss on its code. Letters: N rows, K leaves, D width of a row, L width of the code."""
+
+import torch
+from torch import Tensor, nn
+
+from raydc.core.nearest import squared_distances
+from raydc.core.objectives.kernel import Kernel
+from raydc.core.objectives.objective import Minibatch, Objective, Parts
+from raydc.core.objectives.reconstruction import squared_error
+
+
+def to_nearest(z_NL: Tensor, centers_KL: Tensor) -> Tensor:
+    """Return min_j |z_i - c_j|^2 as (N,) float32, with gradients for the point and its nearest centre."""
+    leaf = squared_distances(z_NL.detach(), centers_KL.detach()).argmin(dim=1)
+    return ((z_NL - centers_KL[leaf]) ** 2).sum(dim=1)
+
+
+class Ae(Objective):
+    """L = (|x - y|^2 + beta C(z)) / D, with one C of three.
+
+    C(z) is the squared distance to the nearest centre (`nearest`; the centres learn too), |z|^2 (`l2`), or the sum of
+    |z_d| (`l1`). Both terms are sums over their dimensions divided by the same D, so that beta means the same for any
+    width of the rows. The code moves under the loss, so k-means has the last word.
+    """
+
+    ending = "kmeans"
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, centers_KL: Tensor, kernel: Kernel, *, code_loss: str, beta: float
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.kernel = encoder, decoder, kernel
+        if code_loss == "nearest":
+            self.centers = nn.Parameter(centers_KL.clone())
+        else:
+            self.register_buffer("centers", centers_KL.clone())
+        self.code_loss, self.beta = code_loss, beta
+
+    @classmethod
+    def of(cls, parts: Parts) -> "Ae":
+        """Return the objective that starts from these parts."""
+        assert parts.autoencoder is not None
+        net, refine = parts.autoencoder, parts.settings.refine
+        return cls(
+            net.encoder, net.decoder, parts.centers_KL, parts.kernel, code_loss=refine.code_loss, beta=refine.beta
+        )
+
+    def forward(self, batch: Minibatch) -> dict[str, Tensor]:
+        """Return weighted sums over the rows: `loss`, and its parts `reconstruction` and `code`."""
+        assert self.encoder is not None
+        z = self.encoder(batch.x_ND).float()
+        reconstruction = (batch.weights_N * squared_error(batch.x_ND, self.decoder(z))).sum()
+        with torch.autocast(z.device.type, enabled=False):
+            code = (batch.weights_N * self._code_loss(z)).sum() / batch.x_ND.shape[1]
+        loss = reconstruction + self.beta * code
+        return {"loss": loss, "reconstruction": reconstruction.detach(), "code": code.detach()}
+
+    def _code_loss(self, z_NL: Tensor) -> Tensor:
+        if self.code_loss == "nearest":
+            return to_nearest(z_NL, self.centers)
+        return (z_NL**2).sum(dim=1) if self.code_loss == "l2" else z_NL.abs().sum(dim=1)
