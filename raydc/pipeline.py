@@ -16,6 +16,7 @@ from raydc.rundir import RunDir, now
 from raydc.schema import MANIFEST
 from raydc.signals import Stopped, stoppable
 from raydc.stages import assign, evaluate, fit, merge, profile, publish, report
+from raydc.summary import resume_command
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +92,6 @@ def run(config: Config, run_id: str) -> RunDir:
             log.error("%s: stopped by SIGTERM; `%s` continues", folder.progress.get("stage"), resume_command(folder))
             raise
     return folder
-
-
-def resume_command(folder: RunDir) -> str:
-    """Return the command that continues a run from any machine that reaches its folder and its input."""
-    return f"raydc resume {folder.root}"
 
 
 def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> None:

@@ -1,7 +1,13 @@
-"""What a person reads at the end of a run, and from `raydc show`: a table and the paths."""
+"""What a person reads at the end of a run, and from `raydc show`: where it stands, a table and the paths.
 
+From the files of the run alone, so from any machine: markers of the stages, and the driver's last heartbeat.
+"""
+
+import datetime
 from typing import Any
 
+from raydc.config import LeaseConfig
+from raydc.lease import Holder, holder
 from raydc.rundir import RunDir
 from raydc.schema import MANIFEST
 
@@ -13,6 +19,8 @@ def lines(run: RunDir) -> list[str]:
     """Return the state of a run and, as far as it has come, its results."""
     markers = {name: run.marker(name) for name in _STAGES}
     text = [f"run         {run.run_id}, {_state(run, markers)}"]
+    if not run.lake.exists(run.uri(MANIFEST)):
+        text += _standing(run, markers)
     if run.lake.exists(run.uri("metrics.json")):
         text += _results(run.lake.read_json(run.uri("metrics.json")), markers)
     text.append("")
@@ -20,6 +28,46 @@ def lines(run: RunDir) -> list[str]:
     written = {"labels": "labels", "tree": "tree", "model": "model", "report": "report/index.html"}
     found = [f"{name:12s}{run.uri(path)}" for name, path in written.items() if run.lake.exists(run.uri(path))]
     return text + found
+
+
+def resume_command(run: RunDir) -> str:
+    """Return the command that continues a run from any machine that reaches its folder and its input."""
+    return f"raydc resume {run.root}"
+
+
+def _standing(run: RunDir, markers: dict[str, Any]) -> list[str]:
+    """Return who drives the run, what it does or did last, what is left, and how to continue if no one does."""
+    found = holder(run.lake, run.root)
+    text, alive = [], False
+    if found is not None:
+        driver, alive = _driver(found)
+        text.append(f"driver      {driver}")
+        progress = found.beat.progress if found.beat is not None else {}
+        if "stage" in progress:
+            doing = f"{progress['stage']} since {progress['started']}"
+            line = f": {progress['line']}" if "line" in progress else ""
+            text.append(f"{'doing' if alive else 'last':12s}{doing}{line}")
+    left = [name for name in _STAGES if markers[name] is None or markers[name]["state"] != "done"]
+    text.append(f"left        {', '.join(left) or 'nothing'}")
+    if not alive:
+        text.append(f"continue    {resume_command(run)}")
+    return text
+
+
+def _driver(found: Holder) -> tuple[str, bool]:
+    """Return what is known of a driver, and whether it is to be taken for alive."""
+    if found.beat is None:
+        return f"{found.owner}, has given no sign of life", not found.is_free
+    if found.beat.released is not None:
+        return f"{found.owner}, let go at {found.beat.time}: {found.beat.released}", False
+    if found.is_free:
+        return f"{found.owner}, dead; last heartbeat at {found.beat.time}", False
+    then = datetime.datetime.strptime(found.beat.time, "%Y-%m-%dT%H:%M:%S%z")
+    # Its clock and ours: for the eye only.
+    age = max(0, round((datetime.datetime.now(datetime.UTC) - then).total_seconds()))
+    if age <= LeaseConfig().stale_seconds:
+        return f"{found.owner}, heartbeat {age} s ago", True
+    return f"{found.owner}, no heartbeat for {age} s: dead, or cut off", False
 
 
 def _state(run: RunDir, markers: dict[str, Any]) -> str:

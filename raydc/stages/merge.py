@@ -19,13 +19,15 @@ from threadpoolctl import threadpool_limits
 from raydc.cluster import root_cause
 from raydc.config import Config, MergeConfig
 from raydc.core.linkage import Linkage, agglomerate
-from raydc.core.linkage_cells import CellMerges, CellState, run_here
+from raydc.core.linkage_cells import CellMerges, CellState, Runner, run_here
 from raydc.core.tree import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
 from raydc.errors import StageError
 from raydc.lake import Lake, join
 from raydc.model import Model
 from raydc.rundir import RunDir
 from raydc.schema import level_column
+from raydc.stages import cells
+from raydc.stages.cells import kept
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     lake = run.lake
     leaves = safetensors.torch.load(lake.read_bytes(run.uri("fit", "leaves.safetensors")))
     weights, means, sse = (leaves[name].numpy() for name in ("weights", "means", "sse"))
-    tree = merge_leaves(config, means, weights, sse)
+    tree = merge_leaves(config, means, weights, sse, run)
     if len(tree.left_out):
         log.warning(
             "merge: %d of %d leaves hold no row and are left out of the model", len(tree.left_out), len(weights)
@@ -65,6 +67,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     statistics = {"weights": weights, "means": means, "sse": sse}
     body = safetensors.torch.save({k: torch.from_numpy(np.ascontiguousarray(a)) for k, a in statistics.items()})
     lake.write_bytes(run.uri("tree", "leaves.safetensors"), body)
+    run.remove("/".join(cells.FOLDER))
     Model.load(run.uri("fit", "model"), lake).reordered(order.tolist(), groups).save(lake, run.uri("model"))
     return {
         "leaves": len(order),
@@ -85,8 +88,11 @@ def merge_leaves(
     means: npt.NDArray[np.float64],
     weights: npt.NDArray[np.float64],
     sse: npt.NDArray[np.float64],
+    run: RunDir | None = None,
 ) -> Linkage:
     """Return the tree by the settings of the section; its cells, if it takes any, are tasks on the cluster.
+
+    With a run folder, cells that are merged stay merged if the driver dies.
 
     Raises:
         StageError: the leaves do not fit the linkage or the metric, or a cell was lost for good.
@@ -94,6 +100,9 @@ def merge_leaves(
     section = config.merge
     _warn_of_idle_settings(section)
     connected = ray.is_initialized()
+    run_cells: Runner = partial(run_on_cluster, num_cpus=section.cpus_per_cell) if connected else run_here
+    if run is not None:
+        run_cells = kept(run, run_cells)
     try:
         return agglomerate(
             means,
@@ -109,14 +118,15 @@ def merge_leaves(
             seed=config.seed,
             budget_seconds=section.budget_seconds,
             num_parallel=_cells_at_a_time(section.cpus_per_cell) if connected else 1,
-            run_cells=partial(run_on_cluster, num_cpus=section.cpus_per_cell) if connected else run_here,
+            run_cells=run_cells,
         )
     except ValueError as error:
         raise StageError(f"merge: {error}.") from error
     except ray.exceptions.RayError as error:
         cause = root_cause(error)
         raise StageError(
-            f"merge: a cell failed with {type(cause).__name__}: {cause}. The same command does this stage again."
+            f"merge: a cell failed with {type(cause).__name__}: {cause}. Cells that are done are "
+            "kept; the same command continues."
         ) from error
 
 
