@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,3 +70,49 @@ def test_a_submitted_job_succeeds_and_publishes(head, tmp_path):
     assert "succeeded" in done.stdout and "run         submitted, published" in done.stdout
     manifest = json.loads((tmp_path / "submitted" / "_MANIFEST.json").read_text())
     assert manifest["rows"] == {"input": 1797, "labels": 1797, "rejects": 0}
+
+
+def read_labels(run):
+    """Return the leaf of every row of a run folder, by id."""
+    files = sorted((run / "labels").glob("*.parquet"))
+    return pa.concat_tables([pq.read_table(f) for f in files]).sort_by("id")["leaf"].to_numpy()
+
+
+@pytest.mark.slow
+def test_a_job_that_was_stopped_gives_its_lease_back_and_the_same_job_finishes_it(head, tmp_path):
+    address, environment = head
+
+    def submit(run_id, *options):
+        command = [str(RAY), "job", "submit", "--address", address, "--working-dir", str(ROOT), *options, "--"]
+        command += ["python", "jobs/cluster_imagenet.py", "--config", "jobs/digits.yaml", "--run-id", run_id]
+        overrides = [f"output={tmp_path}", "pretrain.num_epochs=40", "pretrain.batch_rows=16", "refine.num_epochs=2"]
+        for override in (*overrides, "cluster.num_restarts=2", "lease.heartbeat_seconds=0.5"):
+            command += ["--set", override]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=ROOT)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        return done.stdout
+
+    submit("stopped", "--no-wait", "--submission-id", "to-be-stopped")
+    beat = tmp_path / "stopped" / "lease" / "00000001.beat.json"
+    deadline = time.monotonic() + 300
+    while not (beat.exists() and "pretrain epoch" in json.loads(beat.read_text())["progress"].get("line", "")):
+        assert time.monotonic() < deadline, beat.read_text() if beat.exists() else "no heartbeat"
+        time.sleep(0.2)
+    stop = [str(RAY), "job", "stop", "--address", address, "to-be-stopped"]
+    done = subprocess.run(stop, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    assert "was stopped" in done.stdout + done.stderr
+    last = json.loads(beat.read_text())
+    assert last["released"] == "stopped by SIGTERM" and last["progress"]["stage"] == "fit"
+    logs = [str(RAY), "job", "logs", "--address", address, "to-be-stopped"]
+    text = subprocess.run(logs, env=environment, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert f"fit: stopped by SIGTERM; `raydc resume {tmp_path}/stopped` continues" in text
+    assert not (tmp_path / "stopped" / "_MANIFEST.json").exists()
+
+    text = submit("stopped")
+    assert "profile: done earlier, skipped" in text and "run         stopped, published" in text
+    history = json.loads((tmp_path / "stopped" / "metrics.json").read_text())["fit"]["history"]
+    assert [h["epoch"] for h in history if h["phase"] == "pretrain"] == list(range(40))
+    submit("unbroken")
+    broken, unbroken = read_labels(tmp_path / "stopped"), read_labels(tmp_path / "unbroken")
+    print(f"labels equal: {(broken == unbroken).mean():.4f}")
+    assert (broken == unbroken).mean() >= 0.99
