@@ -119,8 +119,8 @@ class Fence:
         """
         later = self.generation + 1
         while (body := _read(self.lake, _generation_uri(self.folder, later))) is not None:
-            if body["owner"]["token"] != self.owner.token:
-                raise _lost(Owner(**body["owner"]))
+            if (other := _owner(body)).token != self.owner.token:
+                raise _lost(other)
             later += 1
 
     def advance(self, kind: str) -> None:
@@ -215,6 +215,7 @@ def acquire(
         generation = 1 if last is None else last.generation + 1
         if _take(lake, folder, generation, "run", owner):
             break
+        time.sleep(0.1)
     if last is not None and (last.beat is None or last.beat.released is None):
         log.warning("lease: taken over from %s, which is gone", last.owner)
     fence = Fence(lake, folder, generation, owner)
@@ -232,7 +233,7 @@ def holder(lake: Lake, root: str) -> Holder | None:
     if body is None:
         return None
     beat = _read(lake, _beat_uri(folder, numbers[-1]))
-    return Holder(numbers[-1], body["kind"], Owner(**body["owner"]), None if beat is None else Beat(**beat))
+    return Holder(numbers[-1], body.get("kind", "run"), _owner(body), Beat(**beat) if beat else None)
 
 
 def _wait_until_free(lake: Lake, root: str, last: Holder, stale_seconds: float) -> None:
@@ -271,11 +272,18 @@ def _lost(owner: Owner) -> LeaseLost:
     )
 
 
-def _read(lake: Lake, uri: str) -> Any:
+def _read(lake: Lake, uri: str) -> dict[str, Any] | None:
+    """Return an object, None if it is not there, nothing in it if its writer was killed on a disk without links."""
     try:
         return json.loads(lake.read_bytes(uri))
     except FileNotFoundError:
         return None
+    except ValueError:
+        return {}
+
+
+def _owner(body: dict[str, Any]) -> Owner:
+    return Owner(**body["owner"]) if "owner" in body else Owner("an unknown host", 0, "", "", "")
 
 
 def _generation_uri(folder: str, generation: int) -> str:

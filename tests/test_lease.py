@@ -297,6 +297,13 @@ def test_settings_that_would_lose_the_lease_by_one_late_heartbeat_are_refused():
     assert "lease" not in parsed.settings("publish")
 
 
+def test_a_lease_whose_writer_was_killed_in_the_middle_is_followed(tmp_path):
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "00000001.json").touch()
+    with take(tmp_path, stale=0.3) as second:
+        assert second.fence.generation == 2
+
+
 def test_the_lease_may_be_let_go_twice(tmp_path):
     found = take(tmp_path)
     assert isinstance(found, Lease)

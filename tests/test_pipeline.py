@@ -227,17 +227,24 @@ def test_a_bad_row_that_the_sample_missed_stops_the_fit_with_its_place(ray_clust
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_on_another_number_of_workers(ray_cluster, digits, tmp_path, on_one_worker):
+def test_a_terminated_and_killed_run_continues_on_another_number_of_workers(
+    ray_cluster, digits, tmp_path, on_one_worker
+):
     values = json.loads(settings(digits, tmp_path).model_dump_json())
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "raydc", "run", "--config", str(tmp_path / "job.yaml"), "--run-id", "killed"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "pretrain epoch 5/" in line:
-                break
-        process.send_signal(signal.SIGKILL)
+    for epoch, number in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if f"pretrain epoch {epoch}/" in line:
+                    break
+            process.send_signal(number)
+            rest = process.stdout.read() if number == signal.SIGTERM else ""
+        if number == signal.SIGTERM:
+            assert process.returncode == 143
+            assert f"fit: stopped by SIGTERM; `raydc resume {tmp_path}/killed` continues" in rest
     # The cluster goes down with its driver; until it has, its worker may still report an epoch.
     time.sleep(5)
     run = pipeline.run(settings(digits, tmp_path, fit={"num_workers": 2}), "killed")
