@@ -218,6 +218,10 @@ class Lake:
         if isinstance(fs, LocalFileSystem):
             with _told(Path(path).parent, _MORE_ROOM):
                 return _create_local(Path(path), data)
+        # A server that ignores the condition would let a second writer replace the file of the first.
+        fs.invalidate_cache()
+        if fs.exists(path):
+            return self.read_bytes(uri) == data
         for attempt in range(_CREATE_TRIES):
             try:
                 fs.pipe_file(path, data, mode="create")

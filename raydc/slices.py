@@ -367,8 +367,14 @@ def _tables(
 
 def _group_rows(lake: Lake, part: Slice) -> list[tuple[int, int, int]]:
     """Return (row group, first row, row behind the last) of each row group, counted within the slice."""
-    with lake.open_parquet(part.uri) as handle:
-        metadata = pq.ParquetFile(handle).metadata
+    try:
+        with lake.open_parquet(part.uri) as handle:
+            metadata = pq.ParquetFile(handle).metadata
+    except _NOT_THE_FILE:
+        raise
+    except (pa.ArrowException, OSError):
+        # The file is gone, or its footer is damaged by now: all that is left of the slice is lost in one piece.
+        return [(part.row_groups[0], 0, part.num_rows)]
     stops = np.cumsum([metadata.row_group(g).num_rows for g in part.row_groups]).tolist()
     return [(g, a, b) for g, a, b in zip(part.row_groups, [0, *stops], stops, strict=False)]
 

@@ -490,6 +490,21 @@ def test_damage_in_the_middle_costs_its_row_group_whatever_the_blocks(tmp_path, 
     assert len(rejects) == len(lost)
 
 
+@pytest.mark.parametrize("how", ["gone", "truncated", "empty"])
+def test_a_file_that_is_lost_after_the_plan_loses_all_its_rows_aloud(tmp_path, how):
+    path = tmp_path / "a.parquet"
+    shards.write(path, shards.rows(shards.vectors(40)), row_group_size=10)
+    (part,) = plan(tmp_path)
+    path.unlink() if how == "gone" else damaged(path, how)
+    with pytest.raises(DataError, match="a.parquet cannot be read beyond row 0"):
+        list(read_slice(Lake(), part, spec()))
+    batches = list(read_slice(Lake(), part, spec(on_bad_files="quarantine")))
+    assert sum(len(b.keys) for b in batches) == 0
+    rejects = pa.concat_tables([b.rejects for b in batches])
+    assert rejects["row"].to_pylist() == list(range(40))
+    assert rejects["id"].null_count == 40
+
+
 def test_a_flipped_bit_is_found_where_the_writer_left_checksums(tmp_path):
     path = tmp_path / "a.parquet"
     table = shards.rows(shards.vectors(40))

@@ -13,6 +13,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
+from raydc.advice import remedy
 from raydc.config import Config
 from raydc.core.nearest import prepare_process
 from raydc.errors import DataError, StageError
@@ -20,6 +21,7 @@ from raydc.labelling import Labelling, Statistics, label_slice
 from raydc.lake import Lake
 from raydc.model import Model
 from raydc.rundir import RunDir
+from raydc.secrets import masked
 from raydc.slices import InputSpec, Slice
 from raydc.stages import merge
 from raydc.stages import profile as profiling
@@ -154,10 +156,14 @@ def _labelled(
             if row["kind"] == DataError.__name__:
                 raise DataError(f"assign: {row['failure']}")
             if row["kind"] is not None:
-                raise StageError(f"assign: {row['kind']}: {row['failure']}. {_CONTINUES}")
+                told = f"{row['kind']}: {row['failure']}"
+                raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
             yield Statistics.from_bytes(row["statistics"])
     except ray.exceptions.RayError as error:
-        raise StageError(f"assign: the actors were lost: {type(error).__name__}: {error}. {_CONTINUES}") from error
+        told = f"{type(error).__name__}: {error}"
+        raise StageError(
+            f"assign: the actors were lost: {masked(told)}.{remedy('assign', told)} {_CONTINUES}"
+        ) from error
 
 
 def _on_gpu(job: Labelling) -> Labelling:

@@ -19,6 +19,7 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, R
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
+from raydc.advice import remedy
 from raydc.cluster import root_cause, watched
 from raydc.config import Config
 from raydc.core.autoencoder import choose_precision
@@ -35,6 +36,7 @@ from raydc.lake import Lake
 from raydc.lease import LeaseLost
 from raydc.model import Model
 from raydc.rundir import RunDir
+from raydc.secrets import masked
 from raydc.slices import InputSpec, RowBatch, Slice, read_slice
 from raydc.stages import profile as profiling
 
@@ -111,7 +113,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             cause = root_cause(error)
             raise StageError(
                 f"fit: the workers failed {config.fit.max_failures + 1} times, at last with {type(cause).__name__}: "
-                f"{cause}. Checkpoints are kept; the same command continues."
+                f"{masked(str(cause))}.{remedy('fit', cause)} Checkpoints are kept; the same command continues."
             ) from error
     if outcome.get("failure"):
         kind, text = outcome["failure"]
