@@ -221,9 +221,9 @@ class ClusterConfig(Section):
 class FitConfig(Section):
     """What is learned, and on which workers."""
 
-    objective: Literal["dec", "idec", "ae", "dcn", "autoencoder", "kmeans"] = "dec"
-    """dec; idec; ae (reconstruction and a loss on the code); dcn; autoencoder (pretraining and k-means only); kmeans
-    (no network, the preprocessed rows)."""
+    objective: Literal["dec", "idec", "ae", "dcn", "vade", "vdc", "autoencoder", "kmeans"] = "dec"
+    """dec; idec; ae (reconstruction and a loss on the code); dcn; vade, also called vdc; autoencoder
+    (pretraining and k-means only); kmeans (no network, the preprocessed rows)."""
 
     preset: Literal["paper", "scale"] | None = None
     """Settings of the objective that are not given get their values from here (raydc/presets.py): paper, the published
@@ -319,6 +319,36 @@ class RefineConfig(Section):
 
     max_grad_norm: float | None = Field(5.0, gt=0)
     """Gradients are scaled down to this norm; null leaves them as they are."""
+
+
+class VadeConfig(Section):
+    """Variational deep embedding (VaDE): an autoencoder with noise, and a mixture of Gaussians over its code."""
+
+    likelihood: Literal["bernoulli", "gaussian"] = "gaussian"
+    """Of the elements of a preprocessed row: bernoulli for values in [0, 1], such as pixels; gaussian, with one learned
+    variance, for any others."""
+
+    kl_weight: float = Field(1.0, gt=0)
+    """Weight of the divergence from the mixture beside the reconstruction; 1 is the evidence bound."""
+
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs in which that weight rises linearly from zero."""
+
+    mixture_learning_rate: float | None = Field(None, gt=0)
+    """Rate of the weights, means and variances of the mixture; null is refine.learning_rate."""
+
+    decay: float = Field(1.0, gt=0, le=1)
+    """Factor on both rates after every `decay_epochs`."""
+
+    decay_epochs: int = Field(10, ge=1)
+    """Epochs between two steps of the decay."""
+
+    start_rows: int = Field(50_000, ge=2)
+    """Rows, chosen by hash of the row key, to which the first mixture is fitted, starting from the k-means clusters;
+    takes about 24 * start_rows * num_leaves bytes. Row weights play no part in it."""
+
+    start_iterations: int = Field(100, ge=0)
+    """Most iterations of that fit."""
 
 
 MAX_PAIRWISE_LEAVES = 20_000
@@ -498,6 +528,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     fit: FitConfig = FitConfig()
     refine: RefineConfig = RefineConfig()
+    vade: VadeConfig = VadeConfig()
     merge: MergeConfig = MergeConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -582,7 +613,7 @@ class Config(Section):
 
 SECTIONS_OF_STAGE: dict[str, tuple[str, ...]] = {
     "profile": ("input", "preprocess"),
-    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "evaluate"),
+    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "vade", "evaluate"),
     "merge": ("merge",),
     "assign": ("assign",),
     "evaluate": (),

@@ -33,6 +33,12 @@ def uniform(keys: Tensor, seed: int) -> Tensor:
     return _shift_right(hash_keys(keys, seed), 11).double() * 2.0**-53
 
 
+def normal(keys: Tensor, seed: int) -> Tensor:
+    """Return a float32 standard normal number for each int64 key, by the inverse of its distribution function."""
+    inside = uniform(keys, seed).clamp(2.0**-53, 1.0 - 2.0**-53)
+    return (torch.erfinv(2.0 * inside - 1.0) * 2.0**0.5).float()
+
+
 def sample_mask(keys: npt.NDArray[np.int64], seed: int, fraction: float) -> npt.NDArray[np.bool_]:
     """Return which rows belong to a sample of about `fraction` of them; all of them for a fraction of 1 or more."""
     if fraction >= 1.0:

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from raydc.core.mixture import Mixture
+
 
 class Predictor(Protocol):
     """A rule that gives each point its leaves by probability."""
@@ -40,4 +42,6 @@ def build_predictor(kind: str, tensors: dict[str, Tensor]) -> Predictor:
     Raises:
         ValueError: no predictor has this kind.
     """
+    if kind == Mixture.kind:
+        return Mixture(**tensors)
     raise ValueError(f"unknown kind of predictor {kind!r}")

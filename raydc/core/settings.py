@@ -59,6 +59,20 @@ class RefineSettings:
 
 
 @dataclass(frozen=True)
+class VadeSettings:
+    """See raydc.config.VadeConfig."""
+
+    likelihood: str
+    kl_weight: float
+    warmup_epochs: float
+    mixture_learning_rate: float | None
+    decay: float
+    decay_epochs: int
+    start_rows: int
+    start_iterations: int
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """All that decides the result of a fit, beside the rows."""
 
@@ -72,6 +86,7 @@ class FitSettings:
     pretrain: PretrainSettings
     cluster: ClusterSettings
     refine: RefineSettings
+    vade: VadeSettings
     baseline_rows: int
     fingerprint: str
     """Of the settings and the input; a checkpoint with another one is refused."""

@@ -167,11 +167,14 @@ class _Fit:
         assert objective is not None
         module = trainer.distributed(objective)
         optimizer = _refine_optimizer(plan, objective)
+        rates = [group["lr"] for group in optimizer.param_groups]
         checkpoint.restore_optimizer(optimizer, state.optimizer)
         num_steps = trainer.rows.num_steps(plan.batch_rows)
         for epoch in range(state.epoch, plan.num_epochs):
             if state.converged:
                 break
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * objective.rate_factor(epoch)
             seed = stream_seed(self.settings.seed, 7, epoch)
             seen: dict[str, Any] = {}
             if objective.reclusters(epoch):

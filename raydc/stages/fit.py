@@ -28,7 +28,7 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import prepare_process
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings
+from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings, VadeSettings
 from raydc.core.state import Clustering
 from raydc.core.training import Fitted, fit
 from raydc.errors import DataError, StageError, StorageUnavailable
@@ -132,6 +132,7 @@ def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
         pretrain=PretrainSettings(**config.pretrain.model_dump()),
         cluster=ClusterSettings(**config.cluster.model_dump()),
         refine=RefineSettings(**config.refine.model_dump()),
+        vade=VadeSettings(**config.vade.model_dump()),
         baseline_rows=config.evaluate.baseline_rows,
         fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
         checkpoint_epochs=config.fit.checkpoint_epochs,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from raydc.core.collectives import Ranks
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, StreamedRows
-from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings
+from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings, VadeSettings
 from raydc.core.training import fit
 
 SETTINGS = FitSettings(
@@ -60,6 +60,7 @@ SETTINGS = FitSettings(
         recluster_epochs=10,
         max_grad_norm=5.0,
     ),
+    vade=VadeSettings("gaussian", 1.0, 1.0, None, 0.9, 1, 10_000, 20),
     baseline_rows=10_000,
     fingerprint="test",
 )
@@ -190,6 +191,9 @@ def fit_blobs(ranks, settings=SETTINGS, streamed=False, folder=None, stop_after=
         "centers": fitted.clustering.centers_KL.numpy(),
         "encoder": {k: v.numpy() for k, v in fitted.clustering.encoder.state_dict().items()}
         if fitted.clustering.encoder is not None
+        else {},
+        "predictor": {k: v.numpy() for k, v in fitted.clustering.predictor.tensors().items()}
+        if fitted.clustering.predictor is not None
         else {},
         "weights": fitted.leaves.weights_K.numpy(),
         "baselines": {name: b.centers_KL.numpy() for name, b in fitted.baselines.items()},

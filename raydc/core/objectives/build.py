@@ -5,6 +5,7 @@ from raydc.core.objectives.dcn import Dcn
 from raydc.core.objectives.dec import Dec
 from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.objective import Objective, Parts
+from raydc.core.objectives.vade import Vade
 
 
 def uses_autoencoder(name: str) -> bool:
@@ -29,4 +30,6 @@ def build(name: str, parts: Parts) -> Objective | None:
         return Ae.of(parts) if parts.settings.refine.beta > 0 else None
     if name == "dcn":
         return Dcn.of(parts)
+    if name in ("vade", "vdc"):
+        return Vade.of(parts)
     raise ValueError(f"unknown objective {name!r}")

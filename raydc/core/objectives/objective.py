@@ -154,6 +154,10 @@ class Objective(nn.Module):
         """Return the optimiser's groups; one with a `lr` of its own has that rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": learning_rate}]
 
+    def rate_factor(self, epoch: int) -> float:
+        """Return what every rate of `parameter_groups` is multiplied with in this epoch."""
+        return 1.0
+
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Return the pass that comes before this step of an epoch, if any; the same on every rank."""
         return None
