@@ -221,13 +221,22 @@ class ClusterConfig(Section):
 class FitConfig(Section):
     """What is learned, and on which workers."""
 
-    objective: Literal["dec", "idec", "ae", "dcn", "vade", "vdc", "autoencoder", "kmeans"] = "dec"
-    """dec; idec; ae (reconstruction and a loss on the code); dcn; vade, also called vdc; autoencoder
-    (pretraining and k-means only); kmeans (no network, the preprocessed rows)."""
+    objective: Literal["dec", "idec", "ae", "dcn", "vade", "vdc", "distill", "autoencoder", "kmeans"] = "dec"
+    """dec; idec; ae (reconstruction and a loss on the code); dcn; vade, also called vdc; distill (cluster ids teach the
+    network); autoencoder (pretraining and k-means only); kmeans (no network, the preprocessed rows)."""
 
     preset: Literal["paper", "scale"] | None = None
     """Settings of the objective that are not given get their values from here (raydc/presets.py): paper, the published
     ones, for small data; scale, for many rows and leaves."""
+
+    teacher: str | None = None
+    """distill: URI of a finished run (or its model folder) whose labels teach; null is the run's own k-means. The fit
+    goes on from the teacher's network, so autoencoder.* must name its widths, preprocessing is taken over from it, and
+    nothing is pretrained; of a teacher without a network (kmeans) only the labels are taken."""
+
+    teacher_level: int | None = Field(None, ge=1)
+    """Number of groups of the teacher's tree level that teaches; null is its leaves. cluster.num_leaves must be the
+    number of its groups."""
 
     max_rows: int | None = Field(None, ge=1)
     """Train on a sample of about this many rows, chosen by hash of the row key; every row is assigned all the same."""
@@ -349,6 +358,32 @@ class VadeConfig(Section):
 
     start_iterations: int = Field(100, ge=0)
     """Most iterations of that fit."""
+
+
+class DistillConfig(Section):
+    """Distillation: a softmax over prototypes learns the ids of a clustering, and the network with it."""
+
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    """How prototypes compare with codes, without a teacher: by direction from the mean, or by distance. With a teacher
+    it is the distance."""
+
+    temperature: float = Field(0.1, gt=0)
+    """Of the softmax over the prototypes: of their cosines, or of half the squared distances in units of the mean one
+    to the nearest prototype."""
+
+    reconstruction_weight: float = Field(1.0, ge=0)
+    """Weight of the reconstruction beside the cross-entropy; it keeps the code from collapsing. 0 leaves the decoder
+    alone."""
+
+    num_reclusterings: int = Field(1000, ge=0)
+    """Epochs, from the first on, that begin with a step of k-means from the present prototypes; later ones only assign
+    anew. Without a teacher."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: every class has the same share of the loss, however many rows it has."""
+
+    start_rows: int = Field(50_000, ge=1)
+    """Rows, chosen by hash of the row key, from which the first prototypes and the unit of distance come."""
 
 
 MAX_PAIRWISE_LEAVES = 20_000
@@ -529,6 +564,7 @@ class Config(Section):
     fit: FitConfig = FitConfig()
     refine: RefineConfig = RefineConfig()
     vade: VadeConfig = VadeConfig()
+    distill: DistillConfig = DistillConfig()
     merge: MergeConfig = MergeConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -573,9 +609,24 @@ class Config(Section):
                 f"refine.size_prior has {len(self.refine.size_prior)} numbers for cluster.num_leaves={leaves}; give "
                 "one for each leaf, or uniform, or kmeans"
             )
+        problems += self._objective_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _objective_problems(self) -> list[str]:
+        found = []
+        if self.fit.teacher is not None and self.fit.objective != "distill":
+            found.append(f"fit.teacher has no effect on fit.objective={self.fit.objective}. Set it to distill")
+        if self.fit.teacher_level is not None and self.fit.teacher is None:
+            found.append("fit.teacher_level needs fit.teacher, the run whose tree has the level")
+        bernoulli = self.fit.objective in ("vade", "vdc") and self.vade.likelihood == "bernoulli"
+        if bernoulli and self.preprocess.method == "standardize":
+            found.append(
+                "vade.likelihood=bernoulli takes rows in [0, 1], which preprocess.method=standardize leaves. Set "
+                "vade.likelihood=gaussian, or another method"
+            )
+        return found
 
     @property
     def levels(self) -> list[int]:
@@ -613,7 +664,7 @@ class Config(Section):
 
 SECTIONS_OF_STAGE: dict[str, tuple[str, ...]] = {
     "profile": ("input", "preprocess"),
-    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "vade", "evaluate"),
+    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "vade", "distill", "evaluate"),
     "merge": ("merge",),
     "assign": ("assign",),
     "evaluate": (),

@@ -17,6 +17,7 @@ from raydc.schema import MANIFEST
 from raydc.signals import Stopped, stoppable
 from raydc.stages import assign, evaluate, fit, merge, profile, publish, report
 from raydc.summary import resume_command
+from raydc.teaching import load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,11 @@ def plan(config: Config) -> list[str]:
     Raises:
         ConfigError, DataError: the run cannot work; all problems in one message.
     """
-    tables.check(config, RunDir(make_lake(config), config.output, "run"))
-    return make_plan(config, profile.profile_input(config, make_lake(config))).lines()
+    lake = make_lake(config)
+    tables.check(config, RunDir(lake, config.output, "run"))
+    found = profile.profile_input(config, lake)
+    load_teacher(config, found.spec.dim, lake)
+    return make_plan(config, found).lines()
 
 
 def run(config: Config, run_id: str) -> RunDir:
@@ -129,4 +133,5 @@ def _checked_fingerprint(config: Config, folder: RunDir) -> str:
     profile.refuse(data_problems, config_problems)
     if found is None:
         raise StageError("profile: the input could not be read.")
+    load_teacher(config, found.spec.dim, folder.lake)
     return found.fingerprint

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from raydc.core.mixture import Mixture
+from raydc.core.prototypes import Prototypes
 
 
 class Predictor(Protocol):
@@ -44,4 +45,6 @@ def build_predictor(kind: str, tensors: dict[str, Tensor]) -> Predictor:
     """
     if kind == Mixture.kind:
         return Mixture(**tensors)
+    if kind == Prototypes.kind:
+        return Prototypes(**tensors)
     raise ValueError(f"unknown kind of predictor {kind!r}")

@@ -73,6 +73,18 @@ class VadeSettings:
 
 
 @dataclass(frozen=True)
+class DistillSettings:
+    """See raydc.config.DistillConfig."""
+
+    metric: str
+    temperature: float
+    reconstruction_weight: float
+    num_reclusterings: int
+    class_weights: str
+    start_rows: int
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """All that decides the result of a fit, beside the rows."""
 
@@ -87,6 +99,7 @@ class FitSettings:
     cluster: ClusterSettings
     refine: RefineSettings
     vade: VadeSettings
+    distill: DistillSettings
     baseline_rows: int
     fingerprint: str
     """Of the settings and the input; a checkpoint with another one is refused."""

@@ -18,7 +18,7 @@ from raydc.core.collectives import Ranks
 from raydc.core.hashing import stream_seed
 from raydc.core.kmeans import LeafSums, leaf_sums
 from raydc.core.latents import calibrated, faiss_start, latent_blocks, run_lloyd, sample_latents, shared_sample
-from raydc.core.objectives.build import build, uses_autoencoder
+from raydc.core.objectives.build import build, first_look, uses_autoencoder
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, run_pass
 from raydc.core.preprocess import Preprocess
@@ -26,6 +26,7 @@ from raydc.core.pretraining import pretrain_layers, pretrain_whole
 from raydc.core.rows import Batch, Rows, Step
 from raydc.core.settings import FitSettings, RefineSettings
 from raydc.core.state import Clustering, State, restore, to_checkpoint
+from raydc.core.teacher import Teacher
 from raydc.core.trainer import Trainer
 
 
@@ -74,6 +75,7 @@ def fit(
     settings: FitSettings,
     context: Context,
     partners: Partners | None = None,
+    teacher: Teacher | None = None,
 ) -> Fitted:
     """Return the fitted clustering of all rows of all ranks, going on from the last checkpoint if there is one.
 
@@ -83,19 +85,22 @@ def fit(
         settings: the same on every rank.
         context: the launcher.
         partners: for an objective that takes rows in pairs.
+        teacher: for distillation; where it has a network, that is where the fit starts, and nothing is pretrained.
 
     Raises:
-        ValueError: fewer rows than leaves, or a checkpoint of other settings.
+        ValueError: fewer rows than leaves, rows that the objective cannot take, or a checkpoint of other settings.
         FloatingPointError: a loss was not finite; the message names phase, epoch, step and rank.
     """
-    run = _Fit(rows, preprocess, settings, context, partners)
+    run = _Fit(rows, preprocess, settings, context, partners, teacher)
     if rows.num_rows < settings.cluster.num_leaves:
         raise ValueError(f"{settings.cluster.num_leaves} leaves need at least as many rows, there are {rows.num_rows}")
     run.restore()
+    if run.state.phase in ("layers", "pretrain"):
+        run.first_look()
     if run.state.phase == "layers":
         pretrain_layers(run.trainer, run.state, run.end_epoch)
     if run.state.phase == "pretrain":
-        if run.state.autoencoder is not None:
+        if run.state.autoencoder is not None and not run.taught:
             pretrain_whole(run.trainer, run.state, run.end_epoch)
         run.start_clusters()
     if run.state.phase == "refine":
@@ -111,6 +116,7 @@ class _Fit:
         settings: FitSettings,
         context: Context,
         partners: Partners | None,
+        teacher: Teacher | None,
     ) -> None:
         self.settings, self.context, self.partners = settings, context, partners
         self.ranks = Ranks(context.rank, context.world_size, context.device)
@@ -121,8 +127,23 @@ class _Fit:
         if uses_autoencoder(settings.objective):
             autoencoder = self._new_autoencoder()
             initialize(autoencoder, generator)
-        layers = autoencoder is not None and settings.pretrain.layerwise
+        self.teacher = teacher.to(self.ranks.device) if teacher is not None else None
+        if autoencoder is not None and teacher is not None:
+            teacher.copy_network(autoencoder)
+        layers = autoencoder is not None and settings.pretrain.layerwise and not self.taught
         self.state = State(autoencoder, generator, phase="layers" if layers else "pretrain")
+
+    @property
+    def taught(self) -> bool:
+        """Whether the network comes from a teacher, so that nothing is pretrained."""
+        return self.teacher is not None and self.teacher.encoder is not None
+
+    def first_look(self) -> None:
+        """Refuse rows that the objective cannot take."""
+        look = first_look(self.settings)
+        if look is not None:
+            blocks = (self._minibatch(b, seed=0) for b in self.trainer.rows.blocks(self.settings.block_rows))
+            run_pass(look, blocks, self.ranks.sum)
 
     def start_clusters(self) -> None:
         """Find the centres by k-means, the baselines, and the kernel."""
@@ -252,6 +273,7 @@ class _Fit:
             arithmetic=self.trainer.arithmetic,
             num_rows=self.trainer.rows.num_rows,
             dim=self.trainer.rows.dim,
+            teacher=self.teacher,
         )
         objective = build(self.settings.objective, parts)
         if objective is None:

@@ -28,8 +28,16 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import prepare_process
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings, VadeSettings
+from raydc.core.settings import (
+    ClusterSettings,
+    DistillSettings,
+    FitSettings,
+    PretrainSettings,
+    RefineSettings,
+    VadeSettings,
+)
 from raydc.core.state import Clustering
+from raydc.core.teacher import Teacher
 from raydc.core.training import Fitted, fit
 from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.lake import Lake
@@ -39,6 +47,7 @@ from raydc.rundir import RunDir
 from raydc.secrets import masked
 from raydc.slices import InputSpec, RowBatch, Slice, read_slice
 from raydc.stages import profile as profiling
+from raydc.teaching import load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +64,7 @@ class Job:
     spec: InputSpec
     run: RunDir
     widths: tuple[int, ...]
+    teacher: Teacher | None
     expected_rows: int
     resident_bytes: int | None
     num_threads: int
@@ -73,13 +83,16 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             profile.num_rows,
             100 * share,
         )
+    taught = load_teacher(config, profile.spec.dim, run.lake)
+    inputs = profile.fingerprint if taught is None else f"{profile.fingerprint}-{taught.fingerprint}"
     with watched("fit", run.tell) as board:
         job = Job(
-            fit_settings(config, profile.fingerprint),
-            profile.preprocess(config),
+            fit_settings(config, inputs),
+            profile.preprocess(config) if taught is None else taught.preprocess,
             profile.spec,
             run,
             tuple(config.encoder_widths(profile.spec.dim)),
+            None if taught is None else taught.teacher,
             expected,
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
@@ -133,6 +146,7 @@ def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
         cluster=ClusterSettings(**config.cluster.model_dump()),
         refine=RefineSettings(**config.refine.model_dump()),
         vade=VadeSettings(**config.vade.model_dump()),
+        distill=DistillSettings(**config.distill.model_dump()),
         baseline_rows=config.evaluate.baseline_rows,
         fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
         checkpoint_epochs=config.fit.checkpoint_epochs,
@@ -266,7 +280,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         ranks = Ranks(context.rank, context.world_size, context.device)
         rows = _collect(job, ranks)
         try:
-            fitted = fit(rows, job.preprocess, job.settings, context)
+            fitted = fit(rows, job.preprocess, job.settings, context, teacher=job.teacher)
         except (ValueError, FloatingPointError) as error:
             # Raised alike on every rank, so every rank returns.
             return {"failure": (type(error).__name__, str(error))}

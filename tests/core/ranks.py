@@ -14,7 +14,14 @@ import torch.distributed as dist
 from raydc.core.collectives import Ranks
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, StreamedRows
-from raydc.core.settings import ClusterSettings, FitSettings, PretrainSettings, RefineSettings, VadeSettings
+from raydc.core.settings import (
+    ClusterSettings,
+    DistillSettings,
+    FitSettings,
+    PretrainSettings,
+    RefineSettings,
+    VadeSettings,
+)
 from raydc.core.training import fit
 
 SETTINGS = FitSettings(
@@ -60,6 +67,7 @@ SETTINGS = FitSettings(
         recluster_epochs=10,
         max_grad_norm=5.0,
     ),
+    distill=DistillSettings("cosine", 0.1, 1.0, 10, "none", 10_000),
     vade=VadeSettings("gaussian", 1.0, 1.0, None, 0.9, 1, 10_000, 20),
     baseline_rows=10_000,
     fingerprint="test",
@@ -177,12 +185,12 @@ def make_rows(ranks, x, *, streamed=False, chunk=97):
     return ResidentRows.collect(iter(chunks), x.shape[1], torch.float32, ranks)
 
 
-def fit_blobs(ranks, settings=SETTINGS, streamed=False, folder=None, stop_after=None, x=None):
+def fit_blobs(ranks, settings=SETTINGS, streamed=False, folder=None, stop_after=None, x=None, teacher=None):
     """Fit and return what a test compares: history, centres, sizes and the baselines' centres."""
     rows = make_rows(ranks, blobs()[0] if x is None else x, streamed=streamed)
     context = PlainContext(ranks.rank, ranks.world_size, folder, stop_after)
     try:
-        fitted = fit(rows, Preprocess(), settings, context)
+        fitted = fit(rows, Preprocess(), settings, context, teacher=teacher)
     except KeyboardInterrupt:
         return {"stopped": True, "reports": context.reports}
     return {

@@ -3,14 +3,23 @@
 from raydc.core.objectives.ae import Ae
 from raydc.core.objectives.dcn import Dcn
 from raydc.core.objectives.dec import Dec
+from raydc.core.objectives.distill import Distill
 from raydc.core.objectives.idec import Idec
-from raydc.core.objectives.objective import Objective, Parts
-from raydc.core.objectives.vade import Vade
+from raydc.core.objectives.objective import Objective, Parts, Pass
+from raydc.core.objectives.vade import UnitRange, Vade
+from raydc.core.settings import FitSettings
 
 
 def uses_autoencoder(name: str) -> bool:
     """Return whether an autoencoder is pretrained; otherwise the preprocessed rows are clustered as they are."""
     return name not in ("kmeans",)
+
+
+def first_look(settings: FitSettings) -> Pass | None:
+    """Return a pass over all rows that comes before any training and refuses what the objective cannot take."""
+    if settings.objective in ("vade", "vdc") and settings.vade.likelihood == "bernoulli":
+        return UnitRange()
+    return None
 
 
 def build(name: str, parts: Parts) -> Objective | None:
@@ -32,4 +41,6 @@ def build(name: str, parts: Parts) -> Objective | None:
         return Dcn.of(parts)
     if name in ("vade", "vdc"):
         return Vade.of(parts)
+    if name == "distill":
+        return Distill.of(parts)
     raise ValueError(f"unknown objective {name!r}")

@@ -33,6 +33,7 @@ from raydc.core.autoencoder import Autoencoder
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.predictor import Predictor
 from raydc.core.settings import FitSettings
+from raydc.core.teacher import Teacher
 
 _KERNEL = "kernel"
 
@@ -91,6 +92,9 @@ class Parts:
 
     dim: int
     """D."""
+
+    teacher: Teacher | None = None
+    """Whose classes are to be learned."""
 
 
 class Pass(Protocol):

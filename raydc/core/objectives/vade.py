@@ -90,6 +90,36 @@ def to_logits(decoder: nn.Sequential) -> None:
     last.weight.mul_(8.0)
 
 
+class UnitRange:
+    """The pass that refuses rows with elements outside [0, 1], of which a Bernoulli decoder has no likelihood."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, batch: Minibatch) -> None:
+        """Count rows."""
+        outside = ((batch.x_ND < 0) | (batch.x_ND > 1)).any(dim=1).sum()
+        self._sums += torch.tensor([int(outside), len(batch)], dtype=torch.float64)
+
+    def sums(self) -> Tensor:
+        """Return the numbers of rows outside, and of all."""
+        return self._sums
+
+    def end(self, sums: Tensor) -> dict[str, Any]:
+        """Raise if a row is outside.
+
+        Raises:
+            ValueError: with their number.
+        """
+        outside, count = (int(n) for n in sums.tolist())
+        if outside:
+            raise ValueError(
+                f"vade.likelihood=bernoulli takes preprocessed rows in [0, 1]; {outside} of {count} rows leave it. Set "
+                "vade.likelihood=gaussian, or scale the rows (preprocess.method=scale with a factor)."
+            )
+        return {}
+
+
 class Vade(Objective):
     """-ELBO = -E_q log p(x | z) + kl_weight KL(q(z, c | x) || p(z, c)), with one reparameterised sample of z.
 
@@ -99,6 +129,9 @@ class Vade(Objective):
 
     Source: Jiang, Zheng, Tan, Tang, Zhou, "Variational Deep Embedding", arXiv:1611.05148.
     """
+
+    encoder: nn.Sequential
+    decoder: nn.Sequential
 
     def __init__(self, autoencoder: Autoencoder, num_components: int, kernel: Kernel, settings: VadeSettings) -> None:
         """Take the layers of an autoencoder: its code layer is the mean of q(z | x); the variance is a new layer."""
