@@ -337,6 +337,10 @@ class VadeConfig(Section):
     """Of the elements of a preprocessed row: bernoulli for values in [0, 1], such as pixels; gaussian, with one learned
     variance, for any others."""
 
+    component_weights: Literal["learned", "uniform"] = "learned"
+    """learned, as in the paper; uniform keeps the components' weights equal, so that a large one does not draw ever more
+    rows to itself."""
+
     kl_weight: float = Field(1.0, gt=0)
     """Weight of the divergence from the mixture beside the reconstruction; 1 is the evidence bound."""
 
@@ -351,6 +355,9 @@ class VadeConfig(Section):
 
     decay_epochs: int = Field(10, ge=1)
     """Epochs between two steps of the decay."""
+
+    decay_floor: float = Field(0.0, ge=0, le=1)
+    """Least factor of the decay."""
 
     start_rows: int = Field(50_000, ge=2)
     """Rows, chosen by hash of the row key, to which the first mixture is fitted, starting from the k-means clusters;

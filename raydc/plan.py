@@ -81,8 +81,10 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         flops += trained * layer_epochs * pairs
     if refines:
         network = forward if config.fit.objective == "dec" else 2 * forward
-        # Passes without a gradient: DEC and IDEC make their target, DCN encodes a step's rows again.
-        passes = {"dec": config.refine.refreshes_per_epoch, "idec": config.refine.refreshes_per_epoch, "dcn": 1}
+        # Passes without a gradient: DEC and IDEC make their target, DCN encodes a step's rows again, distillation gives
+        # every row its id.
+        targets = config.refine.refreshes_per_epoch
+        passes = {"dec": targets, "idec": targets, "dcn": 1, "distill": 1}
         step = 3 * (network + nearest) + passes.get(config.fit.objective, 0) * (forward + nearest)
         flops += trained * config.refine.num_epochs * step
     assign = n * (forward + nearest + 2.0 * leaves * dim / max(1.0, n / config.evaluate.baseline_rows))

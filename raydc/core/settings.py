@@ -63,11 +63,13 @@ class VadeSettings:
     """See raydc.config.VadeConfig."""
 
     likelihood: str
+    component_weights: str
     kl_weight: float
     warmup_epochs: float
     mixture_learning_rate: float | None
     decay: float
     decay_epochs: int
+    decay_floor: float
     start_rows: int
     start_iterations: int
 

@@ -14,6 +14,9 @@ OBJECTIVES = {
     "idec": "IDEC",
     "ae": "Autoencoder with a code loss",
     "dcn": "DCN",
+    "vade": "VaDE",
+    "vdc": "VaDE",
+    "distill": "Distillation",
     "autoencoder": "Autoencoder + k-means",
     "kmeans": "k-means",
 }

@@ -232,6 +232,12 @@ def test_a_resumed_fit_ends_like_an_unbroken_one(tmp_path, stop_after, on_one_ra
         np.testing.assert_array_equal(resumed["predictor"][name], values)
 
 
+def test_uniform_weights_stay_uniform():
+    result = fit_blobs(Ranks(), replace(VADE, vade=replace(VADE.vade, component_weights="uniform")))
+    np.testing.assert_allclose(result["predictor"]["log_weights_K"], -np.log(6), rtol=1e-6)
+    assert result["weights"].sum() == 1000 and np.isfinite(losses(result)).all()
+
+
 def test_vdc_is_another_name_of_the_same_objective(on_one_rank):
     np.testing.assert_array_equal(losses(fit_blobs(Ranks(), replace(VADE, objective="vdc"))), losses(on_one_rank))
 
@@ -245,6 +251,8 @@ def test_the_weight_of_the_divergence_warms_up_and_the_rates_decay():
         weights.append(model.kl_weight)
     np.testing.assert_allclose(weights, [0.1, 1.0, 1.5, 2.0, 2.0])
     assert [model.rate_factor(e) for e in (0, 9, 10, 25)] == pytest.approx([1, 1, 0.9, 0.81])
+    model.settings = replace(model.settings, decay_floor=0.5)
+    assert model.rate_factor(100) == 0.5
     model.settings = replace(model.settings, warmup_epochs=0.0, mixture_learning_rate=0.5)
     model.refresh(0, 0, 10)
     assert model.kl_weight == 2.0

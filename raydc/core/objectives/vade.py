@@ -142,7 +142,8 @@ class Vade(Objective):
         self.log_variance = nn.Linear(code.in_features, code.out_features)
         nn.init.zeros_(self.log_variance.weight)
         nn.init.constant_(self.log_variance.bias, _START_LOG_VARIANCE)
-        self.weight_logits = nn.Parameter(torch.zeros(num_components))
+        learned = settings.component_weights == "learned"
+        self.weight_logits = nn.Parameter(torch.zeros(num_components), requires_grad=learned)
         self.means = nn.Parameter(torch.zeros(num_components, code.out_features))
         self.log_variances = nn.Parameter(torch.zeros(num_components, code.out_features))
         if settings.likelihood == "gaussian":
@@ -188,7 +189,8 @@ class Vade(Objective):
         found, _ = fit_mixture(
             z, ids.cpu(), num_components=len(self.means), num_iterations=self.settings.start_iterations, floor=1e-3
         )
-        self.weight_logits.copy_(found.log_weights_K)
+        if self.weight_logits.requires_grad:
+            self.weight_logits.copy_(found.log_weights_K)
         self.means.copy_(found.means_KL)
         self.log_variances.copy_(found.log_variances_KL)
         if self.settings.likelihood == "bernoulli":
@@ -200,9 +202,9 @@ class Vade(Objective):
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Return the network, and the mixture with its own rate."""
-        prior = [self.weight_logits, self.means, self.log_variances]
-        names = {id(p) for p in prior}
-        network = [p for p in self.parameters() if id(p) not in names]
+        prior = [p for p in (self.weight_logits, self.means, self.log_variances) if p.requires_grad]
+        known = {id(self.weight_logits), *(id(p) for p in prior)}
+        network = [p for p in self.parameters() if id(p) not in known]
         own = self.settings.mixture_learning_rate
         return [
             {"params": network, "lr": learning_rate},
@@ -211,7 +213,7 @@ class Vade(Objective):
 
     def rate_factor(self, epoch: int) -> float:
         """Return the decay of the rates."""
-        return self.settings.decay ** (epoch // self.settings.decay_epochs)
+        return max(self.settings.decay ** (epoch // self.settings.decay_epochs), self.settings.decay_floor)
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Set the weight of the divergence for the step; the first step of a Gaussian decoder comes after a pass."""
