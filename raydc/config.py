@@ -338,8 +338,8 @@ class VadeConfig(Section):
     variance, for any others."""
 
     component_weights: Literal["learned", "uniform"] = "learned"
-    """learned, as in the paper; uniform keeps the components' weights equal, so that a large one does not draw ever more
-    rows to itself."""
+    """learned, as in the paper; uniform keeps the components' weights equal, so that a large one does not draw ever
+    more rows to itself."""
 
     kl_weight: float = Field(1.0, gt=0)
     """Weight of the divergence from the mixture beside the reconstruction; 1 is the evidence bound."""
