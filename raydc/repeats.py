@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.lake import Lake
-from raydc.slices import InputSpec, Slice, canonical_ids, shown
+from raydc.slices import InputSpec, Slice, canonical_ids, shown, without_broken_text
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def _place(slices: Sequence[Slice], key: int) -> tuple[Slice, int]:
     return slices[number], key - slices[number].first_key
 
 
-def _id_at(lake: Lake, part: Slice, at: int, spec: InputSpec) -> int | str:
+def _id_at(lake: Lake, part: Slice, at: int, spec: InputSpec) -> int | str | None:
     with lake.open_parquet(part.uri) as handle:
         column = pq.ParquetFile(handle).read_row_groups(list(part.row_groups), columns=[spec.id_column]).column(0)
-    return canonical_ids(column.slice(at, 1), spec)[0].as_py()
+    return without_broken_text(canonical_ids(column.slice(at, 1), spec))[0][0].as_py()

@@ -18,6 +18,7 @@ REJECT_REASONS = (
     "norm_overflow",
     "unreadable_file",
     "bad_weight",
+    "bad_id",
 )
 
 

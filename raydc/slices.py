@@ -230,9 +230,17 @@ def _read_footer(lake: Lake, file: StoredFile) -> Footer:
             name = max((n for n in schema.names if f"{path}.".startswith(f"{n}.")), key=len, default=path)
             num_values[name] = num_values.get(name, 0) + chunk.num_values
             stats = chunk.statistics
-            extremes = (stats.min, stats.max) if stats is not None and stats.has_min_max else None
+            extremes = _extremes(stats) if stats is not None and stats.has_min_max else None
             seen.update(repr((chunk.path_in_schema, chunk.num_values, chunk.total_compressed_size, extremes)).encode())
     return Footer(file.uri, file.size, metadata.num_rows, tuple(groups), schema, num_values, seen.hexdigest()[:16])
+
+
+def _extremes(stats: Any) -> tuple[Any, Any]:
+    try:
+        return stats.min, stats.max
+    except UnicodeDecodeError:
+        # Text that is no valid UTF-8.
+        return stats.min_raw, stats.max_raw
 
 
 def plan_slices(footers: Sequence[Footer], slice_bytes: int) -> list[Slice]:
@@ -396,6 +404,8 @@ def _decode(
                 x[:, start:stop] = values
     assert x is not None
     ids = canonical_ids(table[spec.id_column], spec)
+    ids, broken = without_broken_text(ids)
+    _mark(reasons, broken, "bad_id")
     if ids.null_count:
         reasons[(reasons == "") & ids.is_null().to_numpy(zero_copy_only=False)] = "missing"
     weights = None
@@ -502,6 +512,26 @@ def canonical_ids(column: pa.ChunkedArray, spec: InputSpec) -> pa.Array:
     return pa.concat_arrays(ids.chunks) if isinstance(ids, pa.ChunkedArray) else ids
 
 
+def without_broken_text(ids: pa.Array) -> tuple[pa.Array, npt.NDArray[np.bool_]]:
+    """Return the ids with null for those that are no valid UTF-8, and which these are.
+
+    Parquet does not check its strings; whoever reads such a label file in Python could not decode it.
+    """
+    broken = np.zeros(len(ids), bool)
+    if not pa.types.is_string(ids.type):
+        return ids, broken
+    try:
+        ids.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, text in enumerate(ids.cast(pa.binary()).to_pylist()):
+            try:
+                _ = text is None or text.decode()
+            except UnicodeDecodeError:
+                broken[row] = True
+        ids = pc.if_else(pa.array(broken), pa.scalar(None, ids.type), ids)
+    return ids, broken
+
+
 def shown(value: Any, most: int = 100) -> str:
     """Return an id as a message shows it: the beginning of one that is very long."""
     text = repr(value)
@@ -526,6 +556,7 @@ def _lost_rows(lake: Lake, part: Slice, group: int, start: int, row: int, stop: 
     try:
         columns = [t[spec.id_column] for t in _tables(lake, part, (group,), [spec.id_column], stop - start)]
         ids = canonical_ids(pa.chunked_array([c for t in columns for c in t.chunks]), spec).slice(row - start)
+        ids, _ = without_broken_text(ids)
     except _NOT_THE_FILE:
         raise
     except (pa.ArrowException, OSError):

@@ -556,6 +556,24 @@ def test_rows_that_pass_under_l2_come_out_with_norm_one(tmp_path, dtype):
     assert torch.allclose(norms, torch.ones(3, dtype=torch.float64), atol=1e-5)
 
 
+def test_ids_that_are_no_text_are_bad_and_never_written_on(tmp_path):
+    parts = [b"good", b"\xff\xfe", b"caf\xc3\xa9", None, b"cut \xc3"]
+    raw = pa.array(parts, pa.binary())
+    ids = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    x = shards.vectors(5)
+    shards.write(tmp_path / "a.parquet", shards.rows(x, id=ids))
+    batches = read(tmp_path, spec(id_type="string", on_bad_rows="quarantine"), block_rows=2)
+    assert [i for b in batches for i in b.ids.to_pylist()] == ["good", "caf\u00e9"]
+    rejects = [r for b in batches for r in b.rejects.to_pylist()]
+    assert {r["row"]: (r["reason"], r["id"]) for r in rejects} == {
+        1: ("bad_id", None),
+        3: ("missing", None),
+        4: ("bad_id", None),
+    }
+    with pytest.raises(DataError, match=r"row 1 \(id None\) is bad: bad_id"):
+        read(tmp_path, spec(id_type="string"))
+
+
 def test_very_long_ids_are_kept_and_shown_by_their_beginning(tmp_path):
     ids = ["a" * 3_000_000, "b", "c" * 1_000_000]
     x = shards.vectors(3)
