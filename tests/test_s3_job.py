@@ -89,7 +89,8 @@ def test_a_server_that_fails_now_and_then_changes_no_label_and_learns_no_secret_
         config = job(f"{bucket}/digits", f"{bucket}/runs", endpoint_url=faulty.url, region="us-east-1")
         run = pipeline.run(config, "faulty")
         faulty.heal()
-        print(f"{len(faulty.seen)} requests, faults {dict(faulty.faults)}")
+        with capsys.disabled():
+            print(f" {len(faulty.seen)} requests, faults {dict(faulty.faults)} ", end="")
         assert sum(faulty.faults.values()) > 20
         assert len(faulty.faults) >= 5
         assert labels_of(run).keys() == local_labels.keys()
