@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydc.config import Config
 from raydc.errors import StageError
@@ -85,7 +86,7 @@ def _start_local(config: Config) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Train workers keep their CPUs for the whole fit; Ray Data needs a whole spare one or it waits for ever.
     needed = max(
-        config.fit.num_workers * config.fit.cpus_per_worker + 1,
+        config.fit.fewest_workers * config.fit.cpus_per_worker + 1,
         config.merge.cpus_per_cell,
         config.assign.cpus_per_actor,
     )
@@ -114,7 +115,10 @@ def _quiet_data() -> None:
 @contextmanager
 def watched(stage: str, tell: Callable[[str], None] | None = None) -> Iterator[Any]:
     """Yield a board whose lines are logged, as `<stage>: <line>`, and told, while the block lasts."""
-    board = Board.remote()  # type: ignore[attr-defined]
+    # Beside the driver, with which it lives and dies: elsewhere a lost node would take the board along, and every
+    # restarted worker asks it.
+    beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = Board.options(scheduling_strategy=beside).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def drain() -> None:
@@ -140,6 +144,12 @@ def watched(stage: str, tell: Callable[[str], None] | None = None) -> Iterator[A
         thread.join()
         drain()
         ray.kill(board)
+
+
+def nodes_with_cpus() -> dict[str, str] | None:
+    """Return the label selector that keeps work which books no CPU off the nodes that offer none, such as a bare head."""
+    bare = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not n["Resources"].get("CPU")]
+    return {"ray.io/node-id": f"!in({','.join(bare)})"} if bare else None
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -23,6 +23,9 @@ from raydc.secrets import REMEDY, has_credentials, masked
 
 OPERATIONAL: dict[str, JsonValue] = {"operational": True}
 
+Workers = Annotated[int, Field(ge=1)]
+"""A number of training workers."""
+
 
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, values never change after the check."""
@@ -244,8 +247,13 @@ class FitConfig(Section):
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Arithmetic of the layers in training; auto is bf16 where the hardware computes in it. Sums are float64."""
 
-    num_workers: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
-    """Training workers (ranks)."""
+    num_workers: Workers | tuple[Workers, Workers] = Field(1, json_schema_extra=OPERATIONAL)
+    """Training workers (ranks). Two numbers, [1, 4], are the fewest and the most: the fit starts on as many as there is
+    room for, and goes on from its last checkpoint on fewer when a node is lost, on more when one joins."""
+
+    resize_seconds: float = Field(60.0, gt=0, json_schema_extra=OPERATIONAL)
+    """How often a fit between two numbers of workers looks for room for more of them. A resize starts the worker group
+    again from the last checkpoint."""
 
     cpus_per_worker: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
     """CPUs, and compute threads, of a training worker."""
@@ -262,6 +270,23 @@ class FitConfig(Section):
 
     max_failures: int = Field(3, ge=-1, json_schema_extra=OPERATIONAL)
     """Restarts of the worker group after a failure; -1 is no limit."""
+
+    @pydantic.field_validator("num_workers")
+    @classmethod
+    def _fewest_before_most(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"fit.num_workers={list(value)}: the fewest comes first, then the most")
+        return value
+
+    @property
+    def fewest_workers(self) -> int:
+        """Return how many workers the fit cannot do without."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Return how many workers the fit takes where there is room."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class RefineConfig(Section):

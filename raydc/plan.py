@@ -32,6 +32,9 @@ class Plan:
     worker_bytes: int
     """Resident shard, model, optimiser and one batch, for each training worker."""
 
+    workers: str
+    """How many training workers; of an elastic fit the fewest and the most."""
+
     streamed: bool
     files: int
     seconds: float | None
@@ -49,6 +52,7 @@ class Plan:
             f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {_size(self.input_bytes)} uncompressed",
             f"steps       {steps}",
             f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign",
+            f"workers     {self.workers}",
             f"memory      {_size(self.worker_bytes)} per training worker, rows {mode}",
             f"files       about {self.files:,} to write",
             f"time        {duration}",
@@ -88,14 +92,16 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         step = 3 * (network + nearest) + passes.get(config.fit.objective, 0) * (forward + nearest)
         flops += trained * config.refine.num_epochs * step
     assign = n * (forward + nearest + 2.0 * leaves * dim / max(1.0, n / config.evaluate.baseline_rows))
-    shard = -(-trained // config.fit.num_workers) * (dim * profile.spec.dtype.itemsize + 16 + 8 * encoder[-1])
+    # Of an elastic fit: memory must do for the fewest workers, and the time is that of the fewest as well.
+    workers = config.fit.fewest_workers
+    shard = -(-trained // workers) * (dim * profile.spec.dtype.itemsize + 16 + 8 * encoder[-1])
     limit = config.fit.resident_bytes
     streamed = limit is not None and shard > limit
     weights = 2 * sum(a * b for a, b in itertools.pairwise(encoder)) + leaves * encoder[-1]
     batch = 8 * max(config.pretrain.batch_rows, 8192) * (2 * sum(encoder) + leaves)
     seconds = None
     if not config.fit.use_gpu:
-        cpus = config.fit.num_workers * config.fit.cpus_per_worker
+        cpus = workers * config.fit.cpus_per_worker
         rate = _matrix_rate(config, config.fit.cpus_per_worker) * cpus / config.fit.cpus_per_worker
         seconds = (flops + assign) / (rate * _STEP_EFFICIENCY)
     return Plan(
@@ -108,6 +114,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         flops,
         assign,
         (limit or 0 if streamed else shard) + 16 * weights + batch,
+        _workers(config),
         streamed,
         2 * len(profile.slices) + 30,
         seconds,
@@ -133,6 +140,14 @@ def _matrix_rate(config: Config, num_threads: int) -> float:
     finally:
         torch.set_num_threads(before)
     return 2.0 * 256 * 512 * 2048 * repeats / seconds
+
+
+def _workers(config: Config) -> str:
+    fewest, most = config.fit.fewest_workers, config.fit.most_workers
+    each = "a GPU each" if config.fit.use_gpu else f"{config.fit.cpus_per_worker} CPU each"
+    if isinstance(config.fit.num_workers, int):
+        return f"{most} for training, {each}"
+    return f"{fewest} to {most} for training, {each}, as there is room; memory and time are those of {fewest}"
 
 
 def _size(num_bytes: float) -> str:

@@ -319,6 +319,7 @@ class _Fit:
         self._save(entry | {"num_epochs": num_epochs}, keep=last or (epoch + 1) % self.settings.checkpoint_epochs == 0)
 
     def _save(self, entry: dict[str, Any], *, keep: bool = True) -> None:
+        entry["num_workers"] = self.context.world_size
         self.state.history.append(entry)
         if self.ranks.rank == 0 and keep:
             with tempfile.TemporaryDirectory(prefix="raydc-checkpoint-") as folder:

@@ -1,5 +1,6 @@
 """fit: rows through Ray Data into a Ray Train worker group, one `TorchTrainer.fit` for all phases."""
 
+import itertools
 import logging
 import math
 import os
@@ -15,12 +16,13 @@ import ray.data
 import ray.train
 import safetensors.torch
 import torch
+from ray.data import TaskPoolStrategy
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
 from raydc.advice import remedy
-from raydc.cluster import root_cause, watched
+from raydc.cluster import nodes_with_cpus, root_cause, watched
 from raydc.config import Config
 from raydc.core.autoencoder import choose_precision
 from raydc.core.collectives import Ranks
@@ -99,7 +101,13 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             board,
         )
         dataset = slice_dataset(
-            run.lake, profile.slices, profile.spec, board, seed=config.seed, fraction=expected / profile.num_rows
+            run.lake,
+            profile.slices,
+            profile.spec,
+            board,
+            seed=config.seed,
+            fraction=expected / profile.num_rows,
+            num_readers=_readers(config),
         )
         file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
         trainer = TorchTrainer(
@@ -107,6 +115,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
                 num_workers=config.fit.num_workers,
+                elastic_resize_monitor_interval_s=config.fit.resize_seconds,
                 use_gpu=config.fit.use_gpu,
                 resources_per_worker=_worker_resources(config),
             ),
@@ -178,9 +187,13 @@ class EverySlice(DataConfig):
 
 
 def slice_dataset(
-    lake: Lake, slices: list[Slice], spec: InputSpec, board: Any, *, seed: int, fraction: float
+    lake: Lake, slices: list[Slice], spec: InputSpec, board: Any, *, seed: int, fraction: float, num_readers: int
 ) -> ray.data.Dataset:
-    """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader."""
+    """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
+
+    A reader takes no CPU from Ray's books. Ray Data may use only what Train leaves, and Train takes the last CPU when it
+    grows, or when a node is lost: the workers would then wait for rows for ever. `num_readers` bounds them instead.
+    """
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
         try:
@@ -197,8 +210,20 @@ def slice_dataset(
 
     items = [asdict(s) for s in slices if s.num_rows]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        read, batch_size=1, batch_format="pyarrow", udf_modifying_row_count=True
+        read,
+        batch_size=1,
+        batch_format="pyarrow",
+        udf_modifying_row_count=True,
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=num_readers),
+        label_selector=nodes_with_cpus(),
     )
+
+
+def _readers(config: Config) -> int:
+    """Return how many slices are read at once: one for each CPU that training leaves, and one for each worker at least."""
+    workers = config.fit.most_workers
+    return max(workers, int(ray.cluster_resources().get("CPU", 1)) - workers * config.fit.cpus_per_worker)
 
 
 def _to_block(rows: RowBatch, spec: InputSpec, seed: int, fraction: float) -> pa.Table:
@@ -345,6 +370,7 @@ def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[
         "objective": job.settings.objective,
         "rows": rows.num_rows,
         "num_workers": context.world_size,
+        "resizes": resizes(fitted.history),
         "device": context.device.type,
         "precision": choose_precision(job.settings.precision, context.device),
         "mode": "resident" if isinstance(rows, ResidentRows) else "streamed",
@@ -352,6 +378,15 @@ def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[
         "num_empty": int((fitted.leaves.weights_K == 0).sum()),
         "history": fitted.history,
     }
+
+
+def resizes(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return where the number of workers changed between two epochs that count: phase, epoch (from 0) and both numbers."""
+    return [
+        {"phase": b["phase"], "epoch": b["epoch"], "num_workers": [a["num_workers"], b["num_workers"]]}
+        for a, b in itertools.pairwise(h for h in history if "num_workers" in h)
+        if a["num_workers"] != b["num_workers"]
+    ]
 
 
 def _write(job: Job, fitted: Fitted) -> None:
