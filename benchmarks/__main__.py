@@ -3,9 +3,9 @@
 import argparse
 import os
 
-from benchmarks import linkage, quality, speed
+from benchmarks import faults, linkage, quality, speed
 
-NAMES = {"linkage": linkage.main, "quality": quality.main, "speed": speed.main}
+NAMES = {"faults": faults.main, "linkage": linkage.main, "quality": quality.main, "speed": speed.main}
 
 
 def main() -> None:
@@ -18,6 +18,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=rows, help="rows of linkage or speed; all by default")
     parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each side of a row")
     parser.add_argument("--num-rows", type=int, default=1_280_000, help="speed: rows of the largest planted input")
+    parser.add_argument("--only", nargs="+", metavar="FAULT/STAGE", help="faults: these, * stands for anything")
+    parser.add_argument("--afresh", action="store_true", help="faults: forget the injections that are in the table")
+    parser.add_argument("--folder", help="faults: work here, and keep the unbroken runs for the next time")
+    parser.add_argument("--lock", metavar="FILE", help="faults: hold a lock on this file, to share a machine")
+    parser.add_argument("--turn-seconds", type=float, default=300.0, help="faults: give the lock back after these")
     options = parser.parse_args()
     for name in [options.name] if options.name else sorted(NAMES):
         NAMES[name](options)

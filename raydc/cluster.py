@@ -147,7 +147,7 @@ def watched(stage: str, tell: Callable[[str], None] | None = None) -> Iterator[A
 
 
 def nodes_with_cpus() -> dict[str, str] | None:
-    """Return the label selector that keeps work which books no CPU off the nodes that offer none, such as a bare head."""
+    """Return the label selector that keeps work which books no CPU off nodes that offer none, such as a bare head."""
     bare = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not n["Resources"].get("CPU")]
     return {"ray.io/node-id": f"!in({','.join(bare)})"} if bare else None
 

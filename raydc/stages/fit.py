@@ -114,8 +114,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             _train_loop,  # type: ignore[arg-type]
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=config.fit.num_workers,
-                elastic_resize_monitor_interval_s=config.fit.resize_seconds,
+                # Train's own types lag behind: two numbers are the fewest and the most.
+                num_workers=config.fit.num_workers,  # type: ignore[arg-type]
+                elastic_resize_monitor_interval_s=config.fit.resize_seconds,  # type: ignore[call-arg]
                 use_gpu=config.fit.use_gpu,
                 resources_per_worker=_worker_resources(config),
             ),
@@ -191,8 +192,8 @@ def slice_dataset(
 ) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
 
-    A reader takes no CPU from Ray's books. Ray Data may use only what Train leaves, and Train takes the last CPU when it
-    grows, or when a node is lost: the workers would then wait for rows for ever. `num_readers` bounds them instead.
+    A reader takes no CPU from Ray's books. Ray Data may use only what Train leaves, and Train takes the last CPU when
+    it grows, or when a node is lost: the workers would then wait for rows for ever. `num_readers` bounds them instead.
     """
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
@@ -221,7 +222,7 @@ def slice_dataset(
 
 
 def _readers(config: Config) -> int:
-    """Return how many slices are read at once: one for each CPU that training leaves, and one for each worker at least."""
+    """Return how many slices are read at once: one for each CPU that training leaves, at least one for each worker."""
     workers = config.fit.most_workers
     return max(workers, int(ray.cluster_resources().get("CPU", 1)) - workers * config.fit.cpus_per_worker)
 
@@ -381,7 +382,7 @@ def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[
 
 
 def resizes(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return where the number of workers changed between two epochs that count: phase, epoch (from 0) and both numbers."""
+    """Return where the number of workers changed between two epochs: phase, epoch (from 0) and both numbers."""
     return [
         {"phase": b["phase"], "epoch": b["epoch"], "num_workers": [a["num_workers"], b["num_workers"]]}
         for a, b in itertools.pairwise(h for h in history if "num_workers" in h)

@@ -1,0 +1,493 @@
+"""Whether a row is lost or doubled when something dies: every fault at every stage, for real, on two nodes.
+
+A fault is injected into a job that runs in a process of its own (benchmarks/fault_rig.py), at the stage that is named, and the
+job is finished, by the same command again where its driver died. Then the rows are counted: rows in = labels + rejects, no
+id twice, every file that the manifest lists is there with its checksum, and the labels are those of a run that nothing
+befell. A fault that did not hit (the stage was over) is injected again, not counted. Writes docs/faults.json after every
+injection, and docs/faults.md.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import fnmatch
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fault_rig import (
+    ACTOR,
+    CELL,
+    ROOT,
+    TRAINER,
+    Driver,
+    MissedError,
+    Place,
+    Run,
+    TwoNodes,
+    broken,
+    check,
+    prune,
+    reached,
+    still_at,
+    until,
+    write_rows,
+)
+from raydc.rundir import versions
+
+_MOST_ATTEMPTS = 8
+_BURST_SECONDS = 2.0
+_AS_GOOD = 0.01
+
+# What differs from SETTINGS in the runs that are not like the others.
+KINDS: dict[str, dict[str, Any]] = {
+    "disk": {},
+    "s3": {},
+    # So many leaves that the merge has dozens of cells; without a network, whose training would say nothing about it.
+    "cells": {
+        "fit": {"objective": "kmeans", "num_workers": 2},
+        "cluster": {"num_leaves": 64},
+        "merge": {"levels": [10]},
+    },
+    # Long enough for a node to go and to come back in the middle of a phase.
+    "elastic": {
+        "fit": {"num_workers": [1, 2], "resize_seconds": 3},
+        "pretrain": {"num_epochs": 30},
+        "refine": {"num_epochs": 30},
+    },
+}
+
+
+class Rig:
+    """The cluster, the places and the unbroken runs, made when they are first asked for and kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        # Ray's workers have the environment of the raylet that starts them.
+        os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+        os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1", "PYTHONPATH": str(ROOT)}
+        self._stack = contextlib.ExitStack()
+        self.nodes = TwoNodes()
+        self._stack.callback(self.nodes.shutdown)
+        self.input = folder / "input"
+        if not self.input.exists():
+            write_rows(self.input)
+        self._s3: Place | None = None
+        self._unbroken: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def close(self) -> None:
+        """Stop all that was started."""
+        self._stack.close()
+
+    def place(self, kind: str) -> Place:
+        """Return where the runs of a kind read and write."""
+        return self._bucket() if kind == "s3" else Place(str(self.input), str(self.folder / "runs"))
+
+    def run(self, kind: str, run_id: str, **sections: Any) -> Run:
+        """Return a run of a kind that has not begun."""
+        values = {name: dict(section) for name, section in KINDS[kind].items()}
+        for name, changes in sections.items():
+            values[name] = values.get(name, {}) | changes
+        return Run(self.place(kind), run_id, self.folder, self.nodes.address, **values)
+
+    def unbroken(self, kind: str) -> tuple[Path, dict[str, Any]]:
+        """Return the folder (a local copy) of a run of this kind that nothing befell, and what was found in it."""
+        if kind not in self._unbroken:
+            run = self.run(kind, f"unbroken-{kind}")
+            if not run.place.lake.exists(f"{run.root}/_MANIFEST.json"):
+                run.finish(run.start(), most_commands=1)
+            copy = self.folder / "unbroken" / kind
+            shutil.rmtree(copy, ignore_errors=True)
+            run.place.lake.download_folder(run.root, copy)
+            self._unbroken[kind] = copy, check(run)
+        return self._unbroken[kind]
+
+    def before(self, kind: str, stage: str, run_id: str, **sections: Any) -> Run:
+        """Return a run that has done the stages before `stage`: the files of the unbroken one, under another name."""
+        run = self.run(kind, run_id, **sections)
+        run.place.lake.remove(run.root)
+        first = stage.partition(" ")[0]
+        if first not in ("profile", "fit"):
+            copy = self.folder / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(self.unbroken(kind)[0], copy)
+            prune(copy, first)
+            run.place.lake.upload_folder(copy, run.root)
+        return run
+
+    def _bucket(self) -> Place:
+        if self._s3 is None:
+            from moto.server import ThreadedMotoServer
+
+            from tests.faulty_s3 import FaultyS3
+
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+            server.start()
+            self._stack.callback(server.stop)
+            host, port = server.get_host_and_port()
+            endpoint = f"http://{host}:{port}"
+            proxy = self._stack.enter_context(FaultyS3(endpoint, seed=1))
+            self._s3 = Place("s3://faults/input", "s3://faults/runs", proxy, endpoint)
+            fs, _ = self._s3.lake.file_system("s3://faults")
+            fs.mkdir("faults")
+            self._s3.lake.upload_folder(self.input, self._s3.input)
+        return self._s3
+
+
+Inject = Callable[[Rig, Run, Driver, str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault at one stage."""
+
+    fault: str
+    stage: str
+    inject: Inject
+    kind: str = "disk"
+    sections: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What `--only` matches."""
+        return f"{self.fault}/{self.stage}"
+
+
+def _kill(rig: Rig, victims: list[int], run: Run, driver: Driver, stage: str) -> None:
+    """Kill processes that are held in the middle of the stage, and let the others go on."""
+    still_at(run, driver, stage)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    rig.nodes.heal()
+
+
+def training_worker(how_many: int) -> Inject:
+    """Kill one training worker, or both."""
+
+    def inject(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+        reached(run, driver, stage)
+        victims = rig.nodes.hold(TRAINER)
+        _kill(rig, victims[:how_many], run, driver, stage)
+        if len(victims) < how_many:
+            raise MissedError(f"{len(victims)} training workers")
+        # The group that went on says so.
+        until(lambda: driver.text().count(" resident on ") > 1, driver, "the restart of the worker group")
+
+    return inject
+
+
+def assign_actor(how_many: int) -> Inject:
+    """Kill actors while they label."""
+
+    def inject(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+        reached(run, driver, stage)
+        victims = rig.nodes.hold(ACTOR)
+        _kill(rig, victims[:how_many], run, driver, stage)
+        if len(victims) < how_many:
+            raise MissedError(f"{len(victims)} actors")
+
+    return inject
+
+
+def cell_task(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Kill the process that merges a cell."""
+    reached(run, driver, stage)
+    victims = until(lambda: rig.nodes.hold(CELL), driver, "a cell")
+    _kill(rig, victims[:1], run, driver, stage)
+
+
+def node(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Kill the second node with all that works on it; another takes its place soon after."""
+    names = {"fit pretrain": TRAINER, "fit refine": TRAINER, "merge": CELL, "assign": ACTOR}
+    reached(run, driver, stage)
+    if stage in names:
+        until(lambda: rig.nodes.hold(names[stage], on_second_node=True), driver, f"{names[stage]} on the second node")
+    still_at(run, driver, stage)
+    try:
+        rig.nodes.kill_node()
+        if stage in names:
+            still_at(run, driver, stage)
+        time.sleep(2)
+    finally:
+        rig.nodes.heal()
+    if stage in ("fit pretrain", "fit refine"):
+        until(lambda: driver.text().count(" resident on ") > 1, driver, "the restart of the worker group")
+
+
+def driver_dies(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Kill the driver."""
+    reached(run, driver, stage)
+    driver.kill()
+    still_at(run, driver, stage)
+
+
+def bad_slice(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Break the bytes of input files; the run has to stop with their name, and to go on once they are mended."""
+    # In assign before its first slice: the actors take seconds to come up.
+    until(lambda: run.state(stage.partition(" ")[0]), driver, f"the start of {stage}")
+    files = sorted(rig.input.glob("*.parquet"))[-6:]
+    with contextlib.ExitStack() as stack:
+        for path in files:
+            stack.enter_context(broken(path))
+        code = driver.wait()
+        if code == 0:
+            raise MissedError("all slices were read before")
+        name = re.search(r"DataError: .*(part-\d+\.parquet)", driver.text())
+        assert code == 2 and name, f"exit code {code}:\n{driver.text()[-2000:]}"
+
+
+def storage(*kinds: str) -> Inject:
+    """Let every request of some seconds fail."""
+
+    def inject(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+        proxy = run.place.proxy
+        reached(run, driver, stage)
+        before = sum(proxy.faults.values())
+        for kind in kinds:
+            proxy.burst(kind, seconds=_BURST_SECONDS / len(kinds))
+            time.sleep(_BURST_SECONDS / len(kinds))
+        try:
+            if sum(proxy.faults.values()) == before:
+                raise MissedError("no request in these seconds")
+        finally:
+            proxy.heal()
+
+    return inject
+
+
+def second_submission(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Give the same command while the first one, held still for as long, is at the stage: it has to be turned away."""
+    reached(run, driver, stage)
+    driver.signal(signal.SIGSTOP)
+    try:
+        still_at(run, driver, stage)
+        second = run.start()
+        code = second.wait()
+        assert code == 2 and "StageError" in second.text(), f"exit code {code}:\n{second.text()[-2000:]}"
+    finally:
+        driver.signal(signal.SIGCONT)
+
+
+def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Take the second node away, wait for the fit to go on with one worker, and give it back."""
+    reached(run, driver, stage)
+    until(lambda: "resident on 2 worker" in driver.text(), driver, "two workers")
+    still_at(run, driver, stage)
+    try:
+        rig.nodes.kill_node()
+        until(lambda: "resident on 1 worker" in driver.text(), driver, "one worker")
+    finally:
+        rig.nodes.heal()
+    until(lambda: driver.text().count("resident on 2 worker") > 1, driver, "two workers again")
+
+
+CASES = (
+    *(Case("training worker SIGKILL", s, training_worker(1)) for s in ("fit pretrain", "fit refine")),
+    *(Case("both training workers SIGKILL", s, training_worker(2)) for s in ("fit pretrain", "fit refine")),
+    Case("assign actor SIGKILL", "assign", assign_actor(1)),
+    Case("two assign actors SIGKILL", "assign", assign_actor(2)),
+    Case("cell task SIGKILL", "merge", cell_task, "cells"),
+    *(Case("node SIGKILL", s, node) for s in ("profile", "fit pretrain", "fit refine")),
+    Case("node SIGKILL", "merge", node, "cells"),
+    *(Case("node SIGKILL", s, node) for s in ("assign", "evaluate", "report", "publish")),
+    *(Case("driver SIGKILL", s, driver_dies) for s in ("profile", "fit pretrain", "fit refine")),
+    Case("driver SIGKILL", "merge", driver_dies, "cells"),
+    *(Case("driver SIGKILL", s, driver_dies) for s in ("assign", "evaluate", "report", "publish")),
+    *(Case("exception in a slice", s, bad_slice) for s in ("profile", "fit pretrain", "assign")),
+    *(
+        Case(fault, s, storage(*kinds), "s3")
+        for fault, kinds in (("S3 503 burst", ("slow_down",)), ("S3 connection cut", ("cut", "reset")))
+        for s in ("profile", "fit pretrain", "fit refine", "merge", "assign", "evaluate", "publish")
+    ),
+    *(
+        Case("second submission", s, second_submission)
+        for s in ("profile", "fit pretrain", "fit refine", "merge", "assign", "publish")
+    ),
+    *(Case("elastic 2 -> 1 -> 2", s, elastic, "elastic") for s in ("fit pretrain", "fit refine")),
+)
+
+
+def inject(rig: Rig, case: Case) -> dict[str, Any]:
+    """Return the row of one fault that did hit, and of the run that it befell.
+
+    Raises:
+        AssertionError: the run could not be finished, or what it left is not whole.
+        MissedError: the stage was over before the fault, every time.
+    """
+    whole = rig.unbroken(case.kind)[1]
+    for attempt in range(_MOST_ATTEMPTS):
+        rig.nodes.heal()
+        run = rig.before(
+            case.kind, case.stage, f"{re.sub('[^a-z0-9]+', '-', case.name.lower())}-{attempt}", **case.sections
+        )
+        started = time.monotonic()
+        try:
+            driver = run.start()
+            case.inject(rig, run, driver, case.stage)
+            run.finish(driver)
+            found = check(run)
+            seconds = time.monotonic() - started
+            break
+        except MissedError as error:
+            print(f"{case.name}: not hit, again: {error}", flush=True)
+        finally:
+            run.end()
+    else:
+        raise MissedError(f"{case.name}: not hit in {_MOST_ATTEMPTS} attempts")
+    run.place.lake.remove(run.root)
+    table, expected = found.pop("table"), whole["table"]
+    fit = found.pop("fit")
+    row = {"fault": case.fault, "stage": case.stage, **found, "labels_equal": bool(table.equals(expected))}
+    row |= {
+        "acc_unbroken": whole["acc"],
+        "seconds": round(seconds, 1),
+        "commands": run.commands,
+        "attempts": attempt + 1,
+    }
+    if case.fault.startswith("elastic"):
+        row["resizes"] = [r["num_workers"] for r in fit["resizes"]]
+    return row
+
+
+def wrong(row: dict[str, Any]) -> list[str]:
+    """Return what is not as it must be after a fault."""
+    found = []
+    if row["labels"] + row["rejects"] != row["rows_in"]:
+        found.append("rows in are not labels + rejects")
+    if row["duplicates"] or row["lost"]:
+        found.append(f"{row['duplicates']} ids twice, {row['lost']} lost")
+    resumed_fit = row["stage"] in ("profile", "fit pretrain", "fit refine")
+    if not row["labels_equal"] and not resumed_fit:
+        found.append("other labels than those of the unbroken run")
+    if row["acc"] < row["acc_unbroken"] - _AS_GOOD:
+        found.append(f"ACC {row['acc']}, unbroken {row['acc_unbroken']}")
+    return found
+
+
+def main(options: argparse.Namespace) -> None:
+    """Inject every fault that is named and not in docs/faults.json yet."""
+    patterns = options.only or ["*"]
+    book = ROOT / "docs" / "faults.json"
+    rows: list[dict[str, Any]] = json.loads(book.read_text()) if book.exists() and not options.afresh else []
+    done = {(r["fault"], r["stage"]) for r in rows}
+    cases = [c for c in CASES if any(fnmatch.fnmatch(c.name, p) for p in patterns) and (c.fault, c.stage) not in done]
+    folder = Path(options.folder or tempfile.mkdtemp(prefix="raydc-faults-"))
+    failures = []
+    turns = _Turns(options.lock, options.turn_seconds)
+    turns.take()
+    rig = Rig(folder)
+    try:
+        for case in cases:
+            turns.take()
+            try:
+                row = inject(rig, case)
+            except (AssertionError, MissedError, TimeoutError) as error:
+                failures.append(f"{case.name}: {error}")
+                print(f"FAILED {failures[-1]}", flush=True)
+                continue
+            problems = wrong(row)
+            failures += [f"{case.name}: {problem}" for problem in problems]
+            print(json.dumps(row) + "".join(f"  WRONG: {p}" for p in problems), flush=True)
+            rows.append(row | {"commit": _commit()})
+            rows.sort(key=_order)
+            book.write_text(json.dumps(rows, indent=1) + "\n")
+            (ROOT / "docs" / "faults.md").write_text(page(rows))
+    finally:
+        rig.close()
+    if failures:
+        raise SystemExit("\n".join(["faults that were not survived:", *failures]))
+
+
+class _Turns:
+    """Turns on a machine that is shared: an advisory lock, given back between two injections when a turn was long."""
+
+    def __init__(self, path: str | None, seconds: float) -> None:
+        self._handle = open(path, "a") if path else None  # noqa: SIM115
+        self._seconds, self._since = seconds, -math.inf
+
+    def take(self) -> None:
+        """Go on with the turn, or wait for the next one."""
+        if self._handle is None or time.monotonic() - self._since < self._seconds:
+            return
+        fcntl.flock(self._handle, fcntl.LOCK_UN)
+        # Long enough for another who waits to get it.
+        time.sleep(1)
+        fcntl.flock(self._handle, fcntl.LOCK_EX)
+        self._since = time.monotonic()
+
+
+def _order(row: dict[str, Any]) -> int:
+    names = [(c.fault, c.stage) for c in CASES]
+    return names.index((row["fault"], row["stage"])) if (row["fault"], row["stage"]) in names else len(names)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Return docs/faults.md."""
+    used = {k: v for k, v in versions().items() if k in ("python", "ray", "torch")}
+    lost, doubled = sum(r["lost"] for r in rows), sum(r["duplicates"] for r in rows)
+    seconds = [r["seconds"] for r in rows]
+    commits = ", ".join(sorted({r["commit"] for r in rows}))
+    lines = [
+        "# What a run survives",
+        "",
+        "Written by `python -m benchmarks faults`; the same rows are in faults.json. "
+        f"**{len(rows)} injections: {lost} rows lost, {doubled} doubled.**",
+        "",
+        *_METHOD.strip().splitlines(),
+        "",
+        f"Made on {len(os.sched_getaffinity(0))} cores that other work shared, commit {commits}, "
+        + ", ".join(f"{k} {v}" for k, v in used.items())
+        + f". An injection took {min(seconds):.0f} to {max(seconds):.0f} s with its whole run.",
+        "",
+        "| fault | stage | rows in | labels | rejects | twice | lost | labels equal | ACC (unbroken) | commands | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        numbers = [f"{r[name]:,}" for name in ("rows_in", "labels", "rejects", "duplicates", "lost")]
+        stage = r["stage"] + (f", workers {r['resizes'][0][0]}" if r.get("resizes") else "")
+        stage += "".join(f" -> {b}" for _, b in r.get("resizes", []))
+        equal = "yes" if r["labels_equal"] else "no"
+        cells = [r["fault"], stage, *numbers, equal, f"{r['acc']:.4f} ({r['acc_unbroken']:.4f})", str(r["commands"])]
+        lines.append("| " + " | ".join([*cells, f"{r['seconds']:.0f}"]) + " |")
+    lines += ["", *_NOT_THERE.strip().splitlines(), ""]
+    return "\n".join(lines)
+
+
+_METHOD = """
+The job clusters digits (five noisy copies of each image, two bad rows in each of 24 files) with two training workers and
+three actors, on two Ray nodes: a head with one CPU, on which the driver runs, and a node with four that may die. The driver is a
+process of its own, `python -m raydc run`. What is killed is killed with SIGKILL: a worker process that is first stopped
+and looked at, so that it dies in the middle of its work; a node with its raylet and every worker; the driver. Bytes of
+input files are overwritten and mended again. S3 is a server behind a proxy that answers every request with 503, or cuts every
+connection, for two seconds. A run whose fault comes after fit starts from a copy of the unbroken run as it was before that stage.
+
+*Commands* says how often the command was given until the run was published: 1 where the run lived through the fault. A
+second submission is a command too; it is refused. *Labels equal*: every label file's rows are those of the unbroken run, all columns. Where
+a fit goes on from a checkpoint on restarted workers, sums come in another order and labels may differ in single rows; there
+the bound is the accuracy, at most 0.01 below that of the unbroken run. A fault that came too late, after the stage,
+does not count and is injected again.
+"""
+
+_NOT_THERE = """
+Pairs that are not there: training workers exist in fit alone, actors in assign alone, and tasks in merge alone; profile,
+evaluate, report and publish run in the driver (a node that dies meanwhile is in the table). Slices are read in profile, in
+assign and at the start of fit: the rows stay in memory from then on, so no slice can fail in the refinement, and merge,
+evaluate and publish read none. Workers are added and taken away in fit alone; elsewhere Ray moves tasks and actors.
+"""
