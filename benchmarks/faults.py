@@ -1,10 +1,10 @@
 """Whether a row is lost or doubled when something dies: every fault at every stage, for real, on two nodes.
 
-A fault is injected into a job that runs in a process of its own (benchmarks/fault_rig.py), at the stage that is named, and the
-job is finished, by the same command again where its driver died. Then the rows are counted: rows in = labels + rejects, no
-id twice, every file that the manifest lists is there with its checksum, and the labels are those of a run that nothing
-befell. A fault that did not hit (the stage was over) is injected again, not counted. Writes docs/faults.json after every
-injection, and docs/faults.md.
+A fault is injected into a job that runs in a process of its own (benchmarks/fault_rig.py), at the stage that is named,
+and the job is finished, by the same command again where its driver died. Then the rows are counted: rows in = labels +
+rejects, no id twice, every file that the manifest lists is there with its checksum, and the labels are those of a run
+that nothing befell. A fault that did not hit (the stage was over) is injected again, not counted. Writes
+docs/faults.json and docs/faults.md after every injection.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import faults_page
 from benchmarks.fault_rig import (
     ACTOR,
     CELL,
@@ -43,7 +44,6 @@ from benchmarks.fault_rig import (
     until,
     write_rows,
 )
-from raydc.rundir import versions
 
 _MOST_ATTEMPTS = 8
 _BURST_SECONDS = 2.0
@@ -268,16 +268,45 @@ def storage(*kinds: str) -> Inject:
 
 
 def second_submission(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
-    """Give the same command while the first one, held still for as long, is at the stage: it has to be turned away."""
+    """Give the same command while the first one is at the stage: it has to be turned away.
+
+    The first one crawls meanwhile, a few milliseconds a second, enough for its heartbeat: the second has to read its
+    settings and its input before it asks who drives the run, and most stages here would be over by then.
+    """
+    reached(run, driver, stage)
+    driver.signal(signal.SIGSTOP)
+    try:
+        still_at(run, driver, stage)
+        second = run.start()
+        while second.process.poll() is None:
+            if "lease: waiting" in second.text():
+                driver.signal(signal.SIGCONT)
+                time.sleep(0.02)
+                driver.signal(signal.SIGSTOP)
+            time.sleep(0.8)
+        if second.process.returncode == 0:
+            raise MissedError("the first one was through before the second asked")
+        text = second.text()
+        assert second.process.returncode == 2 and "which is alive" in text, f"no refusal:\n{text[-2000:]}"
+    finally:
+        driver.signal(signal.SIGCONT)
+    code = driver.wait()
+    assert code == 0, f"the first one did not live through it: exit code {code}\n{driver.text()[-2000:]}"
+
+
+def stopped_driver(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Stop the driver until it is taken for dead, let a second one finish the run, and wake the first one up."""
     reached(run, driver, stage)
     driver.signal(signal.SIGSTOP)
     try:
         still_at(run, driver, stage)
         second = run.start()
         code = second.wait()
-        assert code == 2 and "StageError" in second.text(), f"exit code {code}:\n{second.text()[-2000:]}"
+        assert code == 0 and "lease: taken over" in second.text(), f"exit code {code}:\n{second.text()[-2000:]}"
     finally:
         driver.signal(signal.SIGCONT)
+    code = driver.wait()
+    assert code != 0 and "has taken this run over" in driver.text(), f"exit code {code}:\n{driver.text()[-2000:]}"
 
 
 def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
@@ -295,26 +324,31 @@ def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
 
 CASES = (
     *(Case("training worker SIGKILL", s, training_worker(1)) for s in ("fit pretrain", "fit refine")),
-    *(Case("both training workers SIGKILL", s, training_worker(2)) for s in ("fit pretrain", "fit refine")),
+    Case("both training workers SIGKILL", "fit pretrain", training_worker(2)),
     Case("assign actor SIGKILL", "assign", assign_actor(1)),
-    Case("two assign actors SIGKILL", "assign", assign_actor(2)),
+    Case("both assign actors SIGKILL", "assign", assign_actor(2)),
     Case("cell task SIGKILL", "merge", cell_task, "cells"),
-    *(Case("node SIGKILL", s, node) for s in ("profile", "fit pretrain", "fit refine")),
+    Case("node SIGKILL", "profile", node, "plain"),
+    *(Case("node SIGKILL", s, node) for s in ("fit pretrain", "fit refine")),
     Case("node SIGKILL", "merge", node, "cells"),
     *(Case("node SIGKILL", s, node) for s in ("assign", "evaluate", "report", "publish")),
-    *(Case("driver SIGKILL", s, driver_dies) for s in ("profile", "fit pretrain", "fit refine")),
+    Case("driver SIGKILL", "profile", driver_dies, "plain"),
+    *(Case("driver SIGKILL", s, driver_dies) for s in ("fit pretrain", "fit refine")),
     Case("driver SIGKILL", "merge", driver_dies, "cells"),
     *(Case("driver SIGKILL", s, driver_dies) for s in ("assign", "evaluate", "report", "publish")),
-    *(Case("exception in a slice", s, bad_slice) for s in ("profile", "fit pretrain", "assign")),
+    Case("exception in a slice", "profile", bad_slice, "plain"),
+    *(Case("exception in a slice", s, bad_slice) for s in ("fit pretrain", "assign")),
     *(
         Case(fault, s, storage(*kinds), "s3")
         for fault, kinds in (("S3 503 burst", ("slow_down",)), ("S3 connection cut", ("cut", "reset")))
         for s in ("profile", "fit pretrain", "fit refine", "merge", "assign", "evaluate", "publish")
     ),
+    Case("second submission", "profile", second_submission, "plain"),
     *(
         Case("second submission", s, second_submission)
-        for s in ("profile", "fit pretrain", "fit refine", "merge", "assign", "publish")
+        for s in ("fit pretrain", "fit refine", "merge", "assign", "report", "publish")
     ),
+    *(Case("driver stopped, taken over, woken", s, stopped_driver) for s in ("assign", "report", "publish")),
     *(Case("elastic 2 -> 1 -> 2", s, elastic, "elastic") for s in ("fit pretrain", "fit refine")),
 )
 
@@ -336,7 +370,9 @@ def inject(rig: Rig, case: Case) -> dict[str, Any]:
         try:
             driver = run.start()
             case.inject(rig, run, driver, case.stage)
-            run.finish(driver)
+            # A driver that was stopped and taken over has ended, and what it left was finished by the other.
+            if run.state("publish") != "done":
+                run.finish(driver)
             found = check(run)
             seconds = time.monotonic() - started
             break
@@ -403,7 +439,7 @@ def main(options: argparse.Namespace) -> None:
             rows.append(row | {"commit": _commit()})
             rows.sort(key=_order)
             book.write_text(json.dumps(rows, indent=1) + "\n")
-            (ROOT / "docs" / "faults.md").write_text(page(rows))
+            (ROOT / "docs" / "faults.md").write_text(faults_page.page(rows))
     finally:
         rig.close()
     if failures:
@@ -436,58 +472,3 @@ def _order(row: dict[str, Any]) -> int:
 def _commit() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    """Return docs/faults.md."""
-    used = {k: v for k, v in versions().items() if k in ("python", "ray", "torch")}
-    lost, doubled = sum(r["lost"] for r in rows), sum(r["duplicates"] for r in rows)
-    seconds = [r["seconds"] for r in rows]
-    commits = ", ".join(sorted({r["commit"] for r in rows}))
-    lines = [
-        "# What a run survives",
-        "",
-        "Written by `python -m benchmarks faults`; the same rows are in faults.json. "
-        f"**{len(rows)} injections: {lost} rows lost, {doubled} doubled.**",
-        "",
-        *_METHOD.strip().splitlines(),
-        "",
-        f"Made on {len(os.sched_getaffinity(0))} cores that other work shared, commit {commits}, "
-        + ", ".join(f"{k} {v}" for k, v in used.items())
-        + f". An injection took {min(seconds):.0f} to {max(seconds):.0f} s with its whole run.",
-        "",
-        "| fault | stage | rows in | labels | rejects | twice | lost | labels equal | ACC (unbroken) | commands | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        numbers = [f"{r[name]:,}" for name in ("rows_in", "labels", "rejects", "duplicates", "lost")]
-        stage = r["stage"] + (f", workers {r['resizes'][0][0]}" if r.get("resizes") else "")
-        stage += "".join(f" -> {b}" for _, b in r.get("resizes", []))
-        equal = "yes" if r["labels_equal"] else "no"
-        cells = [r["fault"], stage, *numbers, equal, f"{r['acc']:.4f} ({r['acc_unbroken']:.4f})", str(r["commands"])]
-        lines.append("| " + " | ".join([*cells, f"{r['seconds']:.0f}"]) + " |")
-    lines += ["", *_NOT_THERE.strip().splitlines(), ""]
-    return "\n".join(lines)
-
-
-_METHOD = """
-The job clusters digits (five noisy copies of each image, two bad rows in each of 24 files) with two training workers and
-three actors, on two Ray nodes: a head with one CPU, on which the driver runs, and a node with four that may die. The driver is a
-process of its own, `python -m raydc run`. What is killed is killed with SIGKILL: a worker process that is first stopped
-and looked at, so that it dies in the middle of its work; a node with its raylet and every worker; the driver. Bytes of
-input files are overwritten and mended again. S3 is a server behind a proxy that answers every request with 503, or cuts every
-connection, for two seconds. A run whose fault comes after fit starts from a copy of the unbroken run as it was before that stage.
-
-*Commands* says how often the command was given until the run was published: 1 where the run lived through the fault. A
-second submission is a command too; it is refused. *Labels equal*: every label file's rows are those of the unbroken run, all columns. Where
-a fit goes on from a checkpoint on restarted workers, sums come in another order and labels may differ in single rows; there
-the bound is the accuracy, at most 0.01 below that of the unbroken run. A fault that came too late, after the stage,
-does not count and is injected again.
-"""
-
-_NOT_THERE = """
-Pairs that are not there: training workers exist in fit alone, actors in assign alone, and tasks in merge alone; profile,
-evaluate, report and publish run in the driver (a node that dies meanwhile is in the table). Slices are read in profile, in
-assign and at the start of fit: the rows stay in memory from then on, so no slice can fail in the refinement, and merge,
-evaluate and publish read none. Workers are added and taken away in fit alone; elsewhere Ray moves tasks and actors.
-"""
