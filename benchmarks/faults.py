@@ -74,11 +74,14 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        before = dict(os.environ)
         os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         # Ray's workers have the environment of the raylet that starts them.
         os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
         os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1", "PYTHONPATH": str(ROOT)}
         self._stack = contextlib.ExitStack()
+        self._stack.callback(os.environ.update, before)
+        self._stack.callback(os.environ.clear)
         self.nodes = TwoNodes()
         self._stack.callback(self.nodes.shutdown)
         self.input = folder / "input"

@@ -207,13 +207,26 @@ def test_a_config_survives_its_json():
     assert parse_config(config.model_dump(mode="json")) == config
 
 
+def test_the_number_of_workers_is_one_number_or_the_fewest_and_the_most():
+    def fit(num_workers):
+        return parse_config(LEAST | {"fit": {"num_workers": num_workers}}).fit
+
+    assert (fit(3).fewest_workers, fit(3).most_workers) == (3, 3)
+    elastic = fit([1, 4])
+    assert (elastic.num_workers, elastic.fewest_workers, elastic.most_workers) == ((1, 4), 1, 4)
+    assert parse_config(LEAST | {"fit": elastic.model_dump(mode="json")}).fit == elastic
+    for wrong in ([4, 1], [0, 2], [1, 2, 3], 0, "many"):
+        with pytest.raises(ConfigError, match="num_workers"):
+            fit(wrong)
+
+
 def test_operational_settings_leave_every_fingerprint_alone():
     base = parse_config(LEAST)
     other = parse_config(
         LEAST
         | {
             "output": "elsewhere",
-            "fit": {"num_workers": 4, "resident_bytes": 0, "use_gpu": True},
+            "fit": {"num_workers": [2, 4], "resident_bytes": 0, "use_gpu": True},
             "assign": {"block_rows": 7},
             "ray": {"num_cpus": 3},
             "storage": {"region": "eu-west-1"},

@@ -79,23 +79,32 @@ def test_memory_falls_with_workers_and_with_streaming():
     assert not make_plan(config(fit={"objective": "dec", "resident_bytes": 10**10}), profile(10**6, dim=768)).streamed
 
 
+def test_the_plan_of_an_elastic_fit_is_that_of_the_fewest_workers():
+    fewest, elastic = (make_plan(config(fit={"num_workers": n}), profile(10**6)) for n in (2, [2, 8]))
+    assert elastic.worker_bytes == fewest.worker_bytes
+    assert "workers     2 for training, 1 CPU each" in fewest.lines()
+    told = "workers     2 to 8 for training, 1 CPU each, as there is room; memory and time are those of 2"
+    assert told in elastic.lines()
+
+
 def test_half_precision_rows_take_half_the_memory():
     full, half = (make_plan(config(), profile(10**6, dim=768, dtype=d)).worker_bytes for d in ("float32", "float16"))
     assert full - half == 10**6 * 768 * 2
 
 
-def test_the_plan_is_told_in_six_lines():
+def test_the_plan_is_told_in_seven_lines():
     plan = make_plan(config(fit={"objective": "dec", "max_rows": 100}), profile())
     lines = plan.lines()
     assert lines[0] == "rows        1,000 (100 of them in training) in 2 slices, 31.2 KiB uncompressed"
     assert lines[1] == "steps       3 pretraining, at most 5 refinement"
     assert lines[2].startswith("arithmetic  ")
-    assert lines[3].endswith("per training worker, rows resident")
-    assert lines[4] == "files       about 34 to write"
-    assert lines[5] == "time        about 1 s of arithmetic, plus reading and start-up"
+    assert lines[3] == "workers     1 for training, 1 CPU each"
+    assert lines[4].endswith("per training worker, rows resident")
+    assert lines[5] == "files       about 34 to write"
+    assert lines[6] == "time        about 1 s of arithmetic, plus reading and start-up"
 
 
 def test_gpu_workers_are_not_given_a_guess():
     plan = make_plan(config(fit={"objective": "dec", "use_gpu": True}), profile())
     assert plan.seconds is None
-    assert plan.lines()[5] == "time        not estimated for GPU workers"
+    assert plan.lines()[6] == "time        not estimated for GPU workers"
