@@ -191,15 +191,17 @@ def training_worker(how_many: int) -> Inject:
     return inject
 
 
-def assign_actor(how_many: int) -> Inject:
-    """Kill actors while they label."""
+def assign_actor(how_often: int) -> Inject:
+    """Kill an actor while it labels, and the next ones after some more slices."""
 
     def inject(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
         reached(run, driver, stage)
-        victims = rig.nodes.hold(ACTOR)
-        _kill(rig, victims[:how_many], run, driver, stage)
-        if len(victims) < how_many:
-            raise MissedError(f"{len(victims)} actors")
+        for _ in range(how_often):
+            victims = until(lambda: rig.nodes.hold(ACTOR), driver, "an actor")
+            enough = run.slices_done() + 3
+            _kill(rig, victims[:1], run, driver, stage)
+            while run.slices_done() < enough and driver.process.poll() is None:
+                time.sleep(0.05)
 
     return inject
 
@@ -329,7 +331,7 @@ CASES = (
     *(Case("training worker SIGKILL", s, training_worker(1)) for s in ("fit pretrain", "fit refine")),
     Case("both training workers SIGKILL", "fit pretrain", training_worker(2)),
     Case("assign actor SIGKILL", "assign", assign_actor(1)),
-    Case("both assign actors SIGKILL", "assign", assign_actor(2)),
+    Case("assign actor SIGKILL, three times", "assign", assign_actor(3)),
     Case("cell task SIGKILL", "merge", cell_task, "cells"),
     Case("node SIGKILL", "profile", node, "plain"),
     *(Case("node SIGKILL", s, node) for s in ("fit pretrain", "fit refine")),
