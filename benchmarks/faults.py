@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ _AS_GOOD = 0.01
 # What differs from SETTINGS in the runs that are not like the others.
 KINDS: dict[str, dict[str, Any]] = {
     "disk": {},
-    "s3": {},
+    "s3": {"fit": {"num_workers": 1}},
     # So many leaves that the merge has dozens of cells; without a network, whose training would say nothing about it.
     "cells": {
         "fit": {"objective": "kmeans", "num_workers": 2},
@@ -429,6 +430,8 @@ def main(options: argparse.Namespace) -> None:
     turns = _Turns(options.lock, options.turn_seconds)
     turns.take()
     rig = Rig(folder)
+    # As Ctrl-C does: the nodes are stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for case in cases:
             turns.take()
