@@ -118,6 +118,18 @@ class TwoNodes:
             _signal(pid, signal.SIGKILL)
         self.cluster.remove_node(self.node, allow_graceful=False)
 
+    def preempt_node(self, seconds: float) -> None:
+        """Tell Ray, as a cloud does, that the second node will go, and kill it after so many seconds."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = time.time_ns() // 10**6 + int(1000 * seconds)
+        accepted, why = GcsClient(address=self.address).drain_node(self.node.node_id, reason, "", deadline_ms)
+        assert accepted, why
+        time.sleep(seconds)
+        self.kill_node()
+
     def heal(self) -> None:
         """Let go what is still held, and start the second node again if it is not there."""
         for pid in self.held:

@@ -233,6 +233,18 @@ def node(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
         until(lambda: driver.text().count(" resident on ") > 1, driver, "the restart of the worker group")
 
 
+def preemption(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Announce that the second node goes, and kill it three seconds later; another takes its place."""
+    reached(run, driver, stage)
+    still_at(run, driver, stage)
+    rig.nodes.preempt_node(3.0)
+    still_at(run, driver, stage)
+    time.sleep(2)
+    rig.nodes.heal()
+    if stage != "assign":
+        until(lambda: driver.text().count(" resident on ") > 1, driver, "the restart of the worker group")
+
+
 def driver_dies(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     """Kill the driver."""
     reached(run, driver, stage)
@@ -346,6 +358,7 @@ CASES = (
     *(Case("node SIGKILL", s, node) for s in ("fit pretrain", "fit refine")),
     Case("node SIGKILL", "merge", node, "cells"),
     *(Case("node SIGKILL", s, node) for s in ("assign", "evaluate", "report", "publish")),
+    *(Case("node preempted", s, preemption, "elastic") for s in ("fit pretrain", "fit refine")),
     Case("driver SIGKILL", "profile", driver_dies, "plain"),
     *(Case("driver SIGKILL", s, driver_dies) for s in ("fit pretrain", "fit refine")),
     Case("driver SIGKILL", "merge", driver_dies, "cells"),
