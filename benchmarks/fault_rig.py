@@ -120,12 +120,15 @@ class TwoNodes:
 
     def preempt_node(self, seconds: float) -> None:
         """Tell Ray, as a cloud does, that the second node will go, and kill it after so many seconds."""
-        from ray._raylet import GcsClient
+        from ray import _raylet
         from ray.core.generated import autoscaler_pb2
 
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        # Ray's compiled modules tell type checkers nothing of what is in them.
+        compiled: Any = _raylet
+        protocol: Any = autoscaler_pb2
+        reason = protocol.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         deadline_ms = time.time_ns() // 10**6 + int(1000 * seconds)
-        accepted, why = GcsClient(address=self.address).drain_node(self.node.node_id, reason, "", deadline_ms)
+        accepted, why = compiled.GcsClient(address=self.address).drain_node(self.node.node_id, reason, "", deadline_ms)
         assert accepted, why
         time.sleep(seconds)
         self.kill_node()

@@ -78,6 +78,8 @@ class Rig:
         folder.mkdir(parents=True, exist_ok=True)
         before = dict(os.environ)
         os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        # A node that starts on a busy machine may take its time.
+        os.environ |= {"RAY_raylet_start_wait_time_s": "180"}
         # Ray's workers have the environment of the raylet that starts them.
         os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
         os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1", "PYTHONPATH": str(ROOT)}
