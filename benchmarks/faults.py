@@ -57,10 +57,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "s3": {"fit": {"num_workers": 1}},
     # So many leaves that the merge has dozens of cells; without a network, whose training would say nothing about it.
     "cells": {
-        "fit": {"objective": "kmeans", "num_workers": 2},
+        "fit": {"objective": "kmeans", "num_workers": 1},
         "cluster": {"num_leaves": 64},
         "merge": {"levels": [10]},
     },
+    # Where fit, which has to be done after it, is not what is looked at.
+    "plain": {"fit": {"objective": "kmeans", "num_workers": 1}, "merge": {"method": "exact"}},
 }
 
 
