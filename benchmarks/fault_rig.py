@@ -26,10 +26,9 @@ import yaml
 from sklearn.datasets import load_digits
 
 from raydc.lake import Lake
+from raydc.pipeline import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-
-STAGES = ("profile", "fit", "merge", "assign", "evaluate", "report", "publish")
 
 # Names of Ray's worker processes while they are at it, as the process list shows them.
 TRAINER, ACTOR, CELL = "ray::RayTrainWorker", "ray::MapWorker(MapBatches(Labeller))", "ray::_run_cell"
@@ -365,17 +364,10 @@ def broken(path: Path) -> Iterator[None]:
 
 def prune(run_root: Path, stage: str) -> None:
     """Leave of a finished run what it had when `stage` was about to start."""
-    writes = {
-        "fit": ["checkpoints", "fit"],
-        "merge": ["tree", "model"],
-        "assign": ["labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet", "statistics.npz"],
-        "evaluate": ["metrics.json", "leaves.parquet"],
-        "report": ["report"],
-        "publish": ["_MANIFEST.json"],
-    }
     shutil.rmtree(run_root / "lease", ignore_errors=True)
-    for name in STAGES[STAGES.index(stage) :]:
-        for written in [*writes.get(name, []), f"stages/{name}.json"]:
+    names = [s.name for s in STAGES]
+    for later in STAGES[names.index(stage) :]:
+        for written in [*later.writes, f"stages/{later.name}.json"]:
             path = run_root / written
             if path.is_dir():
                 shutil.rmtree(path)
