@@ -14,7 +14,7 @@ from raydc.lease import acquire
 from raydc.plan import make_plan
 from raydc.rundir import RunDir, now
 from raydc.schema import MANIFEST
-from raydc.signals import Stopped, stoppable
+from raydc.signals import stoppable
 from raydc.stages import assign, evaluate, fit, merge, profile, publish, report
 from raydc.summary import resume_command
 from raydc.teaching import load_teacher
@@ -86,21 +86,20 @@ def run(config: Config, run_id: str) -> RunDir:
         return folder
     lease = acquire(folder.lake, folder.root, progress=folder.progress, **config.lease.model_dump())
     folder.fence = lease.fence
-    with lease, stoppable(lease) as listen, cluster.connected(config):
-        listen()
-        try:
-            _run_stages(config, folder, settings)
-        except Stopped:
-            # Before the cluster is left, which may take longer than the sender of the signal waits.
-            lease.release("stopped by SIGTERM")
-            log.error("%s: stopped by SIGTERM; `%s` continues", folder.progress.get("stage"), resume_command(folder))
-            raise
+
+    def give_back() -> None:
+        # Before the cluster is left, which may take longer than the sender of the signal waits.
+        lease.release("stopped by SIGTERM")
+        log.error("%s: stopped by SIGTERM; `%s` continues", folder.progress.get("stage"), resume_command(folder))
+
+    # Twice, because joining a cluster installs Ray's own handler.
+    with lease, stoppable(lease), cluster.connected(config), stoppable(lease, give_back):
+        _run_stages(config, folder, settings)
     return folder
 
 
 def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> None:
-    if folder.marker("profile") is None:
-        folder.write_header(config)
+    folder.write_header(config)
     for stage in STAGES:
         if folder.is_done(stage.name, settings[stage.name], repeatable=stage.repeatable):
             log.info(_SKIPPED, stage.name)

@@ -51,13 +51,16 @@ class RunDir:
         self.progress["line"] = line
 
     def write_header(self, config: Config) -> None:
-        """Write run.json: the resolved config, versions, commit and seed."""
+        """Write run.json: the resolved config, versions, commit and seed, of the driver that works on the run now."""
+        self.check_owner()
+        uri = self.uri("run.json")
+        started = self.lake.read_json(uri)["started"] if self.lake.exists(uri) else now()
         self.lake.write_json(
             self.uri("run.json"),
             {
                 "run_id": self.run_id,
                 "format_version": FORMAT_VERSION,
-                "started": now(),
+                "started": started,
                 "seed": config.seed,
                 "commit": _commit(),
                 "versions": versions(),

@@ -21,33 +21,45 @@ class Stopped(SystemExit):
 
 
 @contextmanager
-def stoppable(lease: Lease) -> Iterator[Callable[[], None]]:
-    """Raise Stopped in the main thread on SIGTERM, and LeaseLost if the lease is lost, while the block lasts.
+def stoppable(lease: Lease, on_stop: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Raise Stopped on SIGTERM, and LeaseLost if the lease is lost, out of the block in the main thread.
 
-    Yields a function that installs the handler again: `ray.init` puts its own in place. In another thread than the main
-    one nothing is installed, and the steps of the run look at the lease themselves.
+    `ray.init` installs a handler of its own, so this is entered again after it. In another thread than the main one
+    nothing is installed, and the steps of the run look at the lease themselves.
+
+    Args:
+        lease: its loss interrupts the block.
+        on_stop: called before Stopped is raised.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield
         return
+    asked = False
 
     def handle(signum: int, frame: object) -> None:
+        nonlocal asked
         # A second signal while the first is being dealt with must not break off the giving back of the lease.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if lease.lost is not None:
-            raise lease.lost
-        raise Stopped
-
-    def install() -> None:
-        signal.signal(signal.SIGTERM, handle)
+        asked = True
+        # Inside ray.get, only SystemExit and KeyboardInterrupt come through, and as new ones.
+        raise SystemExit(EXIT_STOPPED)
 
     main = threading.get_ident()
     before = signal.getsignal(signal.SIGTERM)
-    install()
+    before_lost = lease.on_lost
+    signal.signal(signal.SIGTERM, handle)
     # The main thread may be waiting for workers for hours.
     lease.on_lost = lambda: signal.pthread_kill(main, signal.SIGTERM)
     try:
-        yield install
+        yield
+    except SystemExit as error:
+        # Ray's own handler exits with the number of the signal.
+        if not asked and error.code != signal.SIGTERM:
+            raise
+        if lease.lost is not None:
+            raise lease.lost from error
+        on_stop()
+        raise Stopped from error
     finally:
-        lease.on_lost = None
+        lease.on_lost = before_lost
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

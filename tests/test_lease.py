@@ -247,6 +247,21 @@ def test_sigterm_gives_the_lease_back_and_exits_with_143(tmp_path):
     assert holder(Lake(), str(tmp_path)).beat.released.startswith("Stopped")
 
 
+def test_an_exit_that_lost_its_code_on_the_way_is_known_for_a_stop(tmp_path):
+    told = []
+    with pytest.raises(Stopped), take(tmp_path) as found, stoppable(found, lambda: told.append(found.lost)):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except SystemExit:
+            # As ray.get does.
+            raise SystemExit(1) from None
+    assert told == [None]
+    with pytest.raises(SystemExit) as other, take(tmp_path) as found, stoppable(found):
+        sys.exit(3)
+    assert other.value.code == 3 and not isinstance(other.value, Stopped)
+
+
 def test_a_lost_lease_interrupts_the_main_thread(tmp_path):
     with pytest.raises(LeaseLost), take(tmp_path) as first, stoppable(first):
         assert lease._take(Lake(), first.fence.folder, 2, "run", Owner.here())

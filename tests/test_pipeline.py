@@ -300,6 +300,13 @@ def test_show_and_evaluate_print_the_results_of_a_run(on_one_worker, capsys):
     assert "published" in text and "autoencoder + k-means" in text and "1,797 in = 1,797 labels + 0 rejects" in text
 
 
+def test_resume_of_a_finished_run_does_nothing_and_prints_its_results(on_one_worker, capsys):
+    main(["resume", on_one_worker.root])
+    text = capsys.readouterr().out
+    assert text.count("done earlier, skipped") == len(pipeline.STAGES)
+    assert "run         one, published" in text and "driver" not in text
+
+
 def test_expected_failures_end_with_one_message_and_exit_code_two(tmp_path, capsys):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"input": {"path": str(tmp_path / "nowhere")}}))
     with pytest.raises(SystemExit) as stop:

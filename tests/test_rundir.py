@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from raydc import rundir
 from raydc.errors import StageError
 from raydc.lake import Lake
 from raydc.rundir import RunDir
@@ -90,6 +91,14 @@ def test_the_header_holds_what_a_rerun_needs(run):
     assert type(config).model_validate(header["config"]) == config
     assert {"python", "ray", "torch", "numpy", "pyarrow"} <= set(header["versions"])
     assert header["started"].endswith("Z")
+
+
+def test_the_header_tells_of_the_last_driver_and_the_first_start(run, monkeypatch):
+    run.write_header(shards.settings("data"))
+    monkeypatch.setattr(rundir, "now", lambda: "later")
+    run.write_header(shards.settings("data", fit={"num_workers": 3}))
+    header = run.lake.read_json(run.uri("run.json"))
+    assert header["config"]["fit"]["num_workers"] == 3 and header["started"].startswith("20")
 
 
 def test_remove_forgets_files_folders_and_what_is_not_there(run):

@@ -18,6 +18,7 @@ from raydc import tables, tables_delta, tables_iceberg
 from raydc.config import Config, parse_config
 from raydc.errors import ConfigError, StageError
 from raydc.lake import Lake
+from raydc.lease import LeaseLost, acquire
 from raydc.rundir import RunDir
 from raydc.schema import MANIFEST, labels_schema
 from raydc.stages import publish
@@ -340,6 +341,31 @@ def test_publish_registers_a_run_in_both_and_says_so_in_the_manifest(tmp_path):
     assert tables_iceberg.open_catalog(config, run).load_table("raydc.labels").scan().count() == 97
     publish.run(config, run)
     assert run.lake.read_json(run.uri(MANIFEST)) == manifest
+
+
+def test_a_publish_that_died_after_the_commit_ends_without_another_one(tmp_path, monkeypatch):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path, publish={"delta": {}, "iceberg": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "_write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            publish.run(config, run)
+    assert not run.lake.exists(run.uri(MANIFEST))
+    publish.run(config, run)
+    assert run.lake.exists(run.uri(MANIFEST))
+    assert DeltaTable(run.uri("labels")).version() == 1
+    table = tables_iceberg.open_catalog(config, run).load_table("raydc.labels")
+    assert len(table.snapshots()) == 1 and table.scan().count() == 100
+
+
+def test_a_driver_that_lost_its_lease_commits_to_no_table(tmp_path):
+    fill(tmp_path / "in")
+    config, run = labelled_run(tmp_path, publish={"delta": {}, "iceberg": {}})
+    run.fence = acquire(run.lake, run.root, heartbeat_seconds=0.1, stale_seconds=0.3).fence
+    with acquire(run.lake, run.root, heartbeat_seconds=0.1, stale_seconds=0.3), pytest.raises(LeaseLost):
+        publish.run(config, run)
+    assert not DeltaTable.is_deltatable(run.uri("labels"))
+    assert not Path(run.root).with_name("_iceberg").exists()
 
 
 def test_a_table_may_be_added_to_a_finished_run(tmp_path):
