@@ -503,6 +503,13 @@ class DeltaConfig(Section):
     """Folder of a table that runs share; `output` must lie below it, under a name with an underscore. Default: a table
     of the run, in its labels/."""
 
+    @pydantic.field_validator("uri")
+    @classmethod
+    def _uri_is_free_of_secrets(cls, value: str | None) -> str | None:
+        if value is not None:
+            _check_uri(value, "publish.delta.uri")
+        return value
+
 
 _SECRETS = re.compile(r"secret|token|credential|password|access-key|access_key", re.IGNORECASE)
 
@@ -522,7 +529,7 @@ class IcebergConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _no_secrets(self) -> Self:
-        found = [k for k, v in self.properties.items() if _SECRETS.search(k) or re.search(r"://[^/@]*:[^/@]+@", v)]
+        found = [k for k, v in self.properties.items() if _SECRETS.search(k) or has_credentials(v)]
         if found:
             raise ValueError(
                 f"publish.iceberg.properties: {found} hold a secret, and settings are saved with the run. Put it into "

@@ -63,6 +63,7 @@ def test_secrets_of_the_environment_are_masked_in_any_text(monkeypatch):
         ({"input": {"path": "s3://key:hidden-value@bucket/x"}}, "input.path"),
         ({"input": {"path": ["/a", "s3://key:hidden-value@bucket/x"]}}, "input.path"),
         ({"output": "s3://key:hidden-value@bucket/x"}, "output"),
+        ({"publish": {"delta": {"uri": "s3://key:hidden-value@bucket/x"}}}, "publish.delta.uri"),
         ({"storage": {"endpoint_url": "http://key:hidden-value@localhost:9000"}}, "storage.endpoint_url"),
     ],
 )
