@@ -54,6 +54,28 @@ def test_arithmetic_by_hand():
     assert make_plan(config(fit={"objective": "kmeans"}), profile()).fit_flops == 1000 * 160 * 7
 
 
+def test_arithmetic_of_the_other_objectives_by_hand():
+    forward, nearest = 384, 80
+    plain = make_plan(config(fit={"objective": "autoencoder"}), profile()).fit_flops
+    # Both train encoder and decoder; DCN encodes every row again after its step.
+    ae = 1000 * 5 * 3 * (2 * forward + nearest)
+    dcn = ae + 1000 * 5 * (forward + nearest)
+    assert make_plan(config(fit={"objective": "ae"}), profile()).fit_flops == plain + ae
+    assert make_plan(config(fit={"objective": "dcn"}), profile()).fit_flops == plain + dcn
+    assert make_plan(config(fit={"objective": "ae"}, refine={"beta": 0.0}), profile()).refine_steps == 0
+
+
+def test_layers_are_pretrained_in_epochs_of_their_own():
+    plan = make_plan(
+        config(fit={"objective": "autoencoder"}, pretrain={"layerwise": True, "layer_epochs": 7}), profile()
+    )
+    assert plan.pretrain_steps == (3 + 2 * 7) * 4
+    # Pairs 8-16-8 and 16-4-16; the second one learns on the output of the first layer.
+    pairs = 3 * 2 * 2 * 8 * 16 + (2 * 8 * 16 + 3 * 2 * 2 * 16 * 4)
+    plain = make_plan(config(fit={"objective": "autoencoder"}), profile()).fit_flops
+    assert plan.fit_flops == plain + 1000 * 7 * pairs
+
+
 def test_widths_of_the_encoder():
     assert config(fit={"objective": "dec"}).encoder_widths(8) == [8, 16, 4]
     assert config(fit={"objective": "kmeans"}).encoder_widths(8) == [8]

@@ -1,0 +1,254 @@
+"""Every method on labelled data, over seeds, by the settings of jobs/; and DEC on classes of unequal size.
+
+The fit is the job's own (raydc.core.training) in one process without Ray. Methods that start from the same pretrained
+autoencoder share its checkpoint below build/benchmarks/methods/, so their rows differ by the method alone; the seconds
+of a method are those of its pretraining and its own. A fit whose settings and input stand in docs/methods.json already
+is not done again. docs/methods.md and docs/methods.json are written after every fit.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.methods_page import page
+from benchmarks.record import ROOT, made
+from raydc.config import Config, digest, load_config
+from raydc.core import metrics
+from raydc.core.collectives import Ranks
+from raydc.core.hashing import stream_seed, uniform
+from raydc.core.nearest import prepare_process
+from raydc.core.preprocess import Preprocess
+from raydc.core.rows import Batch, ResidentRows
+from raydc.core.state import Clustering
+from raydc.core.training import Fitted, fit
+from raydc.demo import write_digits
+from raydc.labelling import class_names
+from raydc.lake import Lake
+from raydc.slices import read_slice
+from raydc.stages.fit import fit_settings
+from raydc.stages.profile import profile_input
+
+BUILD = ROOT / "build" / "benchmarks" / "methods"
+BOOK = ROOT / "docs" / "methods.json"
+
+METHODS: dict[str, list[str]] = {
+    "raw_kmeans": ["fit.objective=kmeans"],
+    "autoencoder_kmeans": ["fit.objective=autoencoder"],
+    "sae_kmeans": ["fit.objective=autoencoder", "pretrain.layerwise=true"],
+    "dec": ["fit.objective=dec"],
+    "dec_layerwise": ["fit.objective=dec", "pretrain.layerwise=true"],
+    "idec": ["fit.objective=idec"],
+    "dcn": ["fit.objective=dcn"],
+}
+"""What each method sets beside the settings of the job."""
+
+OWN: dict[tuple[str, str], list[str]] = {}
+"""What a method sets on one data set beside that, where the job's settings are those of DEC."""
+
+IMBALANCED = ("autoencoder_kmeans", "dec")
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled rows in memory."""
+
+    name: str
+    rows: ResidentRows
+    classes: npt.NDArray[np.str_]
+    """(N,) in the order of the rows."""
+
+    preprocess: Preprocess
+    fingerprint: str
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the methods that are asked for on digits, and on MNIST where its folder is given."""
+    prepare_process(len(os.sched_getaffinity(0)))
+    methods = options.methods or list(METHODS)
+    for name in options.data or ["digits", "mnist"]:
+        if name == "mnist" and not options.mnist:
+            print("methods on MNIST skipped: give its folder with --mnist or RAYDC_MNIST")
+            continue
+        folder = Path(options.mnist) if name == "mnist" else write_digits(BUILD / "input-digits")
+        if not options.imbalance:
+            run(name, folder, options.seeds, methods)
+        elif name == "mnist":
+            for share in SHARES:
+                run(name, folder, options.seeds, options.methods or IMBALANCED, smallest_share=share)
+
+
+def run(
+    name: str, folder: Path, seeds: list[int], methods: list[str] | tuple[str, ...], smallest_share: float = 1.0
+) -> None:
+    """Fit every method and seed that is not in the book, and write the page after each.
+
+    Args:
+        name: of a file in jobs/.
+        folder: the rows as Parquet.
+        seeds: of the fits.
+        methods: keys of METHODS.
+        smallest_share: share of the rows of the first class that is kept, see `imbalanced`.
+    """
+    configs = {method: config_of(name, folder, method) for method in methods}
+    data = _read(name, next(iter(configs.values())), smallest_share)
+    for seed in seeds:
+        for method, plain in configs.items():
+            config = plain.model_copy(update={"seed": seed})
+            settings = digest(
+                {s: v for s, v in config.settings("fit").items() if s != "input"} | {"rows": data.fingerprint}
+            )
+            if any(e.get("settings") == settings and e["method"] == method for e in _entries()):
+                continue
+            entry = {"data": data.name, "method": method, "seed": seed, **measure(data, config), "settings": settings}
+            print(json.dumps(entry), flush=True)
+            _record(entry)
+
+
+def config_of(name: str, folder: Path, method: str) -> Config:
+    """Return the settings of a method on a data set."""
+    overrides = [f"input.path={folder}", *METHODS[method], *OWN.get((name, method), [])]
+    return load_config(ROOT / "jobs" / f"{name}.yaml", overrides)
+
+
+def imbalanced(keys: torch.Tensor, classes: npt.NDArray[np.str_], smallest_share: float) -> npt.NDArray[np.bool_]:
+    """Return which rows are kept: those of the first class with `smallest_share`, of the last with 1, linear between.
+
+    Source: Xie, Girshick, Farhadi, arXiv:1511.06335, section 5.4 (protocol).
+    """
+    names, of_row = np.unique(classes, return_inverse=True)
+    share = smallest_share + (1.0 - smallest_share) * np.arange(len(names)) / (len(names) - 1)
+    return uniform(keys, stream_seed(0, 12)).numpy() < share[of_row]
+
+
+def measure(data: Data, config: Config) -> dict[str, Any]:
+    """Return the scores of one fit, and its seconds with those of its pretraining, wherever they were spent."""
+    settings = fit_settings(config, data.fingerprint)
+    folder, fingerprint = BUILD / "none", settings.fingerprint
+    if config.learns:
+        fingerprint = pretraining_fingerprint(config, data.fingerprint)
+        folder = BUILD / f"{data.name.replace(' ', '-')}-{config.seed}-{fingerprint}"
+        pretrain = replace(settings, objective="autoencoder", fingerprint=fingerprint)
+        _pretrain(data, pretrain, folder)
+    started = time.perf_counter()
+    fitted = fit(data.rows, data.preprocess, replace(settings, fingerprint=fingerprint), _Launcher(folder, keep=False))
+    seconds = time.perf_counter() - started
+    seconds += sum(h["seconds"] for h in fitted.history if h["phase"] in ("layers", "pretrain"))
+    return {**_scores(data, fitted.clustering), "seconds": round(seconds, 1), **_course(fitted)}
+
+
+def pretraining_fingerprint(config: Config, input_fingerprint: str) -> str:
+    """Return a hash of all that decides the pretrained autoencoder."""
+    deciding = {
+        name: getattr(config, name).model_dump(mode="json") for name in ("preprocess", "autoencoder", "pretrain")
+    }
+    return digest(deciding | {"seed": config.seed, "precision": config.fit.precision, "input": input_fingerprint})
+
+
+class _PretrainedError(Exception):
+    """The autoencoder is ready."""
+
+
+class _Launcher:
+    """The core's Context in one process, with the checkpoints of the pretraining in a folder."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, folder: Path, *, keep: bool) -> None:
+        """Start from the checkpoint in `folder`; keep new ones there, and stop when pretraining ends, or not."""
+        self._folder, self._keep = folder, keep
+
+    def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
+        """Keep the checkpoint."""
+        if not self._keep:
+            return
+        if metrics["phase"] == "kmeans":
+            raise _PretrainedError
+        if checkpoint_dir is not None:
+            fresh = self._folder.with_name(self._folder.name + ".new")
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.copytree(checkpoint_dir, fresh)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            fresh.rename(self._folder)
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the kept checkpoint."""
+        return self._folder if self._folder.exists() else None
+
+
+def _pretrain(data: Data, settings: Any, folder: Path) -> None:
+    """Pretrain, going on from the last epoch that is in the folder."""
+    done = folder / "state.json"
+    if done.exists():
+        last = json.loads(done.read_text())
+        if last["phase"] == "pretrain" and last["epoch"] == settings.pretrain.num_epochs:
+            return
+    try:
+        fit(data.rows, data.preprocess, settings, _Launcher(folder, keep=True))
+    except _PretrainedError:
+        return
+
+
+def _read(name: str, config: Config, smallest_share: float) -> Data:
+    profile = profile_input(config, Lake())
+    chunks, classes = [], []
+    for part in profile.slices:
+        for batch in read_slice(Lake(), part, profile.spec, with_labels=True):
+            names = class_names(batch.labels)
+            assert names is not None
+            chunks.append(Batch(torch.from_numpy(batch.keys), torch.from_numpy(batch.x.copy()), torch.ones(len(names))))
+            classes.append(names)
+    whole, label = ResidentRows.collect, np.concatenate(classes)
+    if smallest_share < 1:
+        keys = torch.cat([c.keys_N for c in chunks])
+        kept = imbalanced(keys, label, smallest_share)
+        place = torch.from_numpy(kept)
+        x = torch.cat([c.x_ND for c in chunks])[place]
+        chunks, label = [Batch(keys[place], x, torch.ones(len(x)))], label[kept]
+    dtype = torch.float16 if profile.spec.dtype == np.float16 else torch.float32
+    rows = whole(iter(chunks), profile.spec.dim, dtype, Ranks())
+    title = name if smallest_share == 1 else f"{name} r_min={smallest_share}"
+    fingerprint = digest([profile.fingerprint, smallest_share])
+    return Data(title, rows, label, profile.preprocess(config), fingerprint)
+
+
+def _scores(data: Data, found: Clustering) -> dict[str, float]:
+    names, of_row = np.unique(data.classes, return_inverse=True)
+    leaves = []
+    with torch.no_grad():
+        for batch in data.rows.blocks(8192):
+            x = data.preprocess(batch.x_ND)
+            leaves.append(found.assign(x if found.encoder is None else found.encoder(x))[0].numpy())
+    table = np.zeros((len(found.centers_KL), len(names)), np.int64)
+    np.add.at(table, (np.concatenate(leaves), of_row), 1)
+    return {k: round(v, 4) for k, v in metrics.external(table).items() if k in ("acc", "nmi", "ari")}
+
+
+def _course(fitted: Fitted) -> dict[str, Any]:
+    refine = [h for h in fitted.history if h["phase"] == "refine"]
+    found: dict[str, Any] = {"epochs": len(refine)} if refine else {}
+    return found | {k: round(refine[-1][k], 5) for k in ("changed", "top_q") if refine and k in refine[-1]}
+
+
+def _entries() -> list[dict[str, Any]]:
+    return json.loads(BOOK.read_text()) if BOOK.exists() else []
+
+
+def _record(entry: dict[str, Any]) -> None:
+    machine = made()
+    entry |= {"commit": machine["commit"], "cpu": machine["cpu"], "cores": machine["cores"], "date": machine["date"]}
+    key = (entry["data"], entry["method"], entry["seed"])
+    kept = [e for e in _entries() if (e["data"], e["method"], e["seed"]) != key]
+    order = {name: place for place, name in enumerate(METHODS)}
+    book = sorted([*kept, entry], key=lambda e: (e["data"], order[e["method"]], e["seed"]))
+    BOOK.write_text(json.dumps(book, indent=1) + "\n")
+    BOOK.with_suffix(".md").write_text(page(book))

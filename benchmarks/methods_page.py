@@ -1,0 +1,91 @@
+"""The page of the methods: means and spreads over seeds, each seed's accuracy, what was published."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Entry = dict[str, Any]
+
+PUBLISHED = {
+    "mnist": {
+        "raw_kmeans": "ACC .535 (DEC paper)",
+        "autoencoder_kmeans": "ACC .818 (DEC paper, table 3); .879, NMI .807, ARI .783 (DEC-keras, 10 runs)",
+        "dec": "ACC .843 (DEC paper, best of 9 settings); .912 (.830 - .964), NMI .869, ARI .856 (DEC-keras, 10 runs)",
+        "dec_layerwise": "as DEC; ACC .801, NMI .748 (a third-party redo with the paper's schedule)",
+        "idec": "ACC .881, NMI .867 (IDEC paper)",
+        "dcn": "ACC .83, NMI .81, ARI .75 (DCN paper, by an issue of its code)",
+        "vade": "ACC .945 (README of the authors' code, best run)",
+    }
+}
+"""Figures that were read in the paper, the code or an issue of the authors, with where they stand."""
+
+_INTRODUCTION = """# Methods over seeds
+
+Written by `python -m benchmarks methods --mnist FOLDER`, which fits by the settings of `jobs/digits.yaml` and
+`jobs/mnist.yaml` and what benchmarks/methods.py sets for a method. A seed's methods start from the same pretrained
+autoencoder; `sae_kmeans` and `dec_layerwise` from one that was pretrained layer by layer. Seconds are of the fit in one
+process, with its pretraining. Published figures come from other settings and other numbers of runs; they say what to
+expect, not what is comparable."""
+
+
+def page(book: Sequence[Entry]) -> str:
+    """Return the page of all entries."""
+    lines = [_INTRODUCTION, "", _machines(book), ""]
+    names = sorted({e["data"] for e in book if "r_min" not in e["data"]})
+    for name in names:
+        lines += _section(name, [e for e in book if e["data"] == name])
+    unequal = [e for e in book if "r_min" in e["data"]]
+    if unequal:
+        lines += _imbalance(unequal)
+    return "\n".join(lines)
+
+
+def _machines(book: Sequence[Entry]) -> str:
+    where = sorted({f"{e['cpu']}, {e['cores']} cores" for e in book if "cpu" in e})
+    commits = sorted({e["commit"] for e in book if "commit" in e})
+    return f"Made on {'; '.join(where)}; commits {', '.join(commits)} (each entry of methods.json names its own)."
+
+
+def _section(name: str, runs: Sequence[Entry]) -> list[str]:
+    seeds = sorted({e["seed"] for e in runs})
+    methods = list(dict.fromkeys(e["method"] for e in runs))
+    lines = [
+        f"## {name}",
+        "",
+        "| method | seeds | ACC mean (min - max) | NMI mean (min - max) | ARI mean (min - max) | seconds | published |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        own = [e for e in runs if e["method"] == method]
+        spreads = " | ".join(_spread([e[k] for e in own]) for k in ("acc", "nmi", "ari"))
+        seconds = [e["seconds"] for e in own if "seconds" in e]
+        duration = f"{statistics.mean(seconds):.0f}" if seconds else ""
+        lines.append(f"| {method} | {len(own)} | {spreads} | {duration} | {PUBLISHED.get(name, {}).get(method, '')} |")
+    lines += ["", "| ACC | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---" * (1 + len(seeds)) + "|"]
+    for method in methods:
+        found = {e["seed"]: f"{e['acc']:.4f}" for e in runs if e["method"] == method}
+        lines.append(f"| {method} | " + " | ".join(found.get(s, "") for s in seeds) + " |")
+    return [*lines, ""]
+
+
+def _imbalance(runs: Sequence[Entry]) -> list[str]:
+    names = sorted({e["data"] for e in runs})
+    lines = [
+        "## Classes of unequal size",
+        "",
+        "MNIST subsampled by `--imbalance`: r_min of class 0 is kept, all of class 9, linear between.",
+        "",
+        "| data | method | seeds | ACC mean (min - max) | NMI mean (min - max) | ARI mean (min - max) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        for method in dict.fromkeys(e["method"] for e in runs if e["data"] == name):
+            own = [e for e in runs if (e["data"], e["method"]) == (name, method)]
+            spreads = " | ".join(_spread([e[k] for e in own]) for k in ("acc", "nmi", "ari"))
+            lines.append(f"| {name} | {method} | {len(own)} | {spreads} |")
+    return [*lines, ""]
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.4f} - {max(values):.4f})"
