@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import fnmatch
 import json
+import logging
 import math
 import os
 import re
@@ -108,7 +109,8 @@ class Rig:
     def unbroken(self, kind: str) -> tuple[Path, dict[str, Any]]:
         """Return the folder (a local copy) of a run of this kind that nothing befell, and what was found in it."""
         if kind not in self._unbroken:
-            run = self.run(kind, f"unbroken-{kind}")
+            # Of this code alone: another may have other settings, and other results.
+            run = self.run(kind, f"unbroken-{kind}-{_commit()}")
             if not run.place.lake.exists(f"{run.root}/_MANIFEST.json"):
                 run.finish(run.start(), most_commands=1)
             copy = self.folder / "unbroken" / kind
@@ -136,6 +138,7 @@ class Rig:
 
             from tests.faulty_s3 import FaultyS3
 
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)
             server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
             server.start()
             self._stack.callback(server.stop)
