@@ -46,6 +46,7 @@ from benchmarks.fault_rig import (
     until,
     write_rows,
 )
+from raydc.schema import MANIFEST
 
 _MOST_ATTEMPTS = 8
 _BURST_SECONDS = 2.0
@@ -75,8 +76,8 @@ class Rig:
         folder.mkdir(parents=True, exist_ok=True)
         before = dict(os.environ)
         os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-        # A node that starts on a busy machine may take its time.
-        os.environ |= {"RAY_raylet_start_wait_time_s": "180"}
+        # A node that starts on a busy machine may take its time, and should not start processes that nobody asked for.
+        os.environ |= {"RAY_raylet_start_wait_time_s": "180", "RAY_prestart_worker_first_driver": "0"}
         # Ray's workers have the environment of the raylet that starts them.
         os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
         os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_DEFAULT_REGION": "us-east-1", "PYTHONPATH": str(ROOT)}
@@ -110,12 +111,13 @@ class Rig:
         """Return the folder (a local copy) of a run of this kind that nothing befell, and what was found in it."""
         if kind not in self._unbroken:
             # Of this code alone: another may have other settings, and other results.
-            run = self.run(kind, f"unbroken-{kind}-{_commit()}")
-            if not run.place.lake.exists(f"{run.root}/_MANIFEST.json"):
-                run.finish(run.start(), most_commands=1)
-            copy = self.folder / "unbroken" / kind
-            shutil.rmtree(copy, ignore_errors=True)
-            run.place.lake.download_folder(run.root, copy)
+            run = self.run(kind, f"unbroken-{kind}-{_commit('raydc')}")
+            lake, copy = run.place.lake, self.folder / "unbroken" / run.run_id
+            if (copy / MANIFEST).exists():
+                lake.upload_folder(copy, run.root)
+            else:
+                run.finish(run.start(), most_commands=2)
+                lake.download_folder(run.root, copy)
             self._unbroken[kind] = copy, check(run)
         return self._unbroken[kind]
 
@@ -502,6 +504,7 @@ def _order(row: dict[str, Any]) -> int:
     return names.index((row["fault"], row["stage"])) if (row["fault"], row["stage"]) in names else len(names)
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+def _commit(*folders: str) -> str:
+    """Return the last commit, of all or that touched these folders."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", *folders]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
