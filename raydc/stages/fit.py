@@ -188,12 +188,14 @@ class EverySlice(DataConfig):
 
 
 def slice_dataset(
-    lake: Lake, slices: list[Slice], spec: InputSpec, board: Any, *, seed: int, fraction: float, num_readers: int
+    lake: Lake, slices: list[Slice], spec: InputSpec, board: Any, *, seed: int, fraction: float, num_readers: int | None
 ) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
 
-    A reader takes no CPU from Ray's books. Ray Data may use only what Train leaves, and Train takes the last CPU when
-    it grows, or when a node is lost: the workers would then wait for rows for ever. `num_readers` bounds them instead.
+    Ray Data may use only the CPUs that Train leaves, and Train takes the last one when it grows, or when a node is lost:
+    the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
+    `num_readers` bounds them instead. None leaves it to Ray Data: workers on GPUs leave CPUs, and a queue of readers
+    that book one lets the cluster grow.
     """
 
     def read(batch: pa.Table) -> Iterator[pa.Table]:
@@ -215,14 +217,16 @@ def slice_dataset(
         batch_size=1,
         batch_format="pyarrow",
         udf_modifying_row_count=True,
-        num_cpus=0,
+        num_cpus=1 if num_readers is None else 0,
         compute=TaskPoolStrategy(size=num_readers),
-        label_selector=nodes_with_cpus(),
+        label_selector=None if num_readers is None else nodes_with_cpus(),
     )
 
 
-def _readers(config: Config) -> int:
+def _readers(config: Config) -> int | None:
     """Return how many slices are read at once: one for each CPU that training leaves, at least one for each worker."""
+    if config.fit.use_gpu:
+        return None
     workers = config.fit.most_workers
     return max(workers, int(ray.cluster_resources().get("CPU", 1)) - workers * config.fit.cpus_per_worker)
 
