@@ -192,8 +192,8 @@ def slice_dataset(
 ) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
 
-    Ray Data may use only the CPUs that Train leaves, and Train takes the last one when it grows, or when a node is lost:
-    the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
+    Ray Data may use only the CPUs that Train leaves, and Train takes the last one when it grows, or when a node is
+    lost: the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
     `num_readers` bounds them instead. None leaves it to Ray Data: workers on GPUs leave CPUs, and a queue of readers
     that book one lets the cluster grow.
     """
