@@ -362,12 +362,13 @@ class VadeConfig(Section):
     """Of the elements of a preprocessed row: bernoulli for values in [0, 1], such as pixels; gaussian, with one learned
     variance, for any others."""
 
-    component_weights: Literal["learned", "uniform"] = "learned"
-    """learned, as in the paper; uniform keeps the components' weights equal, so that a large one does not draw ever
-    more rows to itself."""
+    component_weights: Literal["learned", "uniform"] = "uniform"
+    """uniform keeps the components' weights equal, so that a large one does not draw ever more rows to itself; learned,
+    as in the paper, for components that are known to differ much in size."""
 
-    kl_weight: float = Field(1.0, gt=0)
-    """Weight of the divergence from the mixture beside the reconstruction; 1 is the evidence bound."""
+    kl_weight: float = Field(3.0, gt=0)
+    """Weight of the divergence from the mixture beside the reconstruction; 1 is the evidence bound, and more lets the
+    clusters pull harder. Too much, about 10 on pixels, lets them run together."""
 
     warmup_epochs: float = Field(0.0, ge=0)
     """Epochs in which that weight rises linearly from zero."""
@@ -375,7 +376,7 @@ class VadeConfig(Section):
     mixture_learning_rate: float | None = Field(None, gt=0)
     """Rate of the weights, means and variances of the mixture; null is refine.learning_rate."""
 
-    decay: float = Field(1.0, gt=0, le=1)
+    decay: float = Field(0.9, gt=0, le=1)
     """Factor on both rates after every `decay_epochs`."""
 
     decay_epochs: int = Field(10, ge=1)
@@ -399,9 +400,10 @@ class DistillConfig(Section):
     """How prototypes compare with codes, without a teacher: by direction from the mean, or by distance. With a teacher
     it is the distance."""
 
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.3, gt=0)
     """Of the softmax over the prototypes: of their cosines, or of half the squared distances in units of the mean one
-    to the nearest prototype."""
+    to the nearest prototype. A low one learns from rows between clusters only; a high one moves all of them, and suits
+    few clusters."""
 
     reconstruction_weight: float = Field(1.0, ge=0)
     """Weight of the reconstruction beside the cross-entropy; it keeps the code from collapsing. 0 leaves the decoder
