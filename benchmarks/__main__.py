@@ -3,9 +3,15 @@
 import argparse
 import os
 
-from benchmarks import faults, linkage, methods, speed
+from benchmarks import faults, heads, linkage, methods, speed
 
-NAMES = {"faults": faults.main, "linkage": linkage.main, "methods": methods.main, "speed": speed.main}
+NAMES = {
+    "faults": faults.main,
+    "heads": heads.main,
+    "linkage": linkage.main,
+    "methods": methods.main,
+    "speed": speed.main,
+}
 
 
 def main() -> None:
@@ -14,8 +20,8 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=sorted(NAMES), help="one benchmark; all by default")
     parser.add_argument("--mnist", default=os.environ.get("RAYDC_MNIST"), metavar="FOLDER", help="MNIST as Parquet")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--methods", nargs="+", choices=list(methods.METHODS), help="methods: some of them")
-    parser.add_argument("--data", nargs="+", choices=["digits", "mnist"], help="methods: one data set")
+    parser.add_argument("--methods", nargs="+", choices=[*methods.METHODS, *heads.METHODS], help="methods, heads: some")
+    parser.add_argument("--data", nargs="+", choices=["digits", "mnist", "planted"], help="methods, heads: some")
     parser.add_argument("--imbalance", action="store_true", help="methods: on classes of unequal size instead")
     rows = [*linkage.ROWS, *speed.ROWS]
     parser.add_argument("--rows", nargs="+", choices=rows, help="rows of linkage or speed; all by default")

@@ -111,7 +111,7 @@ def run(
                 continue
             entry = {"data": data.name, "method": method, "seed": seed, **measure(data, config), "settings": settings}
             print(json.dumps(entry), flush=True)
-            _record(entry)
+            record(entry)
 
 
 def config_of(name: str, folder: Path, method: str) -> Config:
@@ -243,12 +243,13 @@ def _entries() -> list[dict[str, Any]]:
     return json.loads(BOOK.read_text()) if BOOK.exists() else []
 
 
-def _record(entry: dict[str, Any]) -> None:
+def record(entry: dict[str, Any]) -> None:
+    """Put an entry into the book, in place of an older one of the same data, method and seed, and write the page."""
     machine = made()
     entry |= {"commit": machine["commit"], "cpu": machine["cpu"], "cores": machine["cores"], "date": machine["date"]}
     key = (entry["data"], entry["method"], entry["seed"])
     kept = [e for e in _entries() if (e["data"], e["method"], e["seed"]) != key]
     order = {name: place for place, name in enumerate(METHODS)}
-    book = sorted([*kept, entry], key=lambda e: (e["data"], order[e["method"]], e["seed"]))
+    book = sorted([*kept, entry], key=lambda e: (e["data"], order.get(e["method"], len(order)), e["method"], e["seed"]))
     BOOK.write_text(json.dumps(book, indent=1) + "\n")
     BOOK.with_suffix(".md").write_text(page(book))

@@ -25,7 +25,11 @@ Written by `python -m benchmarks methods --mnist FOLDER`, which fits by the sett
 `jobs/mnist.yaml` and what benchmarks/methods.py sets for a method. A seed's methods start from the same pretrained
 autoencoder; `sae_kmeans` and `dec_layerwise` from one that was pretrained layer by layer. Seconds are of the fit in one
 process, with its pretraining. Published figures come from other settings and other numbers of runs; they say what to
-expect, not what is comparable."""
+expect, not what is comparable.
+
+`planted` and `digits, unit rows` are written by `python -m benchmarks heads`: a head on frozen rows (temi, icon) beside
+spherical k-means and DEC. The planted rows are 50,000 in 384 dimensions, in 1000 clusters whose sizes fall as 1/rank,
+with noise of twice the length of a centre; every row lies nearest to its own centre."""
 
 
 def page(book: Sequence[Entry]) -> str:

@@ -152,6 +152,32 @@ class PreprocessConfig(Section):
     """Factor of `scale`; by default 1 / root mean square of the sample, so that |x|^2 / D is 1 on average."""
 
 
+class NeighboursConfig(Section):
+    """The nearest neighbours of every row, for the objectives that learn from them (temi, icon)."""
+
+    num: int = Field(10, ge=1)
+    """Neighbours of each row (M)."""
+
+    metric: Literal["cosine", "l2"] = "cosine"
+    """Of the preprocessed rows."""
+
+    method: Literal["auto", "exact", "ivf"] = "auto"
+    """exact; ivf (only the cells nearest to a row are searched, and the recall is measured and reported); auto is exact
+    up to exact_rows rows."""
+
+    exact_rows: int = Field(1_000_000, ge=1)
+    """auto: most rows that are searched exactly, at 2 N^2 D operations."""
+
+    num_probes: int = Field(32, ge=1)
+    """ivf: cells searched for each row, of the square root of the number of rows."""
+
+    recall_rows: int = Field(1000, ge=1)
+    """ivf: rows, chosen by hash of the row key, that are searched exactly as well to measure the recall."""
+
+    cpus_per_task: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    """CPUs, and compute threads, of a task, which searches the neighbours of one slice."""
+
+
 class AutoencoderConfig(Section):
     """The fully connected autoencoder: input - hidden_dims - latent_dim, and its mirror."""
 
@@ -224,9 +250,12 @@ class ClusterConfig(Section):
 class FitConfig(Section):
     """What is learned, and on which workers."""
 
-    objective: Literal["dec", "idec", "ae", "dcn", "vade", "vdc", "distill", "autoencoder", "kmeans"] = "dec"
+    objective: Literal[
+        "dec", "idec", "ae", "dcn", "vade", "vdc", "distill", "temi", "icon", "autoencoder", "kmeans"
+    ] = "dec"
     """dec; idec; ae (reconstruction and a loss on the code); dcn; vade, also called vdc; distill (cluster ids teach the
-    network); autoencoder (pretraining and k-means only); kmeans (no network, the preprocessed rows)."""
+    network); temi and icon (a head on the preprocessed rows, from their neighbours, without an autoencoder);
+    autoencoder (pretraining and k-means only); kmeans (no network, the preprocessed rows)."""
 
     preset: Literal["paper", "scale"] | None = None
     """Settings of the objective that are not given get their values from here (raydc/presets.py): paper, the published
@@ -420,6 +449,50 @@ class DistillConfig(Section):
     """Rows, chosen by hash of the row key, from which the first prototypes and the unit of distance come."""
 
 
+class HeadConfig(Section):
+    """The heads of temi and icon, on the preprocessed rows as they are; epochs, batches and optimiser are refine's."""
+
+    hidden_dims: list[Annotated[int, Field(ge=1)]] = []
+    """Widths of hidden layers; none is a linear head. TEMI's paper: [512, 256]."""
+
+    start: Literal["kmeans", "random"] = "kmeans"
+    """kmeans takes the directions of its centres as prototypes, for a linear head only."""
+
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Of the softmax over cosines. auto: after a k-means start such that the mean largest probability is
+    refine.target_top_q, else 0.1."""
+
+    learning_rate: float = Field(3e-3, gt=0)
+    """Constant rate, of prototypes that start at unit norm."""
+
+    marginal_momentum: float = Field(0.9, ge=0, lt=1)
+    """Of the moving average of the leaves' marginals between two passes over the rows."""
+
+    num_heads: int = Field(1, ge=1)
+    """temi: heads trained side by side, the one of the least loss is kept. Each costs as much as the first."""
+
+    beta: float = Field(0.6, gt=0, le=1)
+    """temi: exponent of the pairs' probabilities; 1 lets leaves die and follows uneven groups, less keeps them even."""
+
+    teacher_momentum: float = Field(0.98, ge=0, lt=1)
+    """temi: of the teacher, per step; 0.996 in the paper, whose runs have many more steps."""
+
+    alpha: float = Field(0.6, ge=0, lt=1)
+    """icon: share of the uniform distribution in both sides of the divergence (debiasing)."""
+
+    num_negatives: int = Field(256, ge=1)
+    """icon: rows in each step that stand for all rows."""
+
+    @pydantic.model_validator(mode="after")
+    def _centres_are_rows(self) -> Self:
+        if self.start == "kmeans" and self.hidden_dims:
+            raise ValueError(
+                "head.start=kmeans needs a linear head: centres are no prototypes behind hidden layers. Set "
+                "head.hidden_dims=[], or head.start=random"
+            )
+        return self
+
+
 MAX_PAIRWISE_LEAVES = 20_000
 """Most leaves of single and complete linkage, which hold all distances; the same as in raydc.core.linkage."""
 
@@ -599,6 +672,7 @@ class Config(Section):
 
     storage: StorageConfig = StorageConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
+    neighbours: NeighboursConfig = NeighboursConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     pretrain: PretrainConfig = PretrainConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -606,6 +680,7 @@ class Config(Section):
     refine: RefineConfig = RefineConfig()
     vade: VadeConfig = VadeConfig()
     distill: DistillConfig = DistillConfig()
+    head: HeadConfig = HeadConfig()
     merge: MergeConfig = MergeConfig()
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -679,13 +754,23 @@ class Config(Section):
     @property
     def learns(self) -> bool:
         """Return whether an autoencoder is trained; otherwise the preprocessed rows are clustered as they are."""
-        return self.fit.objective not in ("kmeans",)
+        return self.fit.objective not in ("kmeans", "temi", "icon")
 
     @property
     def refines(self) -> bool:
         """Return whether an objective is trained after k-means."""
         weightless = self.fit.objective == "ae" and self.refine.beta == 0
         return self.fit.objective not in ("kmeans", "autoencoder") and not weightless
+
+    @property
+    def needs_neighbours(self) -> bool:
+        """Return whether the objective learns from the neighbours of the rows, by a head."""
+        return self.fit.objective in ("temi", "icon")
+
+    @property
+    def stages(self) -> list[str]:
+        """Return the names of the stages of a run with these settings, in order."""
+        return [name for name in SECTIONS_OF_STAGE if name != "neighbours" or self.needs_neighbours]
 
     def encoder_widths(self, dim: int) -> list[int]:
         """Return the encoder's layer widths, input first; of length 1 where the rows are clustered as they are."""
@@ -696,7 +781,13 @@ class Config(Section):
     def settings(self, stage: str) -> dict[str, Any]:
         """Return the settings that decide the result of `stage`: its own and those of every stage before it."""
         sections = [s for name in _up_to(stage) for s in SECTIONS_OF_STAGE[name]]
-        return {name: _decisive(getattr(self, name)) for name in sections}
+        if not self.needs_neighbours:
+            # So that these sections may change, and new ones of their kind may come, without touching other runs.
+            sections = [s for s in sections if s not in ("neighbours", "head")]
+        found = {name: _decisive(getattr(self, name)) for name in sections}
+        if stage == "neighbours":
+            found["sample"] = {"seed": self.seed, "max_rows": self.fit.max_rows}
+        return found
 
     def fingerprint(self, stage: str) -> str:
         """Return a 16-digit hash of `settings(stage)`."""
@@ -705,7 +796,8 @@ class Config(Section):
 
 SECTIONS_OF_STAGE: dict[str, tuple[str, ...]] = {
     "profile": ("input", "preprocess"),
-    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "vade", "distill", "evaluate"),
+    "neighbours": ("neighbours",),
+    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "vade", "distill", "head", "evaluate"),
     "merge": ("merge",),
     "assign": ("assign",),
     "evaluate": (),

@@ -15,7 +15,7 @@ from raydc.plan import make_plan
 from raydc.rundir import RunDir, now
 from raydc.schema import MANIFEST
 from raydc.signals import stoppable
-from raydc.stages import assign, evaluate, fit, merge, profile, publish, report
+from raydc.stages import assign, evaluate, fit, merge, neighbours, profile, publish, report
 from raydc.summary import resume_command
 from raydc.teaching import load_teacher
 
@@ -38,6 +38,7 @@ class Stage:
 
 STAGES = (
     Stage("profile", profile.run, ("profile.json",)),
+    Stage("neighbours", neighbours.run, ("neighbours",)),
     Stage("fit", fit.run, ("checkpoints", "fit")),
     Stage("merge", merge.run, ("tree", "model")),
     Stage("assign", assign.run, ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet")),
@@ -45,6 +46,11 @@ STAGES = (
     Stage("report", report.run, ("report",)),
     Stage("publish", publish.run, (MANIFEST,), repeatable=True),
 )
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """Return the stages that a run with these settings has; not every objective needs all of them."""
+    return [stage for stage in STAGES if stage.name in config.stages]
 
 
 def make_lake(config: Config) -> Lake:
@@ -77,11 +83,11 @@ def run(config: Config, run_id: str) -> RunDir:
     folder = RunDir(make_lake(config), config.output, run_id)
     tables.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
-    settings = {stage.name: config.settings(stage.name) | inputs for stage in STAGES}
+    settings = {stage.name: config.settings(stage.name) | inputs for stage in stages_of(config)}
     # Other settings are refused before anything starts.
-    done = [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in STAGES]
+    done = [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
     if all(done):
-        for stage in STAGES:
+        for stage in stages_of(config):
             log.info(_SKIPPED, stage.name)
         return folder
     lease = acquire(folder.lake, folder.root, progress=folder.progress, **config.lease.model_dump())
@@ -100,7 +106,7 @@ def run(config: Config, run_id: str) -> RunDir:
 
 def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> None:
     folder.write_header(config)
-    for stage in STAGES:
+    for stage in stages_of(config):
         if folder.is_done(stage.name, settings[stage.name], repeatable=stage.repeatable):
             log.info(_SKIPPED, stage.name)
             continue

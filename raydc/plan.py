@@ -40,6 +40,9 @@ class Plan:
     seconds: float | None
     """Arithmetic at the rate measured on this machine; None for GPU workers."""
 
+    neighbours_flops: float = 0.0
+    """Of the search of the neighbours, where the objective needs them."""
+
     def lines(self) -> list[str]:
         """Return the plan as text, one fact per line."""
         steps = f"{self.pretrain_steps:,} pretraining, at most {self.refine_steps:,} refinement"
@@ -47,11 +50,12 @@ class Plan:
         duration = "not estimated for GPU workers"
         if self.seconds is not None:
             duration = f"about {_duration(self.seconds)} of arithmetic, plus reading and start-up"
+        search = f", {self.neighbours_flops:.2g} for the neighbours" if self.neighbours_flops else ""
         sample = "" if self.trained_rows == self.rows else f" ({self.trained_rows:,} of them in training)"
         return [
             f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {_size(self.input_bytes)} uncompressed",
             f"steps       {steps}",
-            f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign",
+            f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign{search}",
             f"workers     {self.workers}",
             f"memory      {_size(self.worker_bytes)} per training worker, rows {mode}",
             f"files       about {self.files:,} to write",
@@ -90,6 +94,9 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         targets = config.refine.refreshes_per_epoch
         passes = {"dec": targets, "idec": targets, "dcn": 1, "distill": 1}
         step = 3 * (network + nearest) + passes.get(config.fit.objective, 0) * (forward + nearest)
+        if config.needs_neighbours:
+            # Both rows of a pair, forward and back; TEMI's teacher looks at both as well, and every head does all this.
+            step = 8 * nearest * config.head.num_heads if config.fit.objective == "temi" else 6 * nearest
         flops += trained * config.refine.num_epochs * step
     assign = n * (forward + nearest + 2.0 * leaves * dim / max(1.0, n / config.evaluate.baseline_rows))
     # Of an elastic fit: memory must do for the fewest workers, and the time is that of the fewest as well.
@@ -103,7 +110,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     if not config.fit.use_gpu:
         cpus = workers * config.fit.cpus_per_worker
         rate = _matrix_rate(config, config.fit.cpus_per_worker) * cpus / config.fit.cpus_per_worker
-        seconds = (flops + assign) / (rate * _STEP_EFFICIENCY)
+        seconds = (flops + assign + _search_flops(config, trained, dim)) / (rate * _STEP_EFFICIENCY)
     return Plan(
         n,
         trained,
@@ -118,7 +125,20 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         streamed,
         2 * len(profile.slices) + 30,
         seconds,
+        _search_flops(config, trained, dim),
     )
+
+
+def _search_flops(config: Config, num_rows: int, dim: int) -> float:
+    """Return the FLOPs of the neighbours stage; 0 where the run has none."""
+    section = config.neighbours
+    if not config.needs_neighbours:
+        return 0.0
+    if section.method == "exact" or (section.method == "auto" and num_rows <= section.exact_rows):
+        return 2.0 * num_rows**2 * dim
+    cells = num_rows**0.5
+    # Every row against the cells' centres, then against the rows of the probed cells; the sample against all rows.
+    return 2.0 * num_rows * dim * (cells + section.num_probes * num_rows / cells + section.recall_rows)
 
 
 def _matrix_rate(config: Config, num_threads: int) -> float:

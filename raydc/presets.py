@@ -43,6 +43,12 @@ _SCALE_PRETRAINING: Preset = {
     "cluster": {"num_restarts": 1},
 }
 
+_SCALE_HEAD: Preset = {
+    "preprocess": {"method": "l2"},
+    "cluster": {"num_restarts": 1},
+    "refine": {"num_epochs": 10, "batch_rows": 4096},
+}
+
 PRESETS: dict[str, dict[str, Preset]] = {
     "dec": {
         # Alpha and scale are 1 in the paper; a new target every 160 iterations is some two in an epoch of MNIST.
@@ -157,6 +163,35 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "ae": {
         "scale": _SCALE_PRETRAINING | {"refine": {"num_epochs": 5, "batch_rows": 4096}},
+    },
+    "temi": {
+        # The authors' run on CIFAR: 50 neighbours, 16 heads, batch 1024, 100 epochs, a rate of 1e-4 per 256 rows of a
+        # batch. Theirs is AdamW with a rate that rises for 20 epochs; ours stays at its peak.
+        "paper": {
+            "neighbours": {"num": 50, "metric": "cosine"},
+            "refine": {"num_epochs": 100, "batch_rows": 1024, "optimizer": "adam", "tolerance": 0.0},
+            "head": {
+                "hidden_dims": [512, 256],
+                "start": "random",
+                "temperature": 0.1,
+                "learning_rate": 4e-4,
+                "num_heads": 16,
+                "beta": 0.6,
+                "teacher_momentum": 0.996,
+                "marginal_momentum": 0.9,
+            },
+        },
+        "scale": _SCALE_HEAD,
+    },
+    "icon": {
+        # A linear head from a random start, 3 neighbours, batch 4096, 30 epochs at 1e-3, which the authors halve every
+        # 10 epochs; ours stays. Their head has no temperature and takes rows as they are.
+        "paper": {
+            "neighbours": {"num": 3, "metric": "cosine"},
+            "refine": {"num_epochs": 30, "batch_rows": 4096, "optimizer": "adam", "tolerance": 0.0},
+            "head": {"hidden_dims": [], "start": "random", "learning_rate": 1e-3, "alpha": 0.6},
+        },
+        "scale": _SCALE_HEAD,
     },
     "autoencoder": {"paper": _DEC_PRETRAINING, "scale": _SCALE_PRETRAINING},
 }

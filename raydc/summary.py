@@ -11,20 +11,23 @@ from raydc.lease import Holder, holder
 from raydc.rundir import RunDir
 from raydc.schema import MANIFEST
 
-_STAGES = ("profile", "fit", "merge", "assign", "evaluate", "report", "publish")
+_STAGES = ("profile", "neighbours", "fit", "merge", "assign", "evaluate", "report", "publish")
 _QUALITY = ("acc", "nmi", "ami", "ari")
 
 
 def lines(run: RunDir) -> list[str]:
     """Return the state of a run and, as far as it has come, its results."""
     markers = {name: run.marker(name) for name in _STAGES}
+    if markers["neighbours"] is None:
+        # Not every objective needs this stage.
+        del markers["neighbours"]
     text = [f"run         {run.run_id}, {_state(run, markers)}"]
     if not run.lake.exists(run.uri(MANIFEST)):
         text += _standing(run, markers)
     if run.lake.exists(run.uri("metrics.json")):
         text += _results(run.lake.read_json(run.uri("metrics.json")), markers)
     text.append("")
-    text.append("stages      " + ", ".join(_stage(name, markers[name]) for name in _STAGES))
+    text.append("stages      " + ", ".join(_stage(name, marker) for name, marker in markers.items()))
     written = {"labels": "labels", "tree": "tree", "model": "model", "report": "report/index.html"}
     found = [f"{name:12s}{run.uri(path)}" for name, path in written.items() if run.lake.exists(run.uri(path))]
     return text + found
@@ -73,8 +76,7 @@ def _driver(found: Holder) -> tuple[str, bool]:
 def _state(run: RunDir, markers: dict[str, Any]) -> str:
     if run.lake.exists(run.uri(MANIFEST)):
         return "published"
-    for name in _STAGES:
-        marker = markers[name]
+    for name, marker in markers.items():
         if marker is None or marker["state"] != "done":
             return f"{name} {'started, not finished' if marker else 'not started'}"
     return "finished"

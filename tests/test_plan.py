@@ -76,6 +76,21 @@ def test_layers_are_pretrained_in_epochs_of_their_own():
     assert plan.fit_flops == plain + 1000 * 7 * pairs
 
 
+def test_the_search_of_the_neighbours_is_counted_for_the_objectives_that_need_it():
+    plan = make_plan(config(fit={"objective": "icon"}), profile())
+    assert plan.neighbours_flops == 2 * 1000**2 * 8
+    assert plan.pretrain_steps == 0 and plan.refine_steps == 5 * 8
+    assert any("1.6e+07 for the neighbours" in line for line in plan.lines())
+    # Two heads, each with a teacher: 8 products with the prototypes for a pair of rows.
+    temi = make_plan(config(fit={"objective": "temi"}, head={"num_heads": 2}), profile())
+    assert temi.fit_flops == 1000 * 160 * 7 + 1000 * 5 * 8 * 160 * 2
+    assert make_plan(config(fit={"objective": "dec"}), profile()).neighbours_flops == 0
+    approximate = config(fit={"objective": "icon"}, neighbours={"exact_rows": 900, "num_probes": 1, "recall_rows": 1})
+    assert make_plan(approximate, profile()).neighbours_flops < 2 * 1000**2 * 8 / 10
+    sampled = make_plan(config(fit={"objective": "icon", "max_rows": 100}), profile())
+    assert sampled.neighbours_flops == 2 * 100**2 * 8
+
+
 def test_widths_of_the_encoder():
     assert config(fit={"objective": "dec"}).encoder_widths(8) == [8, 16, 4]
     assert config(fit={"objective": "kmeans"}).encoder_widths(8) == [8]

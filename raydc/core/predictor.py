@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from raydc.core.head import HeadPredictor
 from raydc.core.mixture import Mixture
 from raydc.core.prototypes import Prototypes
 
@@ -47,4 +48,6 @@ def build_predictor(kind: str, tensors: dict[str, Tensor]) -> Predictor:
         return Mixture(**tensors)
     if kind == Prototypes.kind:
         return Prototypes(**tensors)
+    if kind == "head":
+        return HeadPredictor.of(tensors)
     raise ValueError(f"unknown kind of predictor {kind!r}")

@@ -31,6 +31,9 @@ class Batch:
     positions_N: Tensor | None = None
     """(n,) int64 places in the resident shard; None for streamed rows."""
 
+    neighbours_NM: Tensor | None = None
+    """(n, M) int64 keys of each row's neighbours, where the fit learns from them; kept by resident rows only."""
+
     def __len__(self) -> int:
         return len(self.keys_N)
 
@@ -47,11 +50,19 @@ class Step:
 class ResidentRows:
     """Rows kept in memory in the order of their keys."""
 
-    def __init__(self, x_ND: Tensor, keys_N: Tensor, weights_N: Tensor, ranks: Ranks) -> None:
+    def __init__(
+        self, x_ND: Tensor, keys_N: Tensor, weights_N: Tensor, ranks: Ranks, neighbours_NM: Tensor | None = None
+    ) -> None:
         self._x, self._keys, self._weights, self._ranks = x_ND, keys_N, weights_N, ranks
+        self.neighbours_NM = neighbours_NM
         self.dim = x_ND.shape[1]
         self.num_local = len(x_ND)
         self.num_rows = int(ranks.sum(torch.tensor([self.num_local])))
+
+    @property
+    def keys_N(self) -> Tensor:
+        """(N,) int64 keys of this rank's rows, rising, on the CPU."""
+        return self._keys
 
     @classmethod
     def collect(cls, chunks: Iterable[Batch], dim: int, dtype: torch.dtype, ranks: Ranks) -> "ResidentRows":
@@ -64,25 +75,31 @@ class ResidentRows:
         n = sum(len(c) for c in waiting)
         x = torch.empty((n, dim), dtype=dtype)
         keys, weights = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.float32)
+        first = waiting[0].neighbours_NM if waiting else None
+        neighbours = None if first is None else torch.empty((n, first.shape[1]), dtype=torch.int64)
         row = 0
         while waiting:
             chunk = waiting.pop()
             rows = slice(row, row + len(chunk))
             x[rows], keys[rows], weights[rows] = chunk.x_ND, chunk.keys_N, chunk.weights_N
+            if neighbours is not None:
+                assert chunk.neighbours_NM is not None
+                neighbours[rows] = chunk.neighbours_NM
             row += len(chunk)
         if bool((keys[1:] < keys[:-1]).any()):
             # The chunks interleave (a block was put together from several slices): sort the rows themselves.
             order = keys.argsort()
             x, keys, weights = x[order], keys[order], weights[order]
+            neighbours = None if neighbours is None else neighbours[order]
         if ranks.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ranks.device)
             x = x.to(ranks.device) if x.nbytes < 0.75 * free else x.pin_memory()
-        return cls(x, keys, weights, ranks)
+        return cls(x, keys, weights, ranks, neighbours)
 
     def blocks(self, block_rows: int) -> Iterator[Batch]:
         """Yield every row of this rank once, in the order of the keys."""
         for start in range(0, self.num_local, block_rows):
-            yield self._take(torch.arange(start, min(start + block_rows, self.num_local)))
+            yield self.take(torch.arange(start, min(start + block_rows, self.num_local)))
 
     def steps(self, batch_rows: int, epoch_seed: int) -> Iterator[Step]:
         """Yield the steps of one epoch: the same number on every rank, every row in exactly one."""
@@ -95,13 +112,14 @@ class ResidentRows:
         for rows, total in zip(order.split(sizes), totals, strict=True):
             # A step that got no row on any rank has nothing to learn from, and every rank sees that alike.
             if total > 0:
-                yield Step(self._take(rows), total)
+                yield Step(self.take(rows), total)
 
     def num_steps(self, batch_rows: int) -> int:
         """Return the steps of an epoch."""
         return max(1, math.ceil(self.num_rows / batch_rows))
 
-    def _take(self, rows: Tensor) -> Batch:
+    def take(self, rows: Tensor) -> Batch:
+        """Return some of this rank's rows by their places (CPU), on the training device."""
         device = self._ranks.device
         x = self._x[rows.to(self._x.device)].to(device, non_blocking=True)
         return Batch(self._keys[rows].to(device), x, self._weights[rows].to(device), rows.to(device))

@@ -87,6 +87,22 @@ class DistillSettings:
 
 
 @dataclass(frozen=True)
+class HeadSettings:
+    """See raydc.config.HeadConfig."""
+
+    hidden_dims: tuple[int, ...]
+    start: str
+    temperature: float | str
+    learning_rate: float
+    marginal_momentum: float
+    num_heads: int
+    beta: float
+    teacher_momentum: float
+    alpha: float
+    num_negatives: int
+
+
+@dataclass(frozen=True)
 class FitSettings:
     """All that decides the result of a fit, beside the rows."""
 
@@ -105,6 +121,9 @@ class FitSettings:
     baseline_rows: int
     fingerprint: str
     """Of the settings and the input; a checkpoint with another one is refused."""
+
+    head: HeadSettings | None = None
+    """None for the objectives without a head."""
 
     checkpoint_epochs: int = 1
     block_rows: int = 8192

@@ -220,7 +220,8 @@ class _Fit:
 
             def after(step: Step, seed: int = seed) -> None:
                 with torch.no_grad():
-                    sums = objective.step_sums(self._minibatch(step.batch, seed, step.total_weight))
+                    # Without partners: they were exchanged for the loss, and cost most of a step's communication.
+                    sums = objective.step_sums(self._minibatch(step.batch, seed, step.total_weight, paired=False))
                     objective.after_step(None if sums is None else self.ranks.sum(sums))
 
             steps = trainer.rows.steps(plan.batch_rows, stream_seed(self.settings.seed, 5, epoch))
@@ -282,9 +283,12 @@ class _Fit:
             raise ValueError(f"the objective {self.settings.objective} takes rows in pairs, but none were given")
         return objective.to(self.ranks.device)
 
-    def _minibatch(self, batch: Batch, seed: int, total_weight: Tensor | None = None) -> Minibatch:
+    def _minibatch(
+        self, batch: Batch, seed: int, total_weight: Tensor | None = None, *, paired: bool = True
+    ) -> Minibatch:
         partners = None
-        if total_weight is not None and self.state.objective is not None and self.state.objective.needs_partners:
+        paired = paired and total_weight is not None
+        if paired and self.state.objective is not None and self.state.objective.needs_partners:
             assert self.partners is not None
             partners = self._minibatch(self.partners(batch, seed), seed)
         x = self.trainer.preprocess(batch.x_ND)

@@ -17,6 +17,8 @@ OBJECTIVES = {
     "vade": "VaDE",
     "vdc": "VaDE",
     "distill": "Distillation",
+    "temi": "TEMI",
+    "icon": "I-Con",
     "autoencoder": "Autoencoder + k-means",
     "kmeans": "k-means",
 }

@@ -20,6 +20,8 @@ from raydc.stages import merge
 
 log = logging.getLogger(__name__)
 
+_LOW_RECALL = 0.9
+
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write metrics.json and leaves.parquet, and the medoids into tree/nodes.parquet."""
@@ -27,7 +29,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     model = Model.load(run.uri("model"), run.lake)
     leaves = merge.leaf_statistics(run)
     linkage = merge.read_linkage(run)
-    markers = {name: run.marker(name) for name in ("profile", "fit", "merge", "assign")}
+    markers = {name: run.marker(name) for name in ("profile", "neighbours", "fit", "merge", "assign")}
     fit = run.metrics("fit")
     quality = _quality(statistics, model, linkage)
     body: dict[str, Any] = {
@@ -39,6 +41,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
         "fit": fit,
     }
+    if markers["neighbours"]:
+        body["neighbours"] = markers["neighbours"]["metrics"]
     body["warnings"] = _warnings(body, run)
     for warning in body["warnings"]:
         log.warning("evaluate: %s", warning)
@@ -98,6 +102,11 @@ def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
                 f"the learned space is no better than k-means on the raw rows: {name} {learned[name]:.3f} against "
                 f"{raw[name]:.3f} on {learned['rows']} rows"
             )
+    recall = body.get("neighbours", {}).get("recall")
+    if recall is not None and recall < _LOW_RECALL:
+        warnings.append(
+            f"the approximate search found {recall:.3f} of the nearest neighbours; raise neighbours.num_probes"
+        )
     left_out = run.metrics("merge")["left_out"]
     if left_out:
         warnings.append(f"{left_out} leaves hold no row and were left out of the model")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 import ray.train
@@ -28,12 +29,14 @@ from raydc.core.autoencoder import choose_precision
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import prepare_process
+from raydc.core.partners import NeighbourPartners
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.settings import (
     ClusterSettings,
     DistillSettings,
     FitSettings,
+    HeadSettings,
     PretrainSettings,
     RefineSettings,
     VadeSettings,
@@ -48,6 +51,7 @@ from raydc.model import Model
 from raydc.rundir import RunDir
 from raydc.secrets import masked
 from raydc.slices import InputSpec, RowBatch, Slice, read_slice
+from raydc.stages import neighbours
 from raydc.stages import profile as profiling
 from raydc.teaching import load_teacher
 
@@ -71,12 +75,15 @@ class Job:
     resident_bytes: int | None
     num_threads: int
     board: Any
+    num_neighbours: int = 0
+    """Neighbours that come with each row."""
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Fit on all rows and write fit/: the model before it has a tree, its baselines and its leaf statistics."""
     profile = profiling.load(run)
-    expected = min(profile.num_rows, config.fit.max_rows or profile.num_rows)
+    fraction = profile.trained_fraction(config)
+    expected = round(fraction * profile.num_rows)
     if expected < profile.num_rows:
         share = expected / profile.num_rows
         log.info(
@@ -99,6 +106,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
             board,
+            config.neighbours.num if config.needs_neighbours else 0,
         )
         dataset = slice_dataset(
             run.lake,
@@ -106,8 +114,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             profile.spec,
             board,
             seed=config.seed,
-            fraction=expected / profile.num_rows,
+            fraction=fraction,
             num_readers=_readers(config),
+            neighbours_root=run.uri("neighbours") if config.needs_neighbours else None,
         )
         file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
         trainer = TorchTrainer(
@@ -157,6 +166,7 @@ def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
         refine=RefineSettings(**config.refine.model_dump()),
         vade=VadeSettings(**config.vade.model_dump()),
         distill=DistillSettings(**config.distill.model_dump()),
+        head=HeadSettings(**config.head.model_dump()) if config.needs_neighbours else None,
         baseline_rows=config.evaluate.baseline_rows,
         fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
         checkpoint_epochs=config.fit.checkpoint_epochs,
@@ -188,9 +198,19 @@ class EverySlice(DataConfig):
 
 
 def slice_dataset(
-    lake: Lake, slices: list[Slice], spec: InputSpec, board: Any, *, seed: int, fraction: float, num_readers: int | None
+    lake: Lake,
+    slices: list[Slice],
+    spec: InputSpec,
+    board: Any,
+    *,
+    seed: int,
+    fraction: float,
+    num_readers: int | None,
+    neighbours_root: str | None = None,
 ) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
+
+    With `neighbours_root`, where that stage has written, also the keys of each row's neighbours.
 
     Ray Data may use only the CPUs that Train leaves, and Train takes the last one when it grows, or when a node is
     lost: the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
@@ -201,8 +221,11 @@ def slice_dataset(
     def read(batch: pa.Table) -> Iterator[pa.Table]:
         try:
             for row in batch.to_pylist():
-                for rows in read_slice(lake, Slice.from_row(row), spec):
-                    yield _to_block(rows, spec, stream_seed(seed, 8), fraction)
+                part = Slice.from_row(row)
+                graph = None if neighbours_root is None else neighbours.read(lake, neighbours_root, part)
+                for rows in read_slice(lake, part, spec):
+                    block = _to_block(rows, spec, stream_seed(seed, 8), fraction)
+                    yield block if graph is None else _with_neighbours(block, part, *graph)
         except StorageUnavailable:
             # The next try of the workers may find the store well.
             raise
@@ -242,6 +265,21 @@ def _to_block(rows: RowBatch, spec: InputSpec, seed: int, fraction: float) -> pa
             "weight": weights[chosen],
         }
     )
+
+
+def _with_neighbours(
+    block: pa.Table, part: Slice, keys_N: npt.NDArray[np.int64], neighbours_NM: npt.NDArray[np.int64]
+) -> pa.Table:
+    keys = block["key"].to_numpy()
+    first = int(np.searchsorted(keys_N, keys[0])) if len(keys) else 0
+    rows = slice(first, first + len(keys))
+    if not np.array_equal(keys_N[rows], keys):
+        raise DataError(
+            f"{part.uri}: its rows are others than when their neighbours were searched. The input changed while the "
+            "run was reading it; use a new --run-id."
+        )
+    values = pa.array(neighbours_NM[rows].reshape(-1))
+    return block.append_column("neighbours", pa.FixedSizeListArray.from_arrays(values, neighbours_NM.shape[1]))
 
 
 class RayContext:
@@ -308,9 +346,13 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="raydc-fit-") as folder:
         context = RayContext(job, Path(folder))
         ranks = Ranks(context.rank, context.world_size, context.device)
-        rows = _collect(job, ranks)
         try:
-            fitted = fit(rows, job.preprocess, job.settings, context, teacher=job.teacher)
+            rows = _collect(job, ranks)
+            partners = None
+            if job.settings.head is not None:
+                assert isinstance(rows, ResidentRows)
+                partners = NeighbourPartners(rows, ranks)
+            fitted = fit(rows, job.preprocess, job.settings, context, partners, teacher=job.teacher)
         except (ValueError, FloatingPointError) as error:
             # Raised alike on every rank, so every rank returns.
             return {"failure": (type(error).__name__, str(error))}
@@ -328,11 +370,18 @@ def _collect(job: Job, ranks: Ranks) -> Rows:
         for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             yield _to_batch(table, job.spec.dim)
 
-    row_bytes = job.spec.dim * job.spec.dtype.itemsize + 12 + 8 * job.widths[-1]
+    row_bytes = job.spec.dim * job.spec.dtype.itemsize + 12 + 8 * (job.widths[-1] + job.num_neighbours)
     shard_bytes = math.ceil(job.expected_rows / ranks.world_size) * row_bytes
     allowed = job.resident_bytes if job.resident_bytes is not None else int(0.6 * _available_bytes())
     # Every rank takes the same mode, that of the rank with the least memory.
     streamed = bool(ranks.max(torch.tensor([int(shard_bytes > allowed)]))[0])
+    if streamed and job.settings.head is not None:
+        # The same on every rank, like every ValueError of the fit.
+        raise ValueError(
+            f"{job.settings.objective} meets each row with its neighbours and needs the rows resident, but a shard of "
+            f"{shard_bytes / 2**20:.0f} MiB does not fit. Raise fit.num_workers or fit.resident_bytes, or train on a "
+            "sample (fit.max_rows)"
+        )
     if streamed:
         if ranks.rank == 0:
             job.board.post.remote(
@@ -359,7 +408,16 @@ def _to_batch(table: pa.Table, dim: int) -> Batch:
         torch.from_numpy(table["key"].to_numpy().copy()),
         torch.from_numpy(values.copy()),
         torch.from_numpy(table["weight"].to_numpy().copy()),
+        neighbours_NM=_neighbours(table),
     )
+
+
+def _neighbours(table: pa.Table) -> Tensor | None:
+    if "neighbours" not in table.column_names:
+        return None
+    column = table["neighbours"]
+    values = np.concatenate([np.empty(0, np.int64), *(c.flatten().to_numpy() for c in column.chunks)])
+    return torch.from_numpy(values.reshape(len(column), column.type.list_size))
 
 
 def _available_bytes() -> int:

@@ -81,6 +81,10 @@ class Profile:
         except ValueError as error:
             raise DataError(f"profile: {error}") from None
 
+    def trained_fraction(self, config: Config) -> float:
+        """Return the share of the rows that the fit is trained on, chosen by hash of the row key."""
+        return min(self.num_rows, config.fit.max_rows or self.num_rows) / self.num_rows
+
     def to_json(self) -> dict[str, Any]:
         """Return the profile as a JSON value."""
         assert self.moments is not None

@@ -4,15 +4,17 @@ from raydc.core.objectives.ae import Ae
 from raydc.core.objectives.dcn import Dcn
 from raydc.core.objectives.dec import Dec
 from raydc.core.objectives.distill import Distill
+from raydc.core.objectives.icon import Icon
 from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.objective import Objective, Parts, Pass
+from raydc.core.objectives.temi import Temi
 from raydc.core.objectives.vade import UnitRange, Vade
 from raydc.core.settings import FitSettings
 
 
 def uses_autoencoder(name: str) -> bool:
     """Return whether an autoencoder is pretrained; otherwise the preprocessed rows are clustered as they are."""
-    return name not in ("kmeans",)
+    return name not in ("kmeans", "temi", "icon")
 
 
 def first_look(settings: FitSettings) -> Pass | None:
@@ -43,4 +45,8 @@ def build(name: str, parts: Parts) -> Objective | None:
         return Vade.of(parts)
     if name == "distill":
         return Distill.of(parts)
+    if name == "temi":
+        return Temi(parts)
+    if name == "icon":
+        return Icon(parts)
     raise ValueError(f"unknown objective {name!r}")
