@@ -48,11 +48,20 @@ METHODS: dict[str, list[str]] = {
     "dec_layerwise": ["fit.objective=dec", "pretrain.layerwise=true"],
     "idec": ["fit.objective=idec"],
     "dcn": ["fit.objective=dcn"],
+    "vade": ["fit.objective=vade"],
+    "distillation": ["fit.objective=distill"],
 }
 """What each method sets beside the settings of the job."""
 
-OWN: dict[tuple[str, str], list[str]] = {}
-"""What a method sets on one data set beside that, where the job's settings are those of DEC."""
+OWN: dict[tuple[str, str], list[str]] = {
+    ("mnist", "vade"): [
+        "vade.likelihood=bernoulli",
+        "refine.num_epochs=40",
+        "refine.learning_rate=2.0e-3",
+        "refine.max_grad_norm=null",
+    ],
+}
+"""What a method sets on one data set beside that, where the settings of the job are made for DEC."""
 
 IMBALANCED = ("autoencoder_kmeans", "dec")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
