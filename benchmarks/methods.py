@@ -113,9 +113,7 @@ def run(
     for seed in seeds:
         for method, plain in configs.items():
             config = plain.model_copy(update={"seed": seed})
-            settings = digest(
-                {s: v for s, v in config.settings("fit").items() if s != "input"} | {"rows": data.fingerprint}
-            )
+            settings = fit_fingerprint(config, data.fingerprint)
             if any(e.get("settings") == settings and e["method"] == method for e in _entries()):
                 continue
             entry = {"data": data.name, "method": method, "seed": seed, **measure(data, config), "settings": settings}
@@ -153,6 +151,15 @@ def measure(data: Data, config: Config) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     seconds += sum(h["seconds"] for h in fitted.history if h["phase"] in ("layers", "pretrain"))
     return {**_scores(data, fitted.clustering), "seconds": round(seconds, 1), **_course(fitted)}
+
+
+def fit_fingerprint(config: Config, input_fingerprint: str) -> str:
+    """Return a hash of all that decides the fit; a new section for another objective leaves it as it was."""
+    names = ["preprocess", "autoencoder", "pretrain", "cluster", "refine", "evaluate"]
+    names += [config.fit.objective] if config.fit.objective in type(config).model_fields else []
+    deciding = {name: config.settings("fit")[name] for name in names}
+    fitting = config.fit.model_dump(mode="json", exclude_defaults=True)
+    return digest(deciding | {"fit": fitting, "seed": config.seed, "input": input_fingerprint})
 
 
 def pretraining_fingerprint(config: Config, input_fingerprint: str) -> str:

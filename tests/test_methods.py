@@ -32,6 +32,15 @@ def test_methods_share_an_autoencoder_if_it_is_pretrained_alike():
     assert shared("dec") != methods.pretraining_fingerprint(of("dec"), "other")
 
 
+def test_a_fit_is_known_by_its_settings_and_its_input():
+    def known(config, rows="input"):
+        return methods.fit_fingerprint(config, rows)
+
+    others = [of("idec"), of("dec", seed=1), of("dec", name="mnist")]
+    assert known(of("dec")) == known(of("dec"))
+    assert len({known(of("dec")), known(of("dec"), "other rows"), *map(known, others)}) == 5
+
+
 def test_an_unequal_sample_keeps_the_first_class_least_and_the_last_one_whole():
     classes = np.repeat([str(c) for c in range(10)], 2000)
     kept = methods.imbalanced(torch.arange(20_000), classes, 0.1)
