@@ -107,7 +107,7 @@ def run(data: Data, seed: int, methods: list[str]) -> None:
             leaves = _leaves(data, _fit(data, method, seed, graph), {})
         seconds = time.perf_counter() - started + (graph_seconds if method in ("temi", "icon") else 0.0)
         entry = {"data": data.name, "method": method, "seed": seed, **_scores(data.classes_N, leaves)}
-        entry["seconds"] = round(seconds, 1)
+        entry |= {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
         print(json.dumps(entry), flush=True)
         record(entry)
 
