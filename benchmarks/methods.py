@@ -48,18 +48,16 @@ METHODS: dict[str, list[str]] = {
     "dec_layerwise": ["fit.objective=dec", "pretrain.layerwise=true"],
     "idec": ["fit.objective=idec"],
     "dcn": ["fit.objective=dcn"],
-    "vade": ["fit.objective=vade"],
-    "distillation": ["fit.objective=distill"],
+    "vade": ["fit.objective=vade", "refine.max_grad_norm=null"],
+    "distillation": ["fit.objective=distill", "distill.temperature=1.0"],
 }
 """What each method sets beside the settings of the job."""
 
 OWN: dict[tuple[str, str], list[str]] = {
-    ("mnist", "vade"): [
-        "vade.likelihood=bernoulli",
-        "refine.num_epochs=40",
-        "refine.learning_rate=2.0e-3",
-        "refine.max_grad_norm=null",
-    ],
+    ("mnist", "vade"): ["vade.likelihood=bernoulli", "refine.num_epochs=40", "refine.learning_rate=2.0e-3"],
+    ("digits", "vade"): ["vade.kl_weight=20", "refine.num_epochs=25", "refine.learning_rate=1.0e-3"],
+    ("mnist", "distillation"): ["refine.num_epochs=5", "refine.learning_rate=1.0e-3"],
+    ("digits", "distillation"): ["refine.num_epochs=8"],
 }
 """What a method sets on one data set beside that, where the settings of the job are made for DEC."""
 
