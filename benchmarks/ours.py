@@ -50,6 +50,7 @@ def write_model(path: str, widths: list[int]) -> dict[str, Any]:
     from raydc.core.autoencoder import initialize, perceptron
     from raydc.core.objectives.kernel import Kernel
     from raydc.core.preprocess import Preprocess
+    from raydc.lake import Lake
     from raydc.model import Model
 
     shutil.rmtree(path, ignore_errors=True)
@@ -68,7 +69,7 @@ def write_model(path: str, widths: list[int]) -> dict[str, Any]:
         tuple(widths or [planted.DIM]),
         {},
         {"columns": columns},
-    ).save(path)
+    ).save(Lake(), path)
     return {}
 
 
