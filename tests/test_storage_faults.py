@@ -163,3 +163,30 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path, monkeypatch):
 def test_an_input_that_may_not_be_read_is_not_taken_for_an_output(tmp_path):
     with pytest.raises(PermissionError), Lake().staged(str(tmp_path / "out" / "a")):
         raise PermissionError(13, "Permission denied", "/in/part.parquet")
+
+
+@pytest.mark.slow
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(ray_cluster, digits, tiny):
+    from raydc import pipeline
+    from raydc.config import parse_config
+
+    # A checkpoint takes about half of the disk, and the one before is kept until the next is whole.
+    config = parse_config(
+        {
+            "input": {"path": str(digits), "label_column": "label"},
+            "output": str(tiny),
+            "preprocess": {"method": "scale"},
+            "autoencoder": {"hidden_dims": [128, 128], "latent_dim": 5},
+            "pretrain": {"num_epochs": 4, "batch_rows": 128},
+            "cluster": {"num_leaves": 10, "num_restarts": 2},
+            "fit": {"objective": "autoencoder", "precision": "float32", "max_failures": 0},
+            "merge": {"levels": [3]},
+        }
+    )
+    with pytest.raises(StageError, match=r"fit: .*No space left on device.* A disk is full: free space where the run"):
+        pipeline.run(config, "r")
+    subprocess.run(["mount", "-o", "remount,size=64m", str(tiny)], check=True)
+    run = pipeline.run(config, "r")
+    epochs = [h["epoch"] for h in run.lake.read_json(run.uri("metrics.json"))["fit"]["history"] if "loss" in h]
+    assert epochs[:4] == [0, 1, 2, 3]
+    assert run.lake.read_json(run.uri("_MANIFEST.json"))["rows"]["labels"] == 1797
