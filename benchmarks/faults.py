@@ -333,11 +333,13 @@ def stopped_driver(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
 
 def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     """Take the second node away, wait for the fit to go on with one worker, and give it back."""
-    reached(run, driver, stage)
-    until(lambda: "resident on 2 worker" in driver.text(), driver, "two workers")
+    phase = stage.removeprefix("fit ")
+    # Told when it is over; the checkpoint of the epoch before is there by then.
+    until(lambda: re.search(rf"fit: {phase} +epoch 2/", driver.text()), driver, "the second epoch")
+    if "resident on 2 worker" not in driver.text():
+        raise MissedError("the fit began with one worker")
     still_at(run, driver, stage)
     rig.nodes.kill_node()
-    phase = stage.removeprefix("fit ")
     until(
         lambda: re.search(rf"resident on 1 worker.*fit: {phase} +epoch ", driver.text(), re.DOTALL),
         driver,
