@@ -341,9 +341,9 @@ def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     still_at(run, driver, stage)
     rig.nodes.kill_node()
     until(
-        lambda: re.search(rf"resident on 1 worker.*fit: {phase} +epoch ", driver.text(), re.DOTALL),
+        lambda: re.search(rf"resident on 1 worker(.*fit: {phase} +epoch ){{2}}", driver.text(), re.DOTALL),
         driver,
-        "an epoch with one worker",
+        "two epochs with one worker",
     )
     # Ray books the CPUs of a new node within 20 s; the job, a small one, would be through by then.
     rig.nodes.hold(TRAINER)
@@ -408,6 +408,10 @@ def inject(rig: Rig, case: Case) -> dict[str, Any]:
             if run.state("publish") != "done":
                 run.finish(driver)
             found = check(run)
+            if case.inject is elastic and {(2, 1), (1, 2)} != {
+                tuple(r["num_workers"]) for r in found["fit"]["resizes"]
+            }:
+                raise MissedError(f"resizes: {found['fit']['resizes']}")
             seconds = time.monotonic() - started
             break
         except MissedError as error:
