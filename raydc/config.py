@@ -570,6 +570,16 @@ class EvaluateConfig(Section):
     map_rows: int = Field(2000, ge=10)
     """Rows, chosen by hash of the row key, drawn in the report's map."""
 
+    neighbour_rows: int = Field(10_000, ge=10)
+    """Rows, chosen by hash of the row key, among which nearest neighbours are looked up, to compare the learned space
+    with k-means on the raw rows; at most baseline_rows. They should be many for each leaf: ten or more."""
+
+    num_neighbours: int = Field(5, ge=1)
+    """Nearest neighbours of a row that should be in its leaf."""
+
+    neighbour_queries: int = Field(4000, ge=10)
+    """Rows of the sample whose neighbours are looked up; takes about 2 * queries * neighbour_rows * width FLOP."""
+
 
 class DeltaConfig(Section):
     """A Delta table of label files (extra `delta`)."""

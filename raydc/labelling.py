@@ -30,6 +30,7 @@ from raydc.schema import labels_schema, level_column, rejects_schema
 from raydc.slices import InputSpec, RowBatch, Slice, read_slice
 
 _Item = TypeVar("_Item")
+_TABLES = ("exemplars", "map_rows", "near_rows")
 
 
 # What reading statistics that are damaged, or were never ours, may end in.
@@ -67,6 +68,7 @@ class Labelling:
     seed: int = 0
     baseline_fraction: float = 0.0
     map_fraction: float = 0.0
+    neighbour_fraction: float = 0.0
     num_exemplars: int = 10
     keep_vectors: bool = False
     """Keep the raw rows of the exemplars, to draw them."""
@@ -96,6 +98,9 @@ class Statistics:
     map_rows: pa.Table | None = None
     """The rows of the report's map."""
 
+    near_rows: pa.Table | None = None
+    """key, preprocessed row and the leaf by each method, on the sample among which neighbours are looked up."""
+
     def merge(self, other: "Statistics", num_exemplars: int) -> None:
         """Add the rows of another slice."""
         self.rows += other.rows
@@ -108,6 +113,7 @@ class Statistics:
                 self.tallies[name] = tally
         self.exemplars = nearest_rows(_stacked(self.exemplars, other.exemplars), num_exemplars)
         self.map_rows = _stacked(self.map_rows, other.map_rows)
+        self.near_rows = _stacked(self.near_rows, other.near_rows)
 
     def to_bytes(self) -> bytes:
         """Return the statistics as npz, without pickle."""
@@ -115,7 +121,8 @@ class Statistics:
         arrays["tallies"] = np.array(list(self.tallies), dtype=np.str_)
         for name, tally in self.tallies.items():
             arrays |= tally.to_arrays(name)
-        for name, table in (("exemplars", self.exemplars), ("map_rows", self.map_rows)):
+        for name in _TABLES:
+            table = getattr(self, name)
             if table is not None:
                 arrays[name] = np.frombuffer(_to_ipc(table), np.uint8)
         buffer = io.BytesIO()
@@ -133,7 +140,7 @@ class Statistics:
             with np.load(io.BytesIO(data), allow_pickle=False) as stored:
                 arrays = dict(stored)
             rows, labels, rejects = arrays["counts"].tolist()
-            tables = {n: _from_ipc(arrays[n].tobytes()) if n in arrays else None for n in ("exemplars", "map_rows")}
+            tables = {n: _from_ipc(arrays[n].tobytes()) if n in arrays else None for n in _TABLES}
             tallies = {name: Tally.from_arrays(name, arrays) for name in arrays["tallies"].tolist()}
         except _DAMAGE as error:
             reason = " ".join(str(error).split())[:300]
@@ -141,7 +148,7 @@ class Statistics:
                 f"statistics of the labels: damaged ({type(error).__name__}: {reason}). Delete slices/, statistics.npz "
                 "and stages/assign.json of the run, and run it again."
             ) from None
-        return cls(rows, labels, rejects, tallies, tables["exemplars"], tables["map_rows"])
+        return cls(rows, labels, rejects, tallies, **tables)
 
 
 def label_slice(job: Labelling, part: Slice) -> Statistics:
@@ -259,21 +266,31 @@ def _count_sample(
     learned = _tally(statistics, "learned", job.model.num_leaves)
     learned.add(found.leaf[chosen], found.distance[chosen], found.second_distance[chosen], here)
     before = z
+    leaves = {"learned": found.leaf[chosen]}
     for name, baseline in job.baselines.items():
         points = baseline.encode(x[torch.from_numpy(chosen)], block_rows=job.block_rows)
         other = baseline.label(points, block_rows=job.block_rows)
         tally = _tally(statistics, name, baseline.num_leaves)
         tally.add(other.leaf, other.distance, other.second_distance, here)
+        leaves[name] = other.leaf
         if baseline.encoder is not None:
             before = points
-    # The map's rows are part of the sample: the same hash below a smaller bound.
+    # The rows for the neighbours and for the map are part of the sample: the same hash below smaller bounds.
+    near = sample_mask(batch.keys, seed, job.neighbour_fraction)
+    if near.any():
+        columns: dict[str, Any] = {
+            "key": batch.keys[near],
+            "x": _lists(job.model.preprocess(x[torch.from_numpy(near)].to(z.device))),
+            **{name: leaf[near[chosen]] for name, leaf in leaves.items()},
+        }
+        statistics.near_rows = _stacked(statistics.near_rows, pa.table(columns))
     drawn = sample_mask(batch.keys, seed, job.map_fraction)
     if not drawn.any():
         return
     inside = torch.from_numpy(drawn[chosen])
     points_before = before[torch.from_numpy(drawn)] if before is z else before[inside]
     keep = pa.array(drawn)
-    columns: dict[str, Any] = {
+    columns = {
         "key": batch.keys[drawn],
         "id": batch.ids.filter(keep),
         "leaf": found.leaf[drawn],

@@ -41,7 +41,11 @@ STAGES = (
     Stage("neighbours", neighbours.run, ("neighbours",)),
     Stage("fit", fit.run, ("checkpoints", "fit")),
     Stage("merge", merge.run, ("tree", "model")),
-    Stage("assign", assign.run, ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet")),
+    Stage(
+        "assign",
+        assign.run,
+        ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet", "agreement.json"),
+    ),
     Stage("evaluate", evaluate.run, ("metrics.json", "leaves.parquet")),
     Stage("report", report.run, ("report",)),
     Stage("publish", publish.run, (MANIFEST,), repeatable=True),

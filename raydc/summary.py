@@ -116,7 +116,10 @@ def _results(metrics: dict[str, Any], markers: dict[str, Any]) -> list[str]:
         text.append(f"dendrogram purity {metrics['quality']['dendrogram_purity']:.4f}")
     if sampled < rows["labels"]:
         text.append(f"(methods compared on a sample of {sampled:,} rows; levels on all)")
-    return text + [f"warning: {w}" for w in metrics.get("warnings", [])]
+    found = metrics.get("verdict") or {}
+    text += [line for line in (found.get("sentence"), *found.get("details", [])) if line]
+    # The verdict is told already; in the list of warnings it stands for those who read nothing else.
+    return text + [f"warning: {w}" for w in metrics.get("warnings", []) if w != found.get("sentence")]
 
 
 def _row(title: str, found: dict[str, Any], columns: list[str]) -> str:

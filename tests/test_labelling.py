@@ -279,6 +279,7 @@ def test_a_sample_is_compared_with_the_baselines(tmp_path):
     parts = slices(tmp_path / "in")
     shifted = shards.corner_model(centers_KL=torch.tensor([[0.0, 5.0], [10.0, 5.0]]), levels={})
     sampled = {"baselines": {"raw_kmeans": shifted}, "baseline_fraction": 0.5, "map_fraction": 0.1, "seed": 3}
+    sampled |= {"neighbour_fraction": 0.3}
     total = shards.label_all(job(tmp_path / "out", **sampled), parts)
     learned, raw = total.tallies["learned"], total.tallies["raw_kmeans"]
     assert learned.num_rows == raw.num_rows == pytest.approx(200, abs=40)
@@ -288,6 +289,12 @@ def test_a_sample_is_compared_with_the_baselines(tmp_path):
     table = written(tmp_path / "out").to_pydict()
     assert [table["leaf"][k] for k in drawn["key"]] == drawn["leaf"]
     assert drawn["id"] == drawn["key"]
+    near = total.near_rows.sort_by("key").to_pydict()
+    assert len(near["key"]) == pytest.approx(120, abs=40) and set(drawn["key"]) <= set(near["key"])
+    x = shards.near_corners(400)[0]
+    np.testing.assert_array_equal(np.array(near["x"], np.float32), x[near["key"]])
+    assert near["learned"] == [table["leaf"][k] for k in near["key"]]
+    assert near["raw_kmeans"] == (x[near["key"], 0] > 5).astype(int).tolist()
     again = shards.label_all(job(tmp_path / "again", block_rows=1000, **sampled), list(reversed(parts)))
     assert again.tallies["learned"].num_rows == learned.num_rows
     assert sorted(again.map_rows["key"].to_pylist()) == sorted(drawn["key"])
@@ -297,12 +304,13 @@ def test_statistics_are_whole_after_their_way_through_bytes(tmp_path):
     fill(tmp_path / "in", label=np.arange(100) % 3)
     labelled = dataclasses.replace(SPEC, label_column="label")
     total = shards.label_all(
-        job(tmp_path / "out", spec=labelled, baseline_fraction=0.5, map_fraction=0.5), slices(tmp_path / "in")
+        job(tmp_path / "out", spec=labelled, baseline_fraction=0.5, map_fraction=0.5, neighbour_fraction=0.5),
+        slices(tmp_path / "in"),
     )
     back = Statistics.from_bytes(total.to_bytes())
     assert (back.rows, back.labels, back.rejects) == (total.rows, total.labels, total.rejects)
     assert back.exemplars.equals(total.exemplars)
-    assert back.map_rows.equals(total.map_rows)
+    assert back.map_rows.equals(total.map_rows) and back.near_rows.equals(total.near_rows)
     assert list(back.tallies) == list(total.tallies)
     for name, tally in total.tallies.items():
         assert isinstance(back.tallies[name], Tally)

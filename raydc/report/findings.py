@@ -1,13 +1,10 @@
-"""What a run found, in plain words and in tables: the verdict, the results, where the rows and the time went."""
+"""What a run found, in plain words and in tables: the results, where the rows and the time went."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from raydc.report.wording import change, count, duration, plural, score
-
-# Differences below this are taken for noise: restarts of k-means alone move NMI and ACC by as much.
-MARGIN = 0.005
+from raydc.report.wording import count, duration, plural, score
 
 OBJECTIVES = {
     "dec": "DEC",
@@ -22,15 +19,6 @@ OBJECTIVES = {
     "autoencoder": "Autoencoder + k-means",
     "kmeans": "k-means",
 }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether learning a space has paid, and by what evidence."""
-
-    tone: Literal["better", "same", "worse", "none"]
-    sentence: str
-    details: list[str]
 
 
 @dataclass(frozen=True)
@@ -112,8 +100,8 @@ class Accounts:
 
 def objective_name(metrics: Mapping[str, Any]) -> str:
     """Return the name of the run's objective as people write it."""
-    objective = _objective(metrics)
-    return OBJECTIVES.get(objective, objective.upper())
+    name = objective(metrics)
+    return OBJECTIVES.get(name, name.upper())
 
 
 def leaf_scores(metrics: Mapping[str, Any], level: int | None = None) -> dict[str, Any]:
@@ -124,68 +112,6 @@ def leaf_scores(metrics: Mapping[str, Any], level: int | None = None) -> dict[st
         own = section.get("leaf") if level is None else (section.get("levels") or {}).get(str(level))
         found |= own or {}
     return found
-
-
-def verdict(metrics: Mapping[str, Any]) -> Verdict:
-    """Return whether the learned space beats k-means on the raw rows: by NMI and ACC, else by silhouette."""
-    if _objective(metrics) == "kmeans":
-        return Verdict("none", "No space was learned: these are k-means clusters of the rows themselves.", [])
-    baselines = metrics.get("baselines") or {}
-    raw = baselines.get("raw_kmeans")
-    # On the baselines' own sample where it was measured: the same rows on both sides.
-    ours = baselines.get("learned") or leaf_scores(metrics)
-    if not raw:
-        return Verdict("none", "k-means on the raw rows was not measured, so there is nothing to compare with.", [])
-    if _has(raw, "nmi") and _has(ours, "nmi"):
-        return _verdict_by_labels(metrics, ours, raw)
-    if _has(raw, "silhouette") and _has(ours, "silhouette"):
-        return _verdict_by_silhouette(ours, raw)
-    return Verdict("none", "The baseline and this run have no metric in common, so they are not compared.", [])
-
-
-def _verdict_by_labels(metrics: Mapping[str, Any], ours: Mapping[str, Any], raw: Mapping[str, Any]) -> Verdict:
-    gains = [ours[key] - raw[key] for key in ("nmi", "acc") if _has(ours, key) and _has(raw, key)]
-    numbers = f"{_against(ours, raw, ('nmi', 'acc'))}."
-    details = _refinement(metrics, ours)
-    if min(gains) < -MARGIN and max(gains) > MARGIN:
-        text = "The learned space is not clearly better than k-means on the raw rows, the two scores disagree: "
-        return Verdict("same", text + numbers, details)
-    if max(gains) > MARGIN:
-        return Verdict("better", "The learned space is better than k-means on the raw rows: " + numbers, details)
-    if min(gains) < -MARGIN:
-        return Verdict("worse", "The learned space is worse than k-means on the raw rows: " + numbers, details)
-    return Verdict("same", "The learned space is not better than k-means on the raw rows: " + numbers, details)
-
-
-def _verdict_by_silhouette(ours: Mapping[str, Any], raw: Mapping[str, Any]) -> Verdict:
-    gain = ours["silhouette"] - raw["silhouette"]
-    numbers = f"{_against(ours, raw, ('silhouette',))}."
-    details = [
-        "Without known classes only the silhouette can be compared, and each is measured in its own space: "
-        "a space may be tight without being right."
-    ]
-    if gain > MARGIN:
-        return Verdict("better", "Clusters are tighter in the learned space than in the raw rows: " + numbers, details)
-    tone: Literal["worse", "same"] = "worse" if gain < -MARGIN else "same"
-    return Verdict(tone, "Clusters are not tighter in the learned space than in the raw rows: " + numbers, details)
-
-
-def _refinement(metrics: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Return what the objective has added to the autoencoder alone."""
-    before = (metrics.get("baselines") or {}).get("autoencoder_kmeans")
-    if _objective(metrics) == "autoencoder" or not before or not _has(before, "nmi"):
-        return []
-    name, gain = objective_name(metrics), ours["nmi"] - before["nmi"]
-    base = f"k-means on the autoencoder's code alone reaches NMI {score(before['nmi'])}"
-    if abs(gain) <= MARGIN:
-        return [f"{base}; {name} leaves it where it is."]
-    return [f"{base}; {name} {'adds to it' if gain > 0 else 'takes from it'} ({change(gain)})."]
-
-
-def _against(ours: Mapping[str, Any], raw: Mapping[str, Any], keys: Iterable[str]) -> str:
-    names = {column.key: column.name for column in COLUMNS}
-    both = [key for key in keys if _has(ours, key) and _has(raw, key)]
-    return ", ".join(f"{names[key]} {score(ours[key])} against {score(raw[key])}" for key in both)
 
 
 def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) -> Results:
@@ -215,7 +141,7 @@ def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) 
     separate = sampled and bool(compared)
     every = (compared if separate else [*compared, leaf_line], [leaf_line, *tree[::-1]] if separate else tree[::-1])
 
-    columns = [c for c in COLUMNS if any(_has(line[3], c.key) for block in every for line in block)]
+    columns = [c for c in COLUMNS if any(has(line[3], c.key) for block in every for line in block)]
     first = "Compared on the same sample of rows" if separate and learned else "Leaves"
     second = "All rows" if separate else "Levels of the tree"
     blocks = [ResultBlock(t, _lines(b, columns)) for t, b in zip((first, second), every, strict=True) if b]
@@ -224,14 +150,14 @@ def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) 
 
 def _repeats(metrics: Mapping[str, Any], baseline: str) -> bool:
     """Return whether the run's own result is this baseline, which would then stand in the table twice."""
-    return (baseline, _objective(metrics)) in {("raw_kmeans", "kmeans"), ("autoencoder_kmeans", "autoencoder")}
+    return (baseline, objective(metrics)) in {("raw_kmeans", "kmeans"), ("autoencoder_kmeans", "autoencoder")}
 
 
 def _lines(block: Sequence[tuple[str, int, Any, Mapping[str, Any], bool]], columns: list[Column]) -> list[ResultRow]:
     top: dict[str, str] = {}
     alike = len({line[1] for line in block}) == 1
     for column in columns:
-        found = [line[3][column.key] for line in block if _has(line[3], column.key)]
+        found = [line[3][column.key] for line in block if has(line[3], column.key)]
         if column.comparable and alike and len(found) > 1:
             top[column.key] = score(max(found))
     lines = []
@@ -256,12 +182,12 @@ def stage_times(seconds: Mapping[str, float]) -> list[StageTime]:
 def facts(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int], seconds: float) -> list[tuple[str, str]]:
     """Return the headline numbers, as (name, value)."""
     leaf = leaf_scores(metrics)
-    shown = [("NMI", "nmi"), ("ACC", "acc")] if _has(leaf, "nmi") else [("Silhouette", "silhouette")]
+    shown = [("NMI", "nmi"), ("ACC", "acc")] if has(leaf, "nmi") else [("Silhouette", "silhouette")]
     return [
         ("Rows labelled", count(metrics["rows"]["labels"])),
         ("Leaves", count(num_leaves)),
         ("Levels", ", ".join(str(k) for k in levels) or "none"),
-        *[(name, score(leaf[key])) for name, key in shown if _has(leaf, key)],
+        *[(name, score(leaf[key])) for name, key in shown if has(leaf, key)],
         *([("Time", duration(seconds))] if seconds else []),
     ]
 
@@ -276,9 +202,11 @@ def summary(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) 
     return f"{text}, which the tree groups into {sizes}."
 
 
-def _objective(metrics: Mapping[str, Any]) -> str:
+def objective(metrics: Mapping[str, Any]) -> str:
+    """Return the run's objective."""
     return str((metrics.get("fit") or {}).get("objective", "dec"))
 
 
-def _has(scores: Mapping[str, Any], key: str) -> bool:
+def has(scores: Mapping[str, Any], key: str) -> bool:
+    """Return whether a metric was measured."""
     return scores.get(key) is not None

@@ -18,6 +18,7 @@ from raydc.report.cards import MOST_LEAVES, MOST_ROWS, Card, make_cards, matrix
 from raydc.report.colours import Legend
 from raydc.report.figures import Curve, Drawing, Panel
 from raydc.report.projection import LEAST_ROWS, project
+from raydc.report.verdict import verdict
 from raydc.schema import level_column
 
 _MOST_GROUPS_IN_TREE = 30
@@ -110,16 +111,17 @@ def build(data: RunData) -> Page:
         image_shape=data.image_shape,
     )
     levels = list(data.levels)
+    found_verdict = verdict(data.metrics)
     html = _environment().get_template("page.html.j2").render(
         data=data,
         header=data.header,
         metrics=data.metrics,
         objective=findings.objective_name(data.metrics),
         summary=findings.summary(data.metrics, data.num_leaves, levels),
-        verdict=findings.verdict(data.metrics),
+        verdict=found_verdict,
         facts=findings.facts(data.metrics, data.num_leaves, levels, sum(data.seconds.values())),
         results=findings.results(data.metrics, data.num_leaves, levels),
-        warnings=[wording.clean(w, 600) for w in data.metrics.get("warnings") or []],
+        warnings=[wording.clean(w, 600) for w in data.metrics.get("warnings") or [] if w != found_verdict.sentence],
         map=found_map,
         tree=tree,
         sizes=sizes,

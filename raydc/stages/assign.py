@@ -15,6 +15,7 @@ from ray.data import ActorPoolStrategy
 
 from raydc.advice import remedy
 from raydc.config import Config
+from raydc.core.agreement import agreement, gain, nearest_neighbours
 from raydc.core.nearest import prepare_process
 from raydc.errors import DataError, StageError
 from raydc.labelling import Labelling, Statistics, label_slice
@@ -34,12 +35,18 @@ _RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), 
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
-    """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric."""
+    """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric.
+
+    agreement.json says how the learned partition and the baselines treat nearest neighbours; the rows among which these
+    are looked up are not kept.
+    """
     profile = profiling.load(run)
     load = partial(_load, config, run, profile.spec, profile.num_rows)
     total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, run)
     _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
     _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
+    if (found := neighbour_agreement(config, total.near_rows)) is not None:
+        run.lake.write_json(run.uri("agreement.json"), found)
     counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
     run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
     return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
@@ -54,6 +61,7 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labell
         if run.lake.exists(run.uri("fit", "baselines", name, "config.json")):
             baselines[name] = Model.load(run.uri("fit", "baselines", name), run.lake)
     section = config.evaluate
+    learned = config.fit.objective != "kmeans"
     return Labelling(
         run.lake,
         run.root,
@@ -64,10 +72,41 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labell
         config.seed,
         section.baseline_rows / num_rows,
         min(section.map_rows, section.baseline_rows) / num_rows,
+        min(section.neighbour_rows, section.baseline_rows) / num_rows if baselines and learned else 0.0,
         section.num_exemplars,
         config.input.image_shape is not None,
         config.assign.block_rows,
     )
+
+
+def neighbour_agreement(config: Config, near_rows: pa.Table | None) -> dict[str, Any] | None:
+    """Return how each method's partition agrees with the nearest neighbours of raw rows; None without a sample of them.
+
+    Args:
+        config: for the number of neighbours and of queries.
+        near_rows: key, x and the leaf by each method.
+    """
+    section = config.evaluate
+    if near_rows is None or near_rows.num_rows <= section.num_neighbours:
+        return None
+    rows = near_rows.sort_by("key").combine_chunks()
+    x = rows["x"].combine_chunks().flatten().to_numpy().reshape(rows.num_rows, -1)
+    near = nearest_neighbours(x, num=section.num_neighbours, max_queries=section.neighbour_queries)
+    methods = {name: agreement(rows[name].to_numpy(), near) for name in rows.column_names if name not in ("key", "x")}
+    raw = methods["raw_kmeans"]
+    found = {}
+    for name, own in methods.items():
+        difference, error = gain(own, raw)
+        values = asdict(own)
+        del values["score_Q"]
+        found[name] = values | {"gain": difference, "standard_error": error}
+    return {
+        "rows": rows.num_rows,
+        "queries": len(near.queries_Q),
+        "num_neighbours": section.num_neighbours,
+        "num_leaves": config.cluster.num_leaves,
+        "methods": found,
+    }
 
 
 def label_all(

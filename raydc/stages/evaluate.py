@@ -14,6 +14,7 @@ from raydc.core.tally import Tally
 from raydc.core.tree import central_leaves, dendrogram_purity
 from raydc.labelling import Statistics, nearest_rows
 from raydc.model import Model
+from raydc.report.verdict import verdict
 from raydc.rundir import RunDir
 from raydc.schema import level_column
 from raydc.stages import merge
@@ -32,17 +33,21 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     markers = {name: run.marker(name) for name in ("profile", "neighbours", "fit", "merge", "assign")}
     fit = run.metrics("fit")
     quality = _quality(statistics, model, linkage)
+    found = run.uri("agreement.json")
+    agreement = run.lake.read_json(found) if run.lake.exists(found) else None
     body: dict[str, Any] = {
         "rows": {"input": statistics.rows, "labels": statistics.labels, "rejects": statistics.rejects},
         **({"quality": quality} if quality else {}),
         "repeated_ids": _repeated_ids(markers["profile"]),
         "internal": _internal(statistics, model, leaves),
         "baselines": _baselines(statistics, run),
+        **({"agreement": agreement} if agreement else {}),
         "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
         "fit": fit,
     }
     if markers["neighbours"]:
         body["neighbours"] = markers["neighbours"]["metrics"]
+    body["verdict"] = verdict(body).to_json()
     body["warnings"] = _warnings(body, run)
     for warning in body["warnings"]:
         log.warning("evaluate: %s", warning)
@@ -50,7 +55,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     with run.lake.staged(run.uri("leaves.parquet")) as path:
         pq.write_table(_leaf_table(statistics.tallies["leaf"], model), path)
     _write_medoids(run, leaves, linkage)
-    return {name: body[name] for name in ("rows", "quality", "internal", "baselines", "warnings") if name in body}
+    kept = ("rows", "quality", "internal", "baselines", "agreement", "verdict", "warnings")
+    return {name: body[name] for name in kept if name in body}
 
 
 def _repeated_ids(marker: dict[str, Any] | None) -> int | None:
@@ -93,15 +99,8 @@ def _baselines(statistics: Statistics, run: RunDir) -> dict[str, Any]:
 
 def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
     warnings = []
-    baselines = body["baselines"]
-    raw, learned = baselines.get("raw_kmeans"), baselines.get("learned")
-    if raw and learned and body["fit"]["objective"] != "kmeans":
-        name = "nmi" if "nmi" in learned else "silhouette"
-        if learned[name] <= raw[name]:
-            warnings.append(
-                f"the learned space is no better than k-means on the raw rows: {name} {learned[name]:.3f} against "
-                f"{raw[name]:.3f} on {learned['rows']} rows"
-            )
+    if body["verdict"]["tone"] in ("same", "worse"):
+        warnings.append(body["verdict"]["sentence"])
     recall = body.get("neighbours", {}).get("recall")
     if recall is not None and recall < _LOW_RECALL:
         warnings.append(

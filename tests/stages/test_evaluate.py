@@ -1,6 +1,7 @@
 """evaluate and the summary: metrics.json from statistics and tree alone, and what a person reads of it."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from raydc import summary
 from raydc.core import metrics
 from raydc.stages import evaluate, publish
+from raydc.stages.assign import neighbour_agreement
+from tests import shards
 from tests.stages.runs import fill, labelled_run
 
 
@@ -113,11 +116,40 @@ def test_a_learned_space_that_is_no_better_than_the_raw_rows_is_said_so(tmp_path
     config, run = labelled_run(tmp_path)
     run.mark_done("fit", config.settings("fit"), 1.0, {"objective": "dec"})
     evaluate.run(config, run)
-    (warning,) = run.lake.read_json(run.uri("metrics.json"))["warnings"]
-    assert warning == (
-        "the learned space is no better than k-means on the raw rows: nmi 1.000 against 1.000 on 100 rows"
+    body = run.lake.read_json(run.uri("metrics.json"))
+    sentence = (
+        "The learned space is not better than k-means on the raw rows: "
+        "NMI 1.000 against 1.000, ACC 1.000 against 1.000."
     )
-    assert warning in caplog.text
+    assert body["verdict"]["tone"] == "same" and body["verdict"]["sentence"] == sentence
+    assert body["warnings"] == [sentence]
+    assert sentence in caplog.text
+    assert [line for line in summary.lines(run) if sentence in line] == [sentence]
+
+
+@pytest.mark.parametrize(("scatter", "tone"), [(False, "better"), (True, "worse")])
+def test_without_labels_the_neighbours_tell_a_space_that_wins_from_one_that_loses(tmp_path, scatter, tone):
+    fill(tmp_path / "in", num=400)
+    config, run = labelled_run(tmp_path, input={"label_column": None}, evaluate={"neighbour_rows": 400})
+    run.mark_done("fit", config.settings("fit"), 1.0, {"objective": "dec"})
+    # Rows around four corners: one partition by corner, one that cuts across every corner.
+    x, leaf = shards.near_corners(400)
+    across = (np.round(x[:, 0] * 2) % 4).astype(np.int64)
+    rows = pa.table(
+        {
+            "key": np.arange(400),
+            "x": shards.column(x),
+            "learned": across if scatter else leaf,
+            "raw_kmeans": leaf if scatter else across,
+        }
+    )
+    run.lake.write_json(run.uri("agreement.json"), neighbour_agreement(config, rows))
+    evaluate.run(config, run)
+    body = run.lake.read_json(run.uri("metrics.json"))
+    assert body["verdict"]["tone"] == tone
+    said = f"The learned space is {tone} than k-means on the raw rows: neighbour agreement"
+    assert len([line for line in summary.lines(run) if line.startswith(said)]) == 1
+    assert bool(body["warnings"]) == scatter
 
 
 def test_a_sample_without_known_classes_leaves_its_cells_empty(tmp_path):
