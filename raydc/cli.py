@@ -1,4 +1,4 @@
-"""The `raydc` command: run, resume, assign, evaluate, show, tree, demo."""
+"""The `raydc` command: run, resume, sweep, compare, assign, evaluate, show, tree, demo."""
 
 import argparse
 import datetime
@@ -55,6 +55,29 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("run", metavar="RUN", help="run folder")
     resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other workers, memory, ...")
     resume.set_defaults(command=_resume)
+
+    sweep = commands.add_parser("sweep", help="compare numbers of leaves and recommend one")
+    sweep.add_argument("--config", required=True, metavar="FILE", help="YAML settings, as for run")
+    sweep.add_argument("--k", required=True, metavar="NUMBERS", help="FIRST:LAST:STEP, or a list such as 5,8,10")
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as fit.max_rows=20000"
+    )
+    sweep.add_argument("--run-id", help="name of the folder; the same one continues an interrupted sweep")
+    sweep.set_defaults(command=_sweep)
+
+    compare = commands.add_parser("compare", help="objectives and classical methods side by side, on a sample")
+    compare.add_argument("config", metavar="CONFIG", help="YAML settings, as for run")
+    compare.add_argument("--seeds", default="0", metavar="LIST", help="such as 0,1,2 (default: 0)")
+    compare.add_argument("--objectives", default="dec,idec", metavar="LIST", help="default: dec,idec; may be empty")
+    compare.add_argument(
+        "--classical",
+        default="kmeans,minibatch_kmeans,gmm,dbscan,hdbscan,agglomerative,spectral",
+        metavar="LIST",
+        help="default: all of them; may be empty",
+    )
+    compare.add_argument("--rows", type=int, default=5000, metavar="N", help="size of the sample (default: 5000)")
+    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other settings, as for run")
+    compare.set_defaults(command=_compare)
 
     assign = commands.add_parser("assign", help="label new data with the model of a finished run")
     assign.add_argument("--model", required=True, metavar="URI", help="a run folder, or its model/")
@@ -129,6 +152,36 @@ def _resume(options: argparse.Namespace) -> None:
     output = folder.root.removesuffix(f"/{folder.run_id}")
     config = _with_overrides(config.model_dump(mode="json") | {"output": output}, options.set)
     print("\n".join(["", *summary.lines(pipeline.run(config, folder.run_id))]))
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from raydc import demo, sweep
+
+    numbers = sweep.parse_numbers(options.k)
+    config = demo.with_data(load_config(options.config, options.set))
+    run_id = options.run_id or datetime.datetime.now(datetime.UTC).strftime("sweep-%Y%m%d-%H%M%S")
+    log.info("sweep %s in %s", run_id, join(absolute(config.output), run_id))
+    folder = sweep.run(config, run_id, numbers)
+    print()
+    print("\n".join(sweep.lines(folder)))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from raydc import compare, demo
+
+    try:
+        seeds = [int(seed) for seed in _names(options.seeds)]
+    except ValueError:
+        raise ConfigError(f"--seeds {options.seeds}: expected whole numbers, such as 0,1,2.") from None
+    objectives, classical = _names(options.objectives), _names(options.classical)
+    if not seeds or not (objectives or classical) or options.rows < 1:
+        raise ConfigError("compare: give at least one seed, one method and one row.")
+    config = demo.with_data(load_config(options.config, options.set))
+    print("\n" + compare.run(config, objectives, classical, seeds, options.rows))
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _assign(options: argparse.Namespace) -> None:

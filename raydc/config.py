@@ -227,6 +227,9 @@ class PretrainConfig(Section):
     layer_corruption: float = Field(0.2, ge=0, lt=1)
     """layerwise: share of a layer's input and of its output that is dropped; never the rows nor the code."""
 
+    max_grad_norm: float | None = Field(1000.0, gt=0)
+    """Gradients are scaled down to this norm, which is meant for accidents alone; null leaves them as they are."""
+
 
 class ClusterConfig(Section):
     """FAISS k-means start, then Lloyd over all rows."""
@@ -636,6 +639,35 @@ class PublishConfig(Section):
     """`{}` or more; null for none."""
 
 
+class WatchConfig(Section):
+    """Bounds beyond which a fit is said to collapse: a warning in the log, the summary and the report."""
+
+    min_effective_rank: float = Field(1.5, ge=0, json_schema_extra=OPERATIONAL)
+    """Least number of directions in effect of the codes (exp of the entropy of the covariance spectrum)."""
+
+    min_rank_share: float = Field(0.3, ge=0, le=1, json_schema_extra=OPERATIONAL)
+    """Least share of the effective rank after pretraining that refinement may leave."""
+
+    max_empty_share: float = Field(0.2, ge=0, le=1, json_schema_extra=OPERATIONAL)
+    """Largest share of leaves without a row at a refresh."""
+
+    max_largest_share: float = Field(0.5, gt=0, le=1, json_schema_extra=OPERATIONAL)
+    """Largest share of the rows in one leaf at a refresh; at least twice the mean leaf is always allowed."""
+
+
+class SweepConfig(Section):
+    """`raydc sweep`: how the numbers of leaves are compared; of no effect on a run."""
+
+    held_out: float = Field(0.1, gt=0, lt=0.9)
+    """Share of the rows, by hash of the row key, that are left out of the training, for G = L_train / L_validation."""
+
+    stability_rows: int = Field(20_000, ge=16)
+    """Rows of the sample that are divided into halves; K beyond an eighth of them has no stability."""
+
+    num_repeats: int = Field(5, ge=2)
+    """Divisions into halves."""
+
+
 class LeaseConfig(Section):
     """One driver at a time works on a run; see raydc.lease."""
 
@@ -695,6 +727,8 @@ class Config(Section):
     assign: AssignConfig = AssignConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     publish: PublishConfig = PublishConfig()
+    watch: WatchConfig = WatchConfig()
+    sweep: SweepConfig = SweepConfig()
     lease: LeaseConfig = LeaseConfig()
     ray: RayConfig = RayConfig()
 

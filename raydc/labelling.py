@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from raydc.core.hashing import sample_mask, stream_seed
-from raydc.core.nearest import squared_distances
+from raydc.core.nearest import own_and_other
 from raydc.core.tally import Tally
 from raydc.errors import DataError
 from raydc.lake import Lake, join
@@ -240,12 +240,7 @@ def _own_and_other(
     z: Tensor, centers: Tensor, groups: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Return each row's distance to its own group's centre, and to the nearest other one."""
-    distances = squared_distances(z, centers).sqrt()
-    column = torch.from_numpy(groups.astype(np.int64)).to(z.device)[:, None]
-    own = distances.gather(1, column)[:, 0]
-    if len(centers) == 1:
-        return own.cpu().numpy(), own.cpu().numpy()
-    other = distances.scatter(1, column, torch.inf).min(dim=1).values
+    own, other = own_and_other(z, centers, torch.from_numpy(groups.astype(np.int64)).to(z.device))
     return own.cpu().numpy(), other.cpu().numpy()
 
 

@@ -79,6 +79,16 @@ def squared_distances(z_ND: Tensor, centers_KD: Tensor) -> Tensor:
     return ((z**2).sum(dim=1, keepdim=True) - 2.0 * cross + (centers**2).sum(dim=1)).clamp_min(0.0)
 
 
+def own_and_other(z_ND: Tensor, centers_KD: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's distance (N,) to its own group's centre and to the nearest other one (its own, for K = 1)."""
+    distances = squared_distances(z_ND, centers_KD).sqrt()
+    column = group_N[:, None]
+    own = distances.gather(1, column)[:, 0]
+    if len(centers_KD) == 1:
+        return own, own
+    return own, distances.scatter(1, column, torch.inf).min(dim=1).values
+
+
 def _nearest_block(z_BD: Tensor, centers_KD: Tensor, num: int) -> tuple[Tensor, Tensor]:
     squared, ids = squared_distances(z_BD, centers_KD).topk(num, dim=1, largest=False, sorted=True)
     return ids, squared

@@ -48,7 +48,9 @@ def pretrain_layers(trainer: Trainer, state: State, end_epoch: EndEpoch) -> None
 
             steps = trainer.rows.steps(plan.batch_rows, seed)
             number = layer * plan.layer_epochs + epoch
-            entry = trainer.run_epoch("layers", number, steps, loss_of, optimizer, before_step=set_rate)
+            entry = trainer.run_epoch(
+                "layers", number, steps, loss_of, optimizer, max_grad_norm=plan.max_grad_norm, before_step=set_rate
+            )
             end_epoch(number, num_layers * plan.layer_epochs, entry | {"layer": layer}, optimizer)
     state.phase, state.epoch, state.optimizer = "pretrain", 0, {}
 
@@ -74,7 +76,16 @@ def pretrain_whole(trainer: Trainer, state: State, end_epoch: EndEpoch) -> None:
             _set_rate(optimizer, learning_rate(plan, epoch * num_steps + step, plan.num_epochs * num_steps))
 
         steps = trainer.rows.steps(plan.batch_rows, seed)
-        entry = trainer.run_epoch("pretrain", epoch, steps, loss_of, optimizer, before_step=set_rate)
+        entry = trainer.run_epoch(
+            "pretrain",
+            epoch,
+            steps,
+            loss_of,
+            optimizer,
+            max_grad_norm=plan.max_grad_norm,
+            encoder=autoencoder.encoder,
+            before_step=set_rate,
+        )
         end_epoch(epoch, plan.num_epochs, entry, optimizer)
 
 

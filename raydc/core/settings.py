@@ -19,6 +19,7 @@ class PretrainSettings:
     layerwise: bool
     layer_epochs: int
     layer_corruption: float
+    max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True)

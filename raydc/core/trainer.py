@@ -18,6 +18,7 @@ from raydc.core.collectives import Ranks
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Rows, Step
 from raydc.core.settings import FitSettings
+from raydc.core.watch import SpaceWatch
 
 _CHECK_STEPS = 100
 
@@ -58,6 +59,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         *,
         max_grad_norm: float | None = None,
+        encoder: nn.Module | None = None,
         before_step: Callable[[int], bool | None],
         after_step: Callable[[Step], None] = _nothing,
     ) -> dict[str, Any]:
@@ -70,6 +72,7 @@ class Trainer:
             loss_of: weighted sums over the rows of a step; `loss` is stepped, the others are told.
             optimizer: of the parameters in the loss.
             max_grad_norm: gradients are scaled down to it.
+            encoder: its codes are watched for collapse; the history gets their effective rank.
             before_step: called with the number of the step; False ends the epoch.
             after_step: called when the optimiser has stepped.
 
@@ -82,31 +85,34 @@ class Trainer:
         unchecked: list[Tensor] = []
         number = -1
         where = f"{phase} epoch {epoch + 1}"
-        for number, step in enumerate(steps):
-            if before_step(number) is False:
-                break
-            sums = loss_of(step)
-            # DDP averages the gradients over the ranks; times world_size over the step's global weight is the mean
-            # over all rows of the step, whichever rank holds them.
-            loss = sums["loss"] * (self.ranks.world_size / step.total_weight).float()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if max_grad_norm is not None:
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            optimizer.step()
-            after_step(step)
-            unchecked.append(loss.detach())
-            if len(unchecked) == _CHECK_STEPS:
-                self._check_finite(unchecked, number, where)
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value.detach().double()
-            weight += step.total_weight
+        with SpaceWatch(encoder) as watch:
+            for number, step in enumerate(steps):
+                if before_step(number) is False:
+                    break
+                sums = loss_of(step)
+                # DDP averages the gradients over the ranks; times world_size over the step's global weight is the mean
+                # over all rows of the step, whichever rank holds them.
+                loss = sums["loss"] * (self.ranks.world_size / step.total_weight).float()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                if max_grad_norm is not None:
+                    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                optimizer.step()
+                after_step(step)
+                unchecked.append(loss.detach())
+                if len(unchecked) == _CHECK_STEPS:
+                    self._check_finite(unchecked, number, where)
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + value.detach().double()
+                weight += step.total_weight
         self._check_finite(unchecked, number, where)
         entry: dict[str, Any] = {"phase": phase, "epoch": epoch, "steps": number + 1}
         if totals:
             means = self.ranks.sum(torch.stack(list(totals.values()))) / weight
             entry |= dict(zip(totals, means.tolist(), strict=True))
+        if (rank := watch.effective_rank(self.ranks)) is not None:
+            entry["effective_rank"] = rank
         seconds = time.perf_counter() - started
         return entry | {"seconds": seconds, "rows_per_second": self.rows.num_rows / seconds}
 

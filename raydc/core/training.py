@@ -95,17 +95,25 @@ def fit(
     if rows.num_rows < settings.cluster.num_leaves:
         raise ValueError(f"{settings.cluster.num_leaves} leaves need at least as many rows, there are {rows.num_rows}")
     run.restore()
-    if run.state.phase in ("layers", "pretrain"):
-        run.first_look()
-    if run.state.phase == "layers":
-        pretrain_layers(run.trainer, run.state, run.end_epoch)
+    run.pretrain()
     if run.state.phase == "pretrain":
-        if run.state.autoencoder is not None and not run.taught:
-            pretrain_whole(run.trainer, run.state, run.end_epoch)
         run.start_clusters()
     if run.state.phase == "refine":
         run.refine()
     return run.finish()
+
+
+def pretrain(
+    rows: Rows, preprocess: Preprocess, settings: FitSettings, context: Context
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of a fit after pretraining, as a checkpoint holds it; see `fit` for arguments and errors.
+
+    A fit that finds it as its last checkpoint goes on with k-means, whatever its number of leaves.
+    """
+    run = _Fit(rows, preprocess, settings, context, None, None)
+    run.restore()
+    run.pretrain()
+    return to_checkpoint(run.state, settings.fingerprint)
 
 
 class _Fit:
@@ -144,6 +152,15 @@ class _Fit:
         if look is not None:
             blocks = (self._minibatch(b, seed=0) for b in self.trainer.rows.blocks(self.settings.block_rows))
             run_pass(look, blocks, self.ranks.sum)
+
+    def pretrain(self) -> None:
+        """Look at the rows, then train the autoencoder on reconstruction, as far as that is not done."""
+        if self.state.phase in ("layers", "pretrain"):
+            self.first_look()
+        if self.state.phase == "layers":
+            pretrain_layers(self.trainer, self.state, self.end_epoch)
+        if self.state.phase == "pretrain" and self.state.autoencoder is not None and not self.taught:
+            pretrain_whole(self.trainer, self.state, self.end_epoch)
 
     def start_clusters(self) -> None:
         """Find the centres by k-means, the baselines, and the kernel."""
@@ -232,6 +249,7 @@ class _Fit:
                 loss_of,
                 optimizer,
                 max_grad_norm=plan.max_grad_norm,
+                encoder=objective.encoder,
                 before_step=before,
                 after_step=after,
             )

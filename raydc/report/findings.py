@@ -202,6 +202,18 @@ def summary(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) 
     return f"{text}, which the tree groups into {sizes}."
 
 
+def space(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how many directions the learned space has in effect, after pretraining and at the end, as sentences."""
+    found = [e for e in history if e.get("effective_rank") is not None]
+    if not found:
+        return []
+    before = [e["effective_rank"] for e in found if e["phase"] == "pretrain"]
+    last = found[-1]["effective_rank"]
+    if found[-1]["phase"] == "pretrain" or not before:
+        return [f"Effective rank of the code: {last:.1f}."]
+    return [f"Effective rank of the code: {before[-1]:.1f} after pretraining, {last:.1f} at the end."]
+
+
 def objective(metrics: Mapping[str, Any]) -> str:
     """Return the run's objective."""
     return str((metrics.get("fit") or {}).get("objective", "dec"))

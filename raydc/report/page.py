@@ -288,6 +288,7 @@ def _training_facts(metrics: Mapping[str, Any]) -> list[str]:
         rate = f", {wording.count(fit['rows_per_second'])} rows a second" if fit.get("rows_per_second") else ""
         precision = f" in {fit['precision']}" if fit.get("precision") not in (None, "auto") else ""
         facts.append(f"{wording.plural(fit['num_workers'], 'worker')} on {fit.get('device', 'cpu')}{precision}{rate}.")
+    facts += findings.space(fit.get("history") or [])
     for entry in fit.get("history") or []:
         if entry.get("phase") == "kmeans" and entry.get("inertia") is not None:
             after = f" after {wording.plural(entry['iterations'], 'iteration')}" if entry.get("iterations") else ""

@@ -101,6 +101,7 @@ def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
     warnings = []
     if body["verdict"]["tone"] in ("same", "worse"):
         warnings.append(body["verdict"]["sentence"])
+    warnings += [f"collapse: {sign} (see watch in the settings)" for sign in body["fit"].get("watch", [])]
     recall = body.get("neighbours", {}).get("recall")
     if recall is not None and recall < _LOW_RECALL:
         warnings.append(

@@ -1,11 +1,12 @@
 """fit: rows through Ray Data into a Ray Train worker group, one `TorchTrainer.fit` for all phases."""
 
+import hashlib
 import itertools
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ from raydc.core.settings import (
 from raydc.core.state import Clustering
 from raydc.core.teacher import Teacher
 from raydc.core.training import Fitted, fit
+from raydc.core.watch import WatchSettings, signs
 from raydc.errors import DataError, StageError, StorageUnavailable
+from raydc.labelling import class_names
 from raydc.lake import Lake
 from raydc.lease import LeaseLost
 from raydc.model import Model
@@ -75,6 +78,7 @@ class Job:
     resident_bytes: int | None
     num_threads: int
     board: Any
+    watch: WatchSettings
     num_neighbours: int = 0
     """Neighbours that come with each row."""
 
@@ -106,6 +110,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
             board,
+            WatchSettings(**config.watch.model_dump()),
             config.neighbours.num if config.needs_neighbours else 0,
         )
         dataset = slice_dataset(
@@ -115,42 +120,67 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             board,
             seed=config.seed,
             fraction=fraction,
-            num_readers=_readers(config),
+            num_readers=readers(config),
             neighbours_root=run.uri("neighbours") if config.needs_neighbours else None,
         )
-        file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
-        trainer = TorchTrainer(
-            _train_loop,  # type: ignore[arg-type]
-            train_loop_config={"job": job},
-            scaling_config=ScalingConfig(
-                # Train's own types lag behind: two numbers are the fewest and the most.
-                num_workers=config.fit.num_workers,  # type: ignore[arg-type]
-                elastic_resize_monitor_interval_s=config.fit.resize_seconds,  # type: ignore[call-arg]
-                use_gpu=config.fit.use_gpu,
-                resources_per_worker=_worker_resources(config),
-            ),
-            run_config=RunConfig(
-                name="fit",
-                storage_path=path,
-                storage_filesystem=file_system,
-                failure_config=FailureConfig(max_failures=config.fit.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=1),
-            ),
-            datasets={"rows": dataset},
-            dataset_config=EverySlice(),
-        )
-        try:
-            outcome = trainer.fit().return_value  # type: ignore[attr-defined]
-        except ray.train.TrainingFailedError as error:
-            cause = root_cause(error)
-            raise StageError(
-                f"fit: the workers failed {config.fit.max_failures + 1} times, at last with {type(cause).__name__}: "
-                f"{masked(str(cause))}.{remedy('fit', cause)} Checkpoints are kept; the same command continues."
-            ) from error
+        outcome = launch(config, run, dataset, _train_loop, {"job": job}, "fit")
+    return outcome["metrics"]
+
+
+def launch(
+    config: Config,
+    run: RunDir,
+    dataset: ray.data.Dataset,
+    loop: Callable[[dict[str, Any]], dict[str, Any]],
+    loop_config: dict[str, Any],
+    name: str,
+) -> dict[str, Any]:
+    """Return what the training loop returned on rank 0, after Ray Train has run it on the worker group of the settings.
+
+    Args:
+        config: for the workers and their failures.
+        run: checkpoints go below its `checkpoints/`; the same name goes on from the last one.
+        dataset: the rows, split over the workers as `rows`.
+        loop: returns {"failure": (kind, text)} for an error that no second try mends.
+        loop_config: its argument.
+        name: of the step, for messages.
+
+    Raises:
+        DataError, StageError: the loop told of a failure, or the workers failed too often.
+    """
+    file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
+    trainer = TorchTrainer(
+        loop,  # type: ignore[arg-type]
+        train_loop_config=loop_config,
+        scaling_config=ScalingConfig(
+            # Train's own types lag behind: two numbers are the fewest and the most.
+            num_workers=config.fit.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=config.fit.resize_seconds,  # type: ignore[call-arg]
+            use_gpu=config.fit.use_gpu,
+            resources_per_worker=_worker_resources(config),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=file_system,
+            failure_config=FailureConfig(max_failures=config.fit.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+        datasets={"rows": dataset},
+        dataset_config=EverySlice(),
+    )
+    try:
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as error:
+        cause = root_cause(error)
+        raise StageError(
+            f"{name}: the workers failed {config.fit.max_failures + 1} times, at last with {type(cause).__name__}: "
+            f"{masked(str(cause))}.{remedy(name, cause)} Checkpoints are kept; the same command continues."
+        ) from error
     if outcome.get("failure"):
         kind, text = outcome["failure"]
-        raise (DataError if kind == "DataError" else StageError)(f"fit: {text}")
-    return outcome["metrics"]
+        raise (DataError if kind == "DataError" else StageError)(f"{name}: {text}")
+    return outcome
 
 
 def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
@@ -207,10 +237,12 @@ def slice_dataset(
     fraction: float,
     num_readers: int | None,
     neighbours_root: str | None = None,
+    with_classes: bool = False,
 ) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
 
-    With `neighbours_root`, where that stage has written, also the keys of each row's neighbours.
+    With `neighbours_root`, where that stage has written, also the keys of each row's neighbours. With classes, there is
+    a column `class` too: a number made from the text of the known class, -1 for a missing one.
 
     Ray Data may use only the CPUs that Train leaves, and Train takes the last one when it grows, or when a node is
     lost: the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
@@ -223,7 +255,7 @@ def slice_dataset(
             for row in batch.to_pylist():
                 part = Slice.from_row(row)
                 graph = None if neighbours_root is None else neighbours.read(lake, neighbours_root, part)
-                for rows in read_slice(lake, part, spec):
+                for rows in read_slice(lake, part, spec, with_labels=with_classes):
                     block = _to_block(rows, spec, stream_seed(seed, 8), fraction)
                     yield block if graph is None else _with_neighbours(block, part, *graph)
         except StorageUnavailable:
@@ -246,7 +278,7 @@ def slice_dataset(
     )
 
 
-def _readers(config: Config) -> int | None:
+def readers(config: Config) -> int | None:
     """Return how many slices are read at once: one for each CPU that training leaves, at least one for each worker."""
     if config.fit.use_gpu:
         return None
@@ -258,13 +290,23 @@ def _to_block(rows: RowBatch, spec: InputSpec, seed: int, fraction: float) -> pa
     chosen = sample_mask(rows.keys, seed, fraction)
     x = np.ascontiguousarray(rows.x if chosen.all() else rows.x[chosen])
     weights = np.ones(len(rows.keys), np.float32) if rows.weights is None else rows.weights
-    return pa.table(
-        {
-            "key": rows.keys[chosen],
-            "x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), spec.dim),
-            "weight": weights[chosen],
-        }
-    )
+    columns: dict[str, Any] = {
+        "key": rows.keys[chosen],
+        "x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), spec.dim),
+        "weight": weights[chosen],
+    }
+    classes = class_names(rows.labels)
+    if classes is not None:
+        columns["class"] = _class_numbers(classes[chosen])
+    return pa.table(columns)
+
+
+def _class_numbers(classes_N: npt.NDArray[np.str_]) -> npt.NDArray[np.int64]:
+    """Return the same number for the same text on any worker; -1 for no text."""
+    names, of_row = np.unique(classes_N, return_inverse=True)
+    digests = [hashlib.sha256(name.encode()).digest()[:8] for name in names.tolist()]
+    numbers = [int.from_bytes(d, "big") >> 1 if name else -1 for name, d in zip(names.tolist(), digests)]
+    return np.array(numbers, np.int64)[of_row]
 
 
 def _with_neighbours(
@@ -290,15 +332,26 @@ class RayContext:
         self.world_size = ray.train.get_context().get_world_size()
         self.device = get_device()
         self._job, self._folder = job, folder
+        self._seen: list[dict[str, Any]] = []
+        self._told: set[str] = set()
 
     def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
         """Report to Train, and on rank 0 to the person who watches."""
         if self.rank == 0:
             self._job.board.post.remote(progress_line(metrics))
+            self._watch(metrics)
             if checkpoint_dir is not None:
                 check_owner(self._job)
         checkpoint = Checkpoint.from_directory(str(checkpoint_dir)) if checkpoint_dir is not None else None
         ray.train.report(metrics, checkpoint=checkpoint)
+
+    def _watch(self, metrics: dict[str, Any]) -> None:
+        """Tell of each new sign of collapse, of this K where there are several."""
+        leaves = metrics.get("num_leaves", self._job.settings.cluster.num_leaves)
+        self._seen = [e for e in self._seen if e.get("num_leaves", leaves) == leaves] + [metrics]
+        for sign in set(signs(self._seen, leaves, self._job.watch)) - self._told:
+            self._told.add(sign)
+            self._job.board.post.remote(f"collapse?    {sign}")
 
     def latest_checkpoint(self) -> Path | None:
         """Return a local copy of the last checkpoint."""
@@ -317,6 +370,11 @@ def check_owner(job: Job) -> None:
 
 def progress_line(metrics: dict[str, Any]) -> str:
     """Return one line for a person from the metrics of an epoch."""
+    if "num_leaves" in metrics:
+        rest = {name: value for name, value in metrics.items() if name != "num_leaves"}
+        return f"K = {metrics['num_leaves']}: {progress_line(rest)}"
+    if metrics["phase"] == "sweep":
+        return f"K = {metrics['k']}: done in {metrics['seconds']:.1f} s"
     if metrics["phase"] == "kmeans":
         short = metrics["top_q"] < 0.99 * metrics["target_top_q"]
         target = f", below the {metrics['target_top_q']:.2f} asked for: set refine.alpha=auto" if short else ""
@@ -347,7 +405,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         context = RayContext(job, Path(folder))
         ranks = Ranks(context.rank, context.world_size, context.device)
         try:
-            rows = _collect(job, ranks)
+            rows = collect(job, ranks)
             partners = None
             if job.settings.head is not None:
                 assert isinstance(rows, ResidentRows)
@@ -362,13 +420,25 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     return {"metrics": metrics}
 
 
-def _collect(job: Job, ranks: Ranks) -> Rows:
+def _whole(table: pa.Table, batch: Batch) -> Batch:
+    """Return all rows of a block."""
+    return batch
+
+
+def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _whole) -> Rows:
+    """Return this worker's share of the rows: resident where every worker has the memory, else streamed.
+
+    Args:
+        job: for the width, type and expected number of the rows.
+        ranks: of the worker group.
+        part: called with each block and its rows; returns those of them that are meant.
+    """
     shard = ray.train.get_dataset_shard("rows")
     dtype = torch.float16 if job.spec.dtype == np.float16 else torch.float32
 
     def stream() -> Iterator[Batch]:
         for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            yield _to_batch(table, job.spec.dim)
+            yield part(table, _to_batch(table, job.spec.dim))
 
     row_bytes = job.spec.dim * job.spec.dtype.itemsize + 12 + 8 * (job.widths[-1] + job.num_neighbours)
     shard_bytes = math.ceil(job.expected_rows / ranks.world_size) * row_bytes
@@ -439,6 +509,7 @@ def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[
         "mode": "resident" if isinstance(rows, ResidentRows) else "streamed",
         "rows_per_second": rates[len(rates) // 2] if rates else None,
         "num_empty": int((fitted.leaves.weights_K == 0).sum()),
+        "watch": signs(fitted.history, job.settings.cluster.num_leaves, job.watch),
         "history": fitted.history,
     }
 

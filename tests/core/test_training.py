@@ -11,7 +11,7 @@ from raydc.core.preprocess import Preprocess
 from raydc.core.pretraining import learning_rate
 from raydc.core.rows import Batch, ResidentRows
 from raydc.core.training import fit
-from tests.core.ranks import SETTINGS, PlainContext, blobs, fit_blobs, make_rows, run_ranks, with_objective
+from tests.core.ranks import SETTINGS, PlainContext, blobs, fit_blobs, make_rows, run_ranks, shard, with_objective
 
 
 def losses(result):
@@ -116,6 +116,32 @@ def test_a_loss_that_is_not_finite_stops_with_phase_step_and_rank():
     x[17] = 1e38
     with pytest.raises(FloatingPointError, match=r"pretrain epoch 1: the loss is not finite at step \d+ on rank 0"):
         fit(make_rows(Ranks(), x), Preprocess(), SETTINGS, PlainContext())
+
+
+def stopped_by_a_bad_row(ranks):
+    x, _ = blobs()
+    x[17] = 1e38
+    context = PlainContext(ranks.rank, ranks.world_size)
+    try:
+        fit(make_rows(ranks, x), Preprocess(), SETTINGS, context)
+    except FloatingPointError as error:
+        return str(error)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_with_the_same_message():
+    (holder,) = [r for r in (0, 1) if 17 in shard(Ranks(r, 2), 1000)]
+    first, second = run_ranks(2, stopped_by_a_bad_row)
+    assert first == second
+    assert f"on rank {holder}" in first and "pretrain epoch 1" in first
+
+
+def test_a_bound_on_the_gradients_of_pretraining_changes_nothing_until_it_is_met(on_one_rank):
+    far, near = (
+        run_ranks(1, fit_blobs, replace(SETTINGS, pretrain=replace(SETTINGS.pretrain, max_grad_norm=bound)))[0]
+        for bound in (1000.0, 1e-3)
+    )
+    np.testing.assert_array_equal(losses(far), losses(on_one_rank))
+    assert not np.array_equal(losses(near), losses(on_one_rank))
 
 
 def test_fewer_rows_than_leaves_are_refused():
