@@ -658,13 +658,13 @@ class WatchConfig(Section):
 class SweepConfig(Section):
     """`raydc sweep`: how the numbers of leaves are compared; of no effect on a run."""
 
-    held_out: float = Field(0.1, gt=0, lt=0.9)
+    held_out: float = Field(0.1, gt=0, lt=0.9, json_schema_extra=OPERATIONAL)
     """Share of the rows, by hash of the row key, that are left out of the training, for G = L_train / L_validation."""
 
-    stability_rows: int = Field(20_000, ge=16)
+    stability_rows: int = Field(20_000, ge=16, json_schema_extra=OPERATIONAL)
     """Rows of the sample that are divided into halves; K beyond an eighth of them has no stability."""
 
-    num_repeats: int = Field(5, ge=2)
+    num_repeats: int = Field(5, ge=2, json_schema_extra=OPERATIONAL)
     """Divisions into halves."""
 
 

@@ -33,7 +33,8 @@ class SpaceWatch:
 
     def __init__(self, encoder: nn.Module | None) -> None:
         """Watch an encoder; nothing, for None."""
-        self._encoder, self._sums = encoder, None
+        self._encoder = encoder
+        self._sums: Tensor | None = None
         self._handle: Any = None
 
     def __enter__(self) -> "SpaceWatch":
