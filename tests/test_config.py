@@ -255,7 +255,7 @@ def test_a_setting_changes_its_stage_and_those_after_it(change, first):
 
 def test_every_section_belongs_to_a_stage_or_is_operational():
     covered = set(parse_config(LEAST | {"fit": {"objective": "icon"}}).settings("publish"))
-    assert set(Config.model_fields) - covered == {"output", "storage", "lease", "ray"}
+    assert set(Config.model_fields) - covered == {"output", "storage", "watch", "sweep", "lease", "ray"}
 
 
 def test_the_difference_names_each_setting_with_both_values():
