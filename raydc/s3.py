@@ -29,6 +29,7 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 from raydc.errors import StageError, StorageUnavailable
@@ -157,6 +158,9 @@ class PatientS3(S3FileSystem):
                 log.log(level, "storage: %s; attempt %d of %d failed", where, attempt, self.max_attempts)
                 await asyncio.sleep(pause(attempt))
         raise AssertionError("unreachable")
+
+    # What an open file asks with. That of s3fs is bound to its own method, which asks once.
+    call_s3 = sync_wrapper(_call_s3)
 
     async def _ask(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
         answer = await super()._call_s3(method, *akwarglist, **kwargs)

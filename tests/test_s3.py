@@ -254,6 +254,16 @@ def test_objects_that_could_not_be_removed_are_asked_for_again_or_told(lake, buc
         lake.remove(f"{bucket}/d")
 
 
+def test_a_file_that_is_open_asks_again_as_all_others_do(lake, faulty, bucket):
+    # Ray Train writes its checkpoints like this.
+    file_system, path = lake.arrow_file_system(f"{bucket}/checkpoint")
+    faulty.burst("slow_down", requests=2, methods=("PUT",))
+    with file_system.open_output_stream(path) as out:
+        out.write(b"state")
+    assert faulty.faults["slow_down"] == 2
+    assert lake.read_bytes(f"{bucket}/checkpoint") == b"state"
+
+
 def test_a_file_that_is_replaced_while_it_is_read_is_told_and_never_mixed(lake, bucket, stack):
     uri = f"{bucket}/in/a.parquet"
 
