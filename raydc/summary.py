@@ -50,7 +50,7 @@ def _standing(run: RunDir, markers: dict[str, Any]) -> list[str]:
             doing = f"{progress['stage']} since {progress['started']}"
             line = f": {progress['line']}" if "line" in progress else ""
             text.append(f"{'doing' if alive else 'last':12s}{doing}{line}")
-    left = [name for name in _STAGES if markers[name] is None or markers[name]["state"] != "done"]
+    left = [name for name, marker in markers.items() if marker is None or marker["state"] != "done"]
     text.append(f"left        {', '.join(left) or 'nothing'}")
     if not alive:
         text.append(f"continue    {resume_command(run)}")
