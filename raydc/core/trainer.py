@@ -125,7 +125,8 @@ class Trainer:
                 first_bad[self.ranks.rank] = last_step + 1 - len(losses) + int(bad.int().argmax()) + 1
         first_bad = self.ranks.sum(first_bad)
         if bool((first_bad > 0).any()):
-            rank = int((first_bad > 0).int().argmax())
+            # The earliest step: from the next one on, the gradients have carried it to every rank.
+            rank = int(torch.where(first_bad > 0, first_bad, torch.iinfo(first_bad.dtype).max).argmin())
             raise FloatingPointError(
                 f"{where}: the loss is not finite at step {int(first_bad[rank])} on rank {rank}. Lower the learning "
                 "rate, set refine.max_grad_norm, or scale the rows (preprocess.method=scale or standardize)."
