@@ -107,7 +107,7 @@ def run_ranks(world_size, function, *arguments):
         pipe.send((function, arguments))
     results = []
     for process, pipe in pool:
-        if not pipe.poll(120):
+        if not pipe.poll(600):
             for hanging, _ in _pools.pop(world_size):
                 hanging.kill()
             raise TimeoutError(f"rank process {process.name} hangs")
