@@ -434,6 +434,12 @@ def inject(rig: Rig, case: Case) -> dict[str, Any]:
     return row
 
 
+def missing(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the cases that have no row."""
+    done = {(r["fault"], r["stage"]) for r in rows}
+    return [c.name for c in CASES if (c.fault, c.stage) not in done]
+
+
 def wrong(row: dict[str, Any]) -> list[str]:
     """Return what is not as it must be after a fault."""
     found = []
@@ -479,7 +485,7 @@ def main(options: argparse.Namespace) -> None:
             rows.append(row | {"commit": _commit()})
             rows.sort(key=_order)
             book.write_text(json.dumps(rows, indent=1) + "\n")
-            (ROOT / "docs" / "faults.md").write_text(faults_page.page(rows))
+            (ROOT / "docs" / "faults.md").write_text(faults_page.page(rows, missing(rows)))
     finally:
         rig.close()
     if failures:

@@ -35,8 +35,8 @@ moves tasks and actors.
 """
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """Return docs/faults.md."""
+def page(rows: list[dict[str, Any]], missing: list[str]) -> str:
+    """Return docs/faults.md; `missing` names the pairs of the matrix that were not injected yet."""
     used = {k: v for k, v in versions().items() if k in ("python", "ray", "torch")}
     lost, doubled = sum(r["lost"] for r in rows), sum(r["duplicates"] for r in rows)
     unequal = sum(not r["labels_equal"] for r in rows if r["stage"] not in ("profile", "fit pretrain", "fit refine"))
@@ -64,5 +64,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         equal = "yes" if r["labels_equal"] else "no"
         cells = [r["fault"], stage, *numbers, equal, f"{r['acc']:.4f} ({r['acc_unbroken']:.4f})", str(r["commands"])]
         lines.append("| " + " | ".join([*cells, f"{r['seconds']:.0f}"]) + " |")
+    if missing:
+        lines += ["", "Not injected yet, the same command goes on with them: " + ", ".join(missing) + "."]
     lines += ["", *_NOT_THERE.strip().splitlines(), ""]
     return "\n".join(lines)
