@@ -74,3 +74,12 @@ def bucket(s3_client):
     name = f"bucket-{os.urandom(4).hex()}"
     s3_client.create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(autouse=True)
+def _no_connection_of_another_test():
+    """A connection made without credentials, or with others, must not serve the next test."""
+    from s3fs import S3FileSystem
+
+    for kind in (S3FileSystem, *S3FileSystem.__subclasses__()):
+        kind.clear_instance_cache()
