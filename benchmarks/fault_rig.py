@@ -7,6 +7,7 @@ what breaks is a process, a file or a connection. benchmarks/faults.py and tests
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -36,6 +37,7 @@ TRAINER, ACTOR, CELL = "ray::RayTrainWorker", "ray::MapWorker(MapBatches(Labelle
 NUM_FILES = 24
 
 _NODE_CPUS = 2
+_BEYOND_BYTES = 2**29
 _POLL_SECONDS = 0.001
 _PATIENCE_SECONDS = 900.0
 
@@ -105,10 +107,34 @@ class TwoNodes:
         """For RAY_ADDRESS."""
         return str(self.cluster.address)
 
-    def add_node(self) -> None:
-        """Start the second node."""
+    def add_node(self, *, spare_bytes: int | None = None) -> None:
+        """Start the second node; one on which Ray kills workers once the machine uses `spare_bytes` more than now."""
+        threshold = {}
+        if spare_bytes is not None:
+            total, used = memory()
+            self.limit = min(used + spare_bytes, int(0.95 * total))
+            threshold = {"RAY_memory_usage_threshold": str(self.limit / total)}
         # The bigger object store is what Ray fills first.
-        self.node = self.cluster.add_node(num_cpus=_NODE_CPUS, object_store_memory=160 * 2**20)
+        self.node = self.cluster.add_node(
+            num_cpus=_NODE_CPUS, object_store_memory=160 * 2**20, env_vars=threshold or None
+        )
+
+    def crawl(self, victims: list[int], condition: Callable[[], Any]) -> Any:
+        """Return the first true value of `condition`; until then these workers work a few hundredths of the time.
+
+        None once they are gone. Ray itself is not slowed, and comes to do what it does seconds after an epoch.
+        """
+        while not (found := condition()) and any(_title(pid) for pid in victims):
+            for number, seconds in ((signal.SIGSTOP, 0.9), (signal.SIGCONT, 0.05)):
+                for pid in victims:
+                    _signal(pid, number)
+                time.sleep(seconds)
+        return found
+
+    def replace_node(self, *, spare_bytes: int | None = None) -> None:
+        """Stop the second node, on which nothing runs, and start another one; see `add_node`."""
+        self.cluster.remove_node(self.node, allow_graceful=True)
+        self.add_node(spare_bytes=spare_bytes)
 
     def kill_node(self) -> None:
         """Kill the second node's raylet and all its workers, as when a machine goes."""
@@ -145,17 +171,34 @@ class TwoNodes:
 
         Stopped first and looked at again then: between a look and a kill a short task would be over.
         """
-        raylets = self._raylets()
         found = []
-        for pid in [child for r in (raylets[1:] if on_second_node else raylets) for child in _children(r)]:
+        for pid in self.workers(name, on_second_node=on_second_node):
+            _signal(pid, signal.SIGSTOP)
             if _title(pid).startswith(name):
-                _signal(pid, signal.SIGSTOP)
-                if _title(pid).startswith(name):
-                    found.append(pid)
-                else:
-                    _signal(pid, signal.SIGCONT)
+                found.append(pid)
+            else:
+                _signal(pid, signal.SIGCONT)
         self.held += found
         return found
+
+    def workers(self, name: str, *, on_second_node: bool = False) -> list[int]:
+        """Return the workers whose title begins with `name`."""
+        raylets = self._raylets()[on_second_node:]
+        return [pid for r in raylets for pid in _children(r) if _title(pid).startswith(name)]
+
+    @contextlib.contextmanager
+    def short_of_memory(self) -> Iterator[None]:
+        """Take the memory that the second node may use, and more, and give it back at the end."""
+        missing = self.limit - memory()[1] + _BEYOND_BYTES
+        with mmap.mmap(-1, max(missing, mmap.PAGESIZE)) as taken:
+            for page in range(0, len(taken), mmap.PAGESIZE):
+                taken[page] = 1
+            yield
+
+    def killed_for_memory(self) -> bool:
+        """Return whether the second node says that it killed a worker because memory was short."""
+        out = Path(self.node.get_logs_dir_path())
+        return any("memory pressure" in p.read_text(errors="replace") for p in out.glob("raylet*"))
 
     def shutdown(self) -> None:
         """Stop both nodes."""
@@ -163,6 +206,13 @@ class TwoNodes:
 
     def _raylets(self) -> list[int]:
         return [n.all_processes["raylet"][0].process.pid for n in self.cluster.list_all_nodes()]
+
+
+def memory() -> tuple[int, int]:
+    """Return the bytes of memory that the machine has, and that it uses, as Ray counts them."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    found = {name.rstrip(":"): 1024 * int(value) for name, value, *_ in lines}
+    return found["MemTotal"], found["MemTotal"] - found["MemAvailable"]
 
 
 def _children(pid: int) -> list[int]:

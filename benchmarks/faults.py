@@ -46,6 +46,7 @@ from benchmarks.fault_rig import (
     until,
     write_rows,
 )
+from benchmarks.record import made
 from raydc.schema import MANIFEST
 
 _MOST_ATTEMPTS = 8
@@ -166,6 +167,8 @@ class Case:
     inject: Inject
     kind: str = "disk"
     sections: dict[str, Any] = field(default_factory=dict)
+    spare_bytes: int | None = None
+    """Memory that the machine may take before Ray kills workers of the second node for it."""
 
     @property
     def name(self) -> str:
@@ -331,27 +334,61 @@ def stopped_driver(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     assert code != 0 and "has taken this run over" in driver.text(), f"exit code {code}:\n{driver.text()[-2000:]}"
 
 
+def out_of_memory(worker: str, *, once: bool = False) -> Inject:
+    """Let memory run short until Ray kills a worker for it; where one death is too many, the run has to say why."""
+
+    def inject(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+        reached(run, driver, stage)
+        victims = until(lambda: rig.nodes.hold(worker, on_second_node=True), driver, f"{worker} on the second node")
+        still_at(run, driver, stage)
+        with rig.nodes.short_of_memory():
+            until(
+                lambda: set(victims) - set(rig.nodes.workers(worker, on_second_node=True)),
+                driver,
+                "a death for want of memory",
+            )
+        rig.nodes.heal()
+        assert rig.nodes.killed_for_memory(), "the worker died of something else"
+        if once:
+            code = driver.wait()
+            told = (
+                "StageError: fit: " in driver.text() and "for want of memory: lower fit.resident_bytes" in driver.text()
+            )
+            assert code == 2 and told, f"exit code {code}:\n{driver.text()[-2000:]}"
+        elif stage.startswith("fit"):
+            until(lambda: driver.text().count(" resident on ") > 1, driver, "the restart of the worker group")
+
+    return inject
+
+
 def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     """Take the second node away, wait for the fit to go on with one worker, and give it back."""
-    phase = stage.removeprefix("fit ")
     # Told when it is over; the checkpoint of the epoch before is there by then.
+    phase = stage.removeprefix("fit ")
     until(lambda: re.search(rf"fit: {phase} +epoch 2/", driver.text()), driver, "the second epoch")
     if "resident on 2 worker" not in driver.text():
         raise MissedError("the fit began with one worker")
+    # Train notes a checkpoint seconds after the epoch, and the job, a small one, would be through by then. One of the
+    # two workers has to be noted, and one of the lone worker.
+    noted = Path(run.root, "checkpoints", "fit", "checkpoint_manager_snapshot.json")
+    rig.nodes.crawl(rig.nodes.workers(TRAINER), noted.exists)
     still_at(run, driver, stage)
     rig.nodes.kill_node()
     until(lambda: "resident on 1 worker" in driver.text(), driver, "one worker")
-    # Train notes a checkpoint seconds after the epoch; one of the lone worker has to be among them.
-    noted, before = Path(run.root, "checkpoints", "fit", "checkpoint_manager_snapshot.json"), time.time()
-    until(lambda: noted.stat().st_mtime > before, driver, "a checkpoint of one worker")
-    # Ray books the CPUs of a new node within 20 s; the job, a small one, would be through by then.
+    lone, before = rig.nodes.workers(TRAINER), time.time()
+    rig.nodes.crawl(lone, lambda: noted.exists() and noted.stat().st_mtime > before)
+    still_at(run, driver, stage)
+    # Ray books the CPUs of a new node within 20 s.
     rig.nodes.hold(TRAINER)
     rig.nodes.add_node()
     time.sleep(_BOOKED_SECONDS)
+    # Until they are gone, for two others.
+    rig.nodes.crawl(lone, lambda: driver.process.poll() is not None)
     rig.nodes.heal()
     until(lambda: driver.text().count("resident on 2 worker") > 1, driver, "two workers again")
 
 
+_SPARE_BYTES = 4 * 2**30
 _ELASTIC = {"fit": {"num_workers": [1, 2], "resize_seconds": 3}}
 
 CASES = (
@@ -382,6 +419,16 @@ CASES = (
         for s in ("fit pretrain", "fit refine", "merge", "assign", "report", "publish")
     ),
     *(Case("driver stopped, taken over, woken", s, stopped_driver) for s in ("assign", "report", "publish")),
+    Case("out of memory", "fit pretrain", out_of_memory(TRAINER), spare_bytes=_SPARE_BYTES),
+    Case(
+        "out of memory, no retries",
+        "fit refine",
+        out_of_memory(TRAINER, once=True),
+        sections={"fit": {"max_failures": 0}},
+        spare_bytes=_SPARE_BYTES,
+    ),
+    Case("out of memory", "merge", out_of_memory(CELL), "cells", spare_bytes=_SPARE_BYTES),
+    Case("out of memory", "assign", out_of_memory(ACTOR), spare_bytes=_SPARE_BYTES),
     *(Case("elastic 2 -> 1 -> 2", s, elastic, sections=_ELASTIC) for s in ("fit pretrain", "fit refine")),
 )
 
@@ -396,6 +443,8 @@ def inject(rig: Rig, case: Case) -> dict[str, Any]:
     whole = rig.unbroken(case.kind)[1]
     for attempt in range(_MOST_ATTEMPTS):
         rig.nodes.heal()
+        if case.spare_bytes is not None:
+            rig.nodes.replace_node(spare_bytes=case.spare_bytes)
         run = rig.before(
             case.kind, case.stage, f"{re.sub('[^a-z0-9]+', '-', case.name.lower())}-{attempt}", **case.sections
         )
@@ -417,6 +466,9 @@ def inject(rig: Rig, case: Case) -> dict[str, Any]:
             print(f"{case.name}: not hit, again: {error}", flush=True)
         finally:
             run.end()
+            if case.spare_bytes is not None:
+                rig.nodes.heal()
+                rig.nodes.replace_node()
     else:
         raise MissedError(f"{case.name}: not hit in {_MOST_ATTEMPTS} attempts")
     run.place.lake.remove(run.root)
@@ -482,7 +534,7 @@ def main(options: argparse.Namespace) -> None:
             problems = wrong(row)
             failures += [f"{case.name}: {problem}" for problem in problems]
             print(json.dumps(row) + "".join(f"  WRONG: {p}" for p in problems), flush=True)
-            rows.append(row | {"commit": _commit()})
+            rows.append(row | {"made": made()})
             rows.sort(key=_order)
             book.write_text(json.dumps(rows, indent=1) + "\n")
             (ROOT / "docs" / "faults.md").write_text(faults_page.page(rows, missing(rows)))
@@ -515,7 +567,7 @@ def _order(row: dict[str, Any]) -> int:
     return names.index((row["fault"], row["stage"])) if (row["fault"], row["stage"]) in names else len(names)
 
 
-def _commit(*folders: str) -> str:
-    """Return the last commit, of all or that touched these folders."""
-    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", *folders]
+def _commit(folder: str) -> str:
+    """Return the last commit that touched a folder."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", folder]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()

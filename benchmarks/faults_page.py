@@ -1,9 +1,6 @@
 """The page docs/faults.md, from the rows of docs/faults.json."""
 
-import os
 from typing import Any
-
-from raydc.rundir import versions
 
 _METHOD = """
 The job clusters digits (five noisy copies of each image, two bad rows in each of 24 files) with two training workers
@@ -14,7 +11,9 @@ driver. Bytes of input files are overwritten and mended again. S3 is a server be
 with 503, or cuts every connection, for two seconds. A preempted node is announced to Ray, as a cloud does, three
 seconds before it dies. A stopped driver gets SIGSTOP until another one has taken the run over and published it, then
 SIGCONT. A second submission is made while the first driver, at the stage that is named, crawls (a few milliseconds a
-second), or the stage would be over. In the elastic rows the lone worker is held until Ray has booked the new node.
+second), or the stage would be over. In the elastic rows the workers crawl until Ray has noted a checkpoint, and the
+lone worker is held until Ray has booked the new node. Out of memory: the second node may use 4 GiB more than the
+machine used before; memory is taken until that is passed, and Ray's memory monitor kills workers.
 
 A run whose fault comes after fit starts from a copy of the unbroken run as it was before that stage. Where fit comes
 after the fault and is not the point (profile; tasks of merge, with 64 leaves), the run is k-means without a network.
@@ -37,11 +36,9 @@ moves tasks and actors.
 
 def page(rows: list[dict[str, Any]], missing: list[str]) -> str:
     """Return docs/faults.md; `missing` names the pairs of the matrix that were not injected yet."""
-    used = {k: v for k, v in versions().items() if k in ("python", "ray", "torch")}
     lost, doubled = sum(r["lost"] for r in rows), sum(r["duplicates"] for r in rows)
     unequal = sum(not r["labels_equal"] for r in rows if r["stage"] not in ("profile", "fit pretrain", "fit refine"))
     seconds = [r["seconds"] for r in rows]
-    commits = ", ".join(sorted({r["commit"] for r in rows}))
     lines = [
         "# What a run survives",
         "",
@@ -50,9 +47,9 @@ def page(rows: list[dict[str, Any]], missing: list[str]) -> str:
         "",
         *_METHOD.strip().splitlines(),
         "",
-        f"Made on {len(os.sched_getaffinity(0))} cores that other work shared, commit {commits}, "
-        + ", ".join(f"{k} {v}" for k, v in used.items())
-        + f". An injection took {min(seconds):.0f} to {max(seconds):.0f} s with its whole run.",
+        f"An injection took {min(seconds):.0f} to {max(seconds):.0f} s with its whole run; other work shared the cores:",
+        "",
+        *_made(rows),
         "",
         "| fault | stage | rows in | labels | rejects | twice | lost | labels equal | ACC (unbroken) | commands | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -68,3 +65,14 @@ def page(rows: list[dict[str, Any]], missing: list[str]) -> str:
         lines += ["", "Not injected yet, the same command goes on with them: " + ", ".join(missing) + "."]
     lines += ["", *_NOT_THERE.strip().splitlines(), ""]
     return "\n".join(lines)
+
+
+def _made(rows: list[dict[str, Any]]) -> list[str]:
+    """Return one line for each machine, number of cores, commit and set of versions with which rows were made."""
+    counts: dict[str, int] = {}
+    for made in (r["made"] for r in rows):
+        used = ", ".join(f"{k} {made['versions'][k]}" for k in ("python", "ray", "torch") if k in made["versions"])
+        cores = f"{made['cores']} core" + "s" * (made["cores"] > 1)
+        told = f"on {made['date'][:10]}, {made['cpu']}, {cores}, commit {made['commit']}, {used}"
+        counts[told] = counts.get(told, 0) + 1
+    return [f"- {n} of the rows {told}." for told, n in counts.items()]
