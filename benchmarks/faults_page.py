@@ -47,7 +47,7 @@ def page(rows: list[dict[str, Any]], missing: list[str]) -> str:
         "",
         *_METHOD.strip().splitlines(),
         "",
-        f"An injection took {min(seconds):.0f} to {max(seconds):.0f} s with its whole run; other work shared the cores:",
+        f"An injection took {min(seconds):.0f} to {max(seconds):.0f} s with its whole run, on cores that were shared:",
         "",
         *_made(rows),
         "",
