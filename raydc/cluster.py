@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydc.config import Config
 from raydc.errors import StageError
+from raydc.secrets import masked
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,8 @@ def root_cause(error: BaseException) -> BaseException:
     seen: set[int] = set()
     while id(error) not in seen:
         seen.add(id(error))
-        inner = getattr(error, "cause", None) or error.__cause__
+        # `controller_failure` is of Train's controller, whose other wrappers are lost on the way from its process.
+        inner = getattr(error, "controller_failure", None) or getattr(error, "cause", None) or error.__cause__
         failures = getattr(error, "worker_failures", None)
         if failures:
             inner = next(iter(failures.values()))
@@ -165,3 +167,8 @@ def root_cause(error: BaseException) -> BaseException:
             break
         error = inner
     return error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the kind and the text of an error as one line without credentials."""
+    return masked(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +90,8 @@ class Lake:
     def arrow_file_system(self, uri: str) -> tuple[pa.fs.FileSystem, str]:
         """Return the same as a pyarrow file system, for libraries that take one."""
         fs, path = self.file_system(uri)
-        if isinstance(fs, LocalFileSystem):
-            return pa.fs.LocalFileSystem(), path
-        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)), path
+        handler = _WholeFiles(fs) if isinstance(fs, LocalFileSystem) else pa.fs.FSSpecHandler(fs)
+        return pa.fs.PyFileSystem(handler), path
 
     def list_parquet(self, uris: str | list[str]) -> list[StoredFile]:
         """Return the Parquet files of folders, globs and files, sorted by URI, each once.
@@ -290,6 +289,51 @@ class Lake:
             fs.rm(path, recursive=True)
 
 
+class _WholeFiles(pa.fs.FSSpecHandler):
+    """Local files for pyarrow: one appears when it is closed, and what was there stays after a write that failed.
+
+    Ray Train replaces its list of checkpoints after each of them, and cannot go on from one that was cut off.
+    """
+
+    def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:
+        """Return a stream whose file is there once it is closed."""
+        return pa.PythonFile(_WholeFile(Path(path)), mode="w")
+
+
+class _WholeFile:
+    """The file below a stream of pyarrow; one that is dropped unclosed is not published."""
+
+    def __init__(self, target: Path) -> None:
+        self._publication = _renamed_into(target)
+        # Unbuffered: pyarrow hands over what it holds in one piece, and nothing is left that a close could still write.
+        self._handle = next(self._publication).open("wb", buffering=0)
+
+    @property
+    def closed(self) -> bool:
+        return self._handle.closed
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        try:
+            while len(rest):
+                rest = rest[self._handle.write(rest) :]
+        except OSError:
+            self._publication.close()
+            raise
+        return len(data)
+
+    def tell(self) -> int:
+        return self._handle.tell()
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+    def close(self) -> None:
+        self._handle.close()
+        # Ended already where a write failed: nothing is published then.
+        next(self._publication, None)
+
+
 def join(uri: str, *names: str) -> str:
     """Return the URI of a name below a folder."""
     return "/".join([uri.rstrip("/"), *names])
@@ -334,7 +378,7 @@ def _is_visible(path: str) -> bool:
     return not any(part.startswith(("_", ".")) for part in path.split("/") if part)
 
 
-def _renamed_into(target: Path) -> Iterator[Path]:
+def _renamed_into(target: Path) -> Generator[Path, None, None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = _beside(target)
     try:

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -183,6 +184,19 @@ def test_a_folder_comes_back_as_it_was_sent(tmp_path):
     Lake().download_folder(str(tmp_path / "there"), tmp_path / "back")
     assert everything_in(tmp_path / "back") == everything_in(tmp_path / "here")
     assert (tmp_path / "back" / "deep" / "b").read_bytes() == b"b" * 1000
+
+
+def test_what_pyarrow_writes_is_there_once_it_is_closed(tmp_path):
+    filesystem, path = Lake().arrow_file_system(str(tmp_path / "a"))
+    for body in (b"first", b"second" * 100_000):
+        before = Path(path).read_bytes() if Path(path).exists() else None
+        with filesystem.open_output_stream(path) as out:
+            out.write(body[:3])
+            out.write(body[3:])
+            assert (Path(path).read_bytes() if Path(path).exists() else None) == before
+            assert out.tell() == len(body)
+        assert Path(path).read_bytes() == body
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_pyarrow_reads_through_the_same_door(tmp_path):

@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
 from raydc.advice import remedy
-from raydc.cluster import nodes_with_cpus, root_cause, watched
+from raydc.cluster import in_one_line, nodes_with_cpus, root_cause, watched
 from raydc.config import Config
 from raydc.core.autoencoder import choose_precision
 from raydc.core.collectives import Ranks
@@ -52,7 +52,6 @@ from raydc.lake import Lake
 from raydc.lease import LeaseLost
 from raydc.model import Model
 from raydc.rundir import RunDir
-from raydc.secrets import masked
 from raydc.slices import InputSpec, RowBatch, Slice, read_slice
 from raydc.stages import neighbours
 from raydc.stages import profile as profiling
@@ -173,9 +172,13 @@ def launch(
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         cause = root_cause(error)
+        # Train tries again after a failure of the workers alone.
+        who = "Ray Train's controller failed with"
+        if not isinstance(error, ray.train.ControllerError):
+            who = f"the workers failed {config.fit.max_failures + 1} times, at last with"
         raise StageError(
-            f"{name}: the workers failed {config.fit.max_failures + 1} times, at last with {type(cause).__name__}: "
-            f"{masked(str(cause))}.{remedy(name, cause)} Checkpoints are kept; the same command continues."
+            f"{name}: {who} {in_one_line(cause)}.{remedy(name, cause)} Checkpoints are kept; the same command "
+            "continues."
         ) from error
     if outcome.get("failure"):
         kind, text = outcome["failure"]

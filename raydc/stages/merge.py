@@ -17,7 +17,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from raydc.advice import remedy
-from raydc.cluster import root_cause
+from raydc.cluster import in_one_line, root_cause
 from raydc.config import Config, MergeConfig
 from raydc.core.linkage import Linkage, agglomerate
 from raydc.core.linkage_cells import CellMerges, CellState, Runner, run_here
@@ -126,8 +126,8 @@ def merge_leaves(
     except ray.exceptions.RayError as error:
         cause = root_cause(error)
         raise StageError(
-            f"merge: a cell failed with {type(cause).__name__}: {cause}.{remedy('merge', cause)} Cells that are done "
-            "are kept; the same command continues."
+            f"merge: a cell failed with {in_one_line(cause)}.{remedy('merge', cause)} Cells that are done are kept; "
+            "the same command continues."
         ) from error
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from raydc.cluster import root_cause
+from raydc.cluster import in_one_line, root_cause
 from raydc.config import Config, NeighboursConfig
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import prepare_process
@@ -80,7 +80,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             if isinstance(cause, DataError):
                 raise DataError(f"neighbours: {cause}") from error
             raise StageError(
-                f"neighbours: {type(cause).__name__}: {cause}. Complete slices are kept; the same command continues."
+                f"neighbours: {in_one_line(cause)}. Complete slices are kept; the same command continues."
             ) from error
     metrics = _summary(job, slices)
     if metrics["method"] == "ivf":
