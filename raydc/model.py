@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from raydc.core.autoencoder import perceptron
-from raydc.core.nearest import nearest_exact
-from raydc.core.objectives.kernel import Kernel, log_soft_assign
+from raydc.core.nearest import SquaredDistances, cache_rows, rank_exactly
+from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.predictor import Predictor, build_predictor
 from raydc.core.preprocess import Preprocess
 from raydc.errors import DataError
@@ -123,9 +123,7 @@ class Model:
         """
         num = min(2, self.num_leaves)
         if self.predictor is None:
-            ids, squared = nearest_exact(z_NL, self.centers_KL, num=num)
-            top = [log_soft_assign(b, self.centers_KL, self.kernel).max(dim=1).values for b in z_NL.split(block_rows)]
-            confidence = torch.cat(top).exp() if top else z_NL.new_empty(0)
+            ids, squared, confidence = self._nearest(z_NL, num, block_rows)
         else:
             found = [self.predictor.best(block, num) for block in z_NL.split(block_rows)]
             ids, probabilities = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -144,6 +142,19 @@ class Model:
             ids[:, 1].cpu().numpy().astype(np.int32),
             distances[:, 1],
         )
+
+    def _nearest(self, z_NL: Tensor, num: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the nearest leaves (N, num), their squared distances and the soft assignment to the nearest (N,)."""
+        if z_NL.device.type == "cpu":
+            block_rows = min(block_rows, cache_rows(max(self.centers_KL.shape)))
+        proposed, top = [], []
+        distances = SquaredDistances(self.centers_KL)
+        for block in z_NL.split(block_rows):
+            squared_BK = distances(block)
+            proposed.append(distances.propose(block, squared_BK, num))
+            top.append(top_soft_assign(squared_BK, self.kernel))
+        ids, squared = rank_exactly(z_NL, self.centers_KL, torch.cat(proposed), num=num)
+        return ids, squared, torch.cat(top)
 
     def to(self, device: torch.device) -> "Model":
         """Return the model on another device."""

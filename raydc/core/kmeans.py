@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydc.core.nearest import nearest
+from raydc.core.nearest import cache_rows, nearest
 
 import faiss  # isort: skip
 
@@ -38,8 +38,11 @@ class LeafSums:
         """Add rows in place."""
         w = weights_N.double()
         self.weights_K.index_add_(0, ids_N, w)
-        self.sums_KD.index_add_(0, ids_N, z_ND.double() * w[:, None])
         self.sse_K.index_add_(0, ids_N, squared_N.double() * w)
+        # Block by block, on the CPU: as float64 all rows at once would go through memory twice more.
+        size = cache_rows(z_ND.shape[1]) if z_ND.device.type == "cpu" else max(1, len(z_ND))
+        for ids, z, weights in zip(ids_N.split(size), z_ND.split(size), w.split(size), strict=True):
+            self.sums_KD.index_add_(0, ids, z.double().mul_(weights[:, None]))
 
     def packed(self) -> Tensor:
         """Return all numbers as one (K, D + 2) tensor, for one all-reduce."""

@@ -11,6 +11,11 @@ import torch
 import faiss  # isort: skip
 from torch import Tensor
 
+_CACHE_NUMBERS = 2**18
+"""One or two MiB, what a core has of the second cache."""
+
+_LEAST_ROWS = 16
+
 
 def prepare_process(num_threads: int) -> None:
     """Let torch and FAISS compute on this many threads, and treat denormal numbers as zero, in the present process.
@@ -56,13 +61,38 @@ def nearest_exact(z_ND: Tensor, centers_KD: Tensor, *, num: int) -> tuple[Tensor
     The search in float32 proposes one candidate more than asked; they are ranked anew by sum((z - c)^2), ties by the
     lower id. So a row's answer does not depend on the rows beside it or on the block size.
     """
-    proposed = min(num + 1, len(centers_KD))
-    ids, _ = nearest(z_ND, centers_KD, num=proposed)
-    ids = ids.sort(dim=1).values
-    z = z_ND.double()
-    squared = torch.stack([((z - centers_KD[ids[:, m]].double()) ** 2).sum(dim=1) for m in range(proposed)], dim=1)
+    ids, _ = nearest(z_ND, centers_KD, num=min(num + 1, len(centers_KD)))
+    return rank_exactly(z_ND, centers_KD, ids, num=num)
+
+
+def rank_exactly(z_ND: Tensor, centers_KD: Tensor, proposed_NM: Tensor, *, num: int) -> tuple[Tensor, Tensor]:
+    """Return the nearest `num` of the proposed centres of each row, by float64 differences, ties by the lower id.
+
+    Args:
+        z_ND: (N, D) float32.
+        centers_KD: (K, D) float32, same device.
+        proposed_NM: (N, M) int64 ids of centres, M at least num.
+        num: of these.
+
+    Returns:
+        Ids (N, num) int64 and squared distances (N, num) float64.
+    """
+    ids = proposed_NM.sort(dim=1).values
+    squared = torch.empty(ids.shape, dtype=torch.float64, device=z_ND.device)
+    centers = centers_KD.double()
+    # The differences of a block stay in the cache: those of all rows would go through memory several times.
+    size = cache_rows(z_ND.shape[1]) if z_ND.device.type == "cpu" else max(1, len(z_ND))
+    for rows, of_rows, out in zip(z_ND.split(size), ids.split(size), squared.split(size), strict=True):
+        z = rows.double()
+        for m in range(ids.shape[1]):
+            torch.sum((z - centers[of_rows[:, m]]).square_(), dim=1, out=out[:, m])
     order = squared.argsort(dim=1, stable=True)[:, :num]
     return ids.gather(1, order), squared.gather(1, order)
+
+
+def cache_rows(width: int) -> int:
+    """Return how many rows of this width a processor works on at once so that they stay in its cache."""
+    return min(8192, max(64, _CACHE_NUMBERS // max(width, 1)))
 
 
 def squared_distances(z_ND: Tensor, centers_KD: Tensor) -> Tensor:
@@ -77,6 +107,59 @@ def squared_distances(z_ND: Tensor, centers_KD: Tensor) -> Tensor:
     z, centers = z_ND - shift, centers_KD - shift
     cross = z @ centers.T
     return ((z**2).sum(dim=1, keepdim=True) - 2.0 * cross + (centers**2).sum(dim=1)).clamp_min(0.0)
+
+
+class SquaredDistances:
+    """Squared distances to fixed centres, without gradients: what they need of the centres is computed once."""
+
+    def __init__(self, centers_KD: Tensor) -> None:
+        self._centers_KD = centers_KD
+        self._shift = centers_KD.mean(dim=0)
+        centers = centers_KD - self._shift
+        self._minus_twice_DK = (-2.0 * centers).T.contiguous()
+        self._square_K = (centers**2).sum(dim=1)
+        self._largest = float(self._square_K.max().sqrt())
+
+    def __call__(self, z_ND: Tensor) -> Tensor:
+        """Return the (N, K) squared distances of (N, D) rows, float32, never negative.
+
+        Raises:
+            ValueError: the rows do not share D.
+        """
+        if z_ND.shape[1] != len(self._shift):
+            raise ValueError(f"rows have {z_ND.shape[1]} dimensions, centres {len(self._shift)}")
+        if len(z_ND) < _LEAST_ROWS:
+            # A product of few rows takes another way, with other last bits, than the same rows among many.
+            padded = z_ND.new_zeros(_LEAST_ROWS, z_ND.shape[1])
+            padded[: len(z_ND)] = z_ND
+            return self(padded)[: len(z_ND)]
+        z = z_ND - self._shift
+        square_N1 = torch.linalg.vecdot(z, z)[:, None]
+        return (z @ self._minus_twice_DK).add_(self._square_K).add_(square_N1).clamp_min_(0.0)
+
+    def propose(self, z_ND: Tensor, squared_NK: Tensor, num: int) -> Tensor:
+        """Return ids (N, M) among which are the nearest `num` centres of each row, ties by the lower id; M > num or K.
+
+        Where centres lie so close together at the end of the list that float32 may have taken the wrong ones, they are
+        searched by float64 differences.
+
+        Args:
+            z_ND: (N, D) rows.
+            squared_NK: what calling this with them gave.
+            num: at most K.
+        """
+        num_centers = len(self._square_K)
+        proposed = min(num + 2, num_centers)
+        values, ids = squared_NK.topk(proposed, dim=1, largest=False, sorted=True)
+        if proposed == num_centers:
+            return ids
+        # Rounding grows like the square root of the number of terms; 8 is generous beside what was seen.
+        slack = 8.0 * z_ND.shape[1] ** 0.5 * torch.finfo(z_ND.dtype).eps
+        reach = (torch.linalg.vector_norm(z_ND - self._shift, dim=1) + self._largest).square_()
+        for row in torch.nonzero(values[:, -1] - values[:, num - 1] <= slack * reach)[:, 0].tolist():
+            exact = (self._centers_KD.double() - z_ND[row].double()).square_().sum(dim=1)
+            ids[row] = exact.argsort(stable=True)[:proposed]
+        return ids
 
 
 def own_and_other(z_ND: Tensor, centers_KD: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:

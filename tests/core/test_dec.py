@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from raydc.core.autoencoder import Autoencoder
-from raydc.core.nearest import squared_distances
+from raydc.core.nearest import SquaredDistances, squared_distances
 from raydc.core.objectives.dec import Dec, Target, divergence, log_target
 from raydc.core.objectives.idec import Idec
-from raydc.core.objectives.kernel import Kernel, calibrate, log_soft_assign
+from raydc.core.objectives.kernel import Kernel, calibrate, log_soft_assign, top_soft_assign
 from raydc.core.objectives.objective import Minibatch, run_pass
 from raydc.core.objectives.reconstruction import Reconstruction, corrupt
 from tests.core.ranks import blobs, make_rows, run_ranks
@@ -152,6 +152,24 @@ def test_a_fixed_alpha_that_cannot_reach_the_target_gets_no_singular_kernel():
     width = float(squared_distances(z, centers).min(dim=1).values.mean())
     assert kernel.alpha == 1.0 and kernel.scale == pytest.approx(0.1 * width, rel=1e-5)
     assert reached < 0.5
+
+
+@pytest.mark.parametrize("alpha", [1.0, 3.0, 2.5, 0.5, 1023.0])
+def test_the_largest_similarity_is_that_of_the_logarithms(alpha):
+    generator = torch.Generator().manual_seed(5)
+    z, centers = torch.randn(200, 16, generator=generator) + 3.0, torch.randn(7, 16, generator=generator) + 3.0
+    kernel, distances = Kernel(alpha, 4.0), SquaredDistances(centers)
+    exact = ((z[:, None].double() - centers.double()) ** 2).sum(dim=2)
+    torch.testing.assert_close(distances(z), exact.float(), rtol=1e-5, atol=1e-5)
+    log_q = torch.log_softmax(-(alpha + 1) / 2 * torch.log1p(exact / (alpha * 4.0)), dim=1)
+    expected = log_q.max(dim=1).values.exp().float()
+    torch.testing.assert_close(top_soft_assign(distances(z), kernel), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        log_soft_assign(z, centers, kernel).max(dim=1).values.exp(), expected, rtol=1e-3, atol=1e-5
+    )
+    assert top_soft_assign(distances(z[:0]), kernel).shape == (0,)
+    with pytest.raises(ValueError, match="rows have 3 dimensions, centres 16"):
+        distances(z[:, :3])
 
 
 def test_far_rows_keep_finite_logarithms():

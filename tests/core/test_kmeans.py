@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans as ScikitKMeans
 
 from raydc.core.collectives import Ranks
 from raydc.core.kmeans import LeafSums, leaf_sums, lloyd, start
-from raydc.core.nearest import nearest, nearest_exact
+from raydc.core.nearest import SquaredDistances, nearest, nearest_exact, rank_exactly
 from tests.core.ranks import blobs, run_ranks, shard
 
 
@@ -107,3 +107,37 @@ def test_neighbours_survive_a_large_offset():
     near = nearest(z, centers)[0]
     far = nearest(z + 10.0, centers + 10.0)[0]
     assert (near == far).float().mean() > 0.998
+
+
+def test_the_sums_of_leaves_are_those_of_float64_however_many_rows_come_at_once():
+    generator = torch.Generator().manual_seed(2)
+    z, ids = 1000.0 + torch.randn(9000, 40, generator=generator), torch.randint(0, 5, (9000,), generator=generator)
+    weights, squared = torch.rand(9000, generator=generator), torch.rand(9000, generator=generator)
+    sums = LeafSums.zeros(5, 40, z.device)
+    sums.add(z, ids, squared, weights)
+    for leaf in range(5):
+        own = ids == leaf
+        w = weights[own].double()
+        torch.testing.assert_close(sums.sums_KD[leaf], w @ z[own].double(), rtol=1e-13, atol=0.0)
+        torch.testing.assert_close(sums.sse_K[leaf], w @ squared[own].double(), rtol=1e-13, atol=0.0)
+        torch.testing.assert_close(sums.weights_K[leaf], w.sum(), rtol=1e-13, atol=0.0)
+    parts = LeafSums.zeros(5, 40, z.device)
+    for rows in torch.arange(9000).split(77):
+        parts.add(z[rows], ids[rows], squared[rows], weights[rows])
+    torch.testing.assert_close(parts.packed(), sums.packed(), rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_centres_that_float32_cannot_tell_apart_are_ranked_by_float64(offset):
+    generator = torch.Generator().manual_seed(7)
+    z = torch.randn(64, 24, generator=generator) + offset
+    # Ten copies of each of four centres, the copies a few roundings apart or equal.
+    centers = torch.randn(4, 24, generator=generator).repeat_interleave(10, dim=0) + offset
+    centers[1::3] += 1e-6 * torch.randn(13, 24, generator=generator)
+    distances = SquaredDistances(centers)
+    ids, squared = rank_exactly(z, centers, distances.propose(z, distances(z), 2), num=2)
+    exact = ((z[:, None].double() - centers.double()) ** 2).sum(dim=2)
+    order = exact.argsort(dim=1, stable=True)[:, :2]
+    assert torch.equal(ids, order)
+    torch.testing.assert_close(squared, exact.gather(1, order), rtol=1e-12, atol=0.0)
+    assert torch.equal(torch.cat([distances(row) for row in z.split(1)]), distances(z))

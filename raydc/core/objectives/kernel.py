@@ -1,5 +1,6 @@
 """The Student-t soft assignment that DEC and its relatives share. Letters: N rows, K centres, D latent width."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,31 @@ def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
         -(kernel.alpha + 1.0) / 2.0 * torch.log1p(squared_distances(z_ND, centers_KD) / (kernel.alpha * kernel.scale))
     )
     return torch.log_softmax(logits, dim=1)
+
+
+def top_soft_assign(squared_NK: Tensor, kernel: Kernel) -> Tensor:
+    """Return each row's largest Student-t similarity, exp of the largest of `log_soft_assign`.
+
+    1 / sum_j ((1 + d_min / (alpha scale)) / (1 + d_j / (alpha scale))) ^ ((alpha + 1) / 2). No logarithm of all (N, K)
+    numbers: a whole power of two, which every alpha that `calibrate` chooses asks for, is squared so many times.
+
+    Args:
+        squared_NK: (N, K) float32 squared distances; overwritten.
+        kernel: degrees of freedom and scale.
+
+    Returns:
+        (N,) float32.
+    """
+    ratio_NK = squared_NK.div_(kernel.alpha * kernel.scale).add_(1.0)
+    ratio_NK = torch.div(ratio_NK.amin(dim=1, keepdim=True), ratio_NK, out=ratio_NK)
+    exponent = (kernel.alpha + 1.0) / 2.0
+    doublings = math.log2(exponent)
+    if doublings >= 0 and doublings.is_integer():
+        for _ in range(int(doublings)):
+            ratio_NK.square_()
+    else:
+        ratio_NK.pow_(exponent)
+    return 1.0 / ratio_NK.sum(dim=1)
 
 
 def calibrate(
