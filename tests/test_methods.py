@@ -65,3 +65,21 @@ def test_the_page_has_means_spreads_seeds_and_what_was_published():
     # A seed that a method has no run of stays blank, under its own column.
     assert "| idec |  | 0.7000 |" in text and "| dec | 0.8000 | 0.9000 |" in text
     assert "| mnist r_min=0.1 | dec | 1 | 0.6000 |" in text
+
+
+def test_the_page_says_which_bounds_are_reached_and_which_are_missed_by_how_much():
+    book = [entry("autoencoder_kmeans", 0, 0.82), entry("dcn", 0, 0.81), entry("dec", 0, 0.83), entry("dec", 1, 0.89)]
+    text = page(book)
+    assert "- dec 0.8600, wanted at least 0.85: reached." in text
+    assert (
+        "- dcn 0.8100, wanted at least 0.80: reached. autoencoder_kmeans 0.8200, wanted not above: missed by 0.01"
+        in text
+    )
+    assert "- idec" not in text and "wanted" not in page([entry("dec", 0, 0.5, data="digits")])
+
+
+def test_the_page_compares_dec_on_unequal_classes_with_the_fits_of_the_same_rows_and_seed():
+    pairs = [("mnist r_min=0.1", 0.6, 0.65), ("mnist r_min=0.3", 0.7, 0.73)]
+    book = [entry("autoencoder_kmeans", 0, a, data=d) for d, a, _ in pairs]
+    book += [entry("dec", 0, b, data=d) for d, _, b in pairs] + [entry("dec", 1, 0.1, data="mnist r_min=0.1")]
+    assert "mean of 2 pairs: +0.0400 in ACC" in page(book)

@@ -13,6 +13,7 @@ from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.kernel import Kernel, calibrate, log_soft_assign, top_soft_assign
 from raydc.core.objectives.objective import Minibatch, run_pass
 from raydc.core.objectives.reconstruction import Reconstruction, corrupt
+from tests.core.minibatches import forward_by_hand, network, weights_of
 from tests.core.ranks import blobs, make_rows, run_ranks
 
 KERNEL = Kernel(alpha=3.0, scale=0.7)
@@ -88,6 +89,38 @@ def test_the_divergence_is_zero_where_the_two_are_equal_and_positive_elsewhere()
     log_q = torch.log_softmax(torch.randn(50, 6), dim=1)
     assert divergence(log_q, log_q).abs().max() < 1e-6
     assert (divergence(log_target(log_q, torch.ones(6, dtype=torch.float64)), log_q) >= -1e-6).all()
+
+
+def test_the_losses_and_their_gradients_are_those_computed_by_hand_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    net = network()
+    x, w = torch.randn(20, 6, generator=generator), torch.rand(20, generator=generator)
+    centers = torch.randn(4, 3, generator=generator)
+    p = torch.softmax(torch.randn(20, 4, generator=generator, dtype=torch.float64), dim=1)
+    encoder, decoder, c = weights_of(net.encoder), weights_of(net.decoder), centers.double().requires_grad_()
+    z = forward_by_hand(x.double(), encoder)
+    similarity = (1 + ((z[:, None] - c[None]) ** 2).sum(-1) / (3.0 * 0.7)) ** -2.0
+    q = similarity / similarity.sum(1, keepdim=True)
+    kl = (w.double()[:, None] * p * (p / q).log()).sum()
+    reconstruction = (w.double() * ((forward_by_hand(z, decoder) - x.double()) ** 2).mean(1)).sum()
+    dec = Dec(net.encoder, centers, KERNEL)
+    idec = Idec(net.encoder, net.decoder, centers, KERNEL, gamma=0.3)
+    for model, expected, layers in ((dec, kl, encoder), (idec, reconstruction + 0.3 * kl, encoder + decoder)):
+        ours = model.loss(x, w, p.log().float())["loss"]
+        assert float(ours.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        trained = [*(t for m in linear for t in (m.weight, m.bias)), model.centers]
+        by_hand = torch.autograd.grad(expected, [*(t for pair in layers for t in pair), c], retain_graph=True)
+        for a, b in zip(torch.autograd.grad(ours, trained), by_hand, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_the_divergence_passes_finite_differences():
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(8, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    log_p = torch.log_softmax(torch.randn(8, 4, generator=generator, dtype=torch.float64), dim=1)
+    assert torch.autograd.gradcheck(lambda z, c: divergence(log_p, log_soft_assign(z, c, KERNEL)), (z, c))
 
 
 def test_idec_with_gamma_zero_is_the_autoencoder():
