@@ -14,6 +14,8 @@ import faiss  # isort: skip
 
 _FAISS_ITERATIONS = 25
 
+_SAME_INERTIA = 1e-6
+
 
 @dataclass(frozen=True)
 class LeafSums:
@@ -119,7 +121,8 @@ def start(
         centers = torch.from_numpy(np.array(kmeans.centroids))
         squared = nearest(torch.from_numpy(rows), centers)[1][:, 0].double()
         inertia = float(squared.sum() if weights_N is None else squared @ weights_N.double())
-        if inertia < least:
+        # Two starts that end with the same leaves, in another order, differ by rounding, which must not choose.
+        if inertia < least * (1.0 - _SAME_INERTIA):
             best, least = centers, inertia
     assert best is not None
     return best + shift

@@ -4,6 +4,8 @@ FAISS searches on the CPU, a blocked matrix product on the GPU. Both work on row
 centres was subtracted: |z|^2 - 2 z.c + |c|^2 loses all digits when the rows share a large offset.
 """
 
+import os
+
 import numpy as np
 import torch
 
@@ -16,13 +18,20 @@ _CACHE_NUMBERS = 2**18
 
 _LEAST_ROWS = 16
 
+_KERNELS = "16384"
+
 
 def prepare_process(num_threads: int) -> None:
     """Let torch and FAISS compute on this many threads, and treat denormal numbers as zero, in the present process.
 
     Late in training the moments of the optimiser and the small gradients of the KL become denormal, which a CPU
     multiplies up to a hundred times slower; as numbers below 1e-38 they carry nothing.
+
+    Batches are made by hash, so their sizes differ, and oneDNN compiles a kernel for each layer and size. Its cache of
+    1024 kernels is too small for an autoencoder, whose epoch then compiled most of them again: on MNIST, in bf16 on one
+    core with AMX, an epoch of 14.6 CPU seconds takes 7.9 with room for all of them, and 0.3 GB more memory.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)
     torch.set_flush_denormal(True)
     torch.set_num_threads(num_threads)
     faiss.omp_set_num_threads(num_threads)
