@@ -4,6 +4,7 @@ A slice's label file stands 1:1 beside its input and is published whole; the sta
 the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
 """
 
+import hashlib
 import io
 import zipfile
 import zlib
@@ -31,7 +32,7 @@ from raydc.slices import InputSpec, RowBatch, Slice, read_slice
 
 _Item = TypeVar("_Item")
 _TABLES = ("exemplars", "map_rows", "near_rows")
-
+_LONGEST_CLASS = 200
 
 # What reading statistics that are damaged, or were never ours, may end in.
 _DAMAGE = (
@@ -206,10 +207,20 @@ def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:
 
 
 def class_names(labels: pa.Array | None) -> npt.NDArray[np.str_] | None:
-    """Return known classes as text, "" for a missing one."""
+    """Return known classes as text, "" for a missing one.
+
+    A name of more than 200 characters is cut, and ends in a digest of the whole: numpy gives every row of an array the
+    room of the longest text, and one label of a megabyte would take all memory.
+    """
     if labels is None:
         return None
-    return np.asarray(pc.fill_null(labels.cast(pa.string()), "").to_numpy(zero_copy_only=False), dtype=np.str_)
+    names = pc.fill_null(labels.cast(pa.large_string()), "").to_pylist()
+    return np.array([n if len(n) <= _LONGEST_CLASS else _shortened(n) for n in names], dtype=np.str_)
+
+
+def _shortened(name: str) -> str:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[: _LONGEST_CLASS - len(digest) - 4]}... {digest}"
 
 
 def _label_table(batch: RowBatch, found: Prediction, schema: pa.Schema) -> pa.Table:

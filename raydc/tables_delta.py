@@ -15,9 +15,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from raydc.config import Config, StorageConfig
+from raydc.errors import StorageUnavailable
 from raydc.lake import Lake
 from raydc.rundir import RunDir
 from raydc.schema import RUN_COLUMN
+from raydc.secrets import masked
 from raydc.tables import (
     Conflict,
     LabelFile,
@@ -42,6 +44,7 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
 
     Raises:
         StageError: the table has other columns or other files of this run (append), or is too busy.
+        StorageUnavailable: the store gave no good answer.
     """
     shared = root.rstrip("/") != run.uri("labels")
     target = _Target(
@@ -59,6 +62,11 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
             return _commit_once(target, actions, content_version(files))
         except CommitFailedError as error:
             raise Conflict(str(error).splitlines()[0]) from error
+        except OSError as error:
+            raise StorageUnavailable(
+                f"publish: {target.name}: {masked(str(error).splitlines()[0])}. Check that the store is up and the "
+                "settings of storage are right; the same command continues."
+            ) from error
 
     return with_retries(target.name, attempt)
 
@@ -146,13 +154,16 @@ def _open_or_create(target: _Target) -> DeltaTable:
 
 
 def storage_options(section: StorageConfig) -> dict[str, str]:
-    """Return the options of Delta's own S3 client; it finds credentials in the environment, as ours does."""
+    """Return the options of Delta's own S3 client; it too finds credentials in the environment and asks again."""
     found: dict[str, Any] = {
         "AWS_ENDPOINT_URL": section.endpoint_url,
         "AWS_REGION": section.region,
         "AWS_PROFILE": section.profile,
         "AWS_ALLOW_HTTP": "true" if (section.endpoint_url or "").startswith("http://") else None,
         "AWS_SKIP_SIGNATURE": "true" if section.anonymous else None,
+        "max_retries": str(section.max_attempts - 1),
+        "timeout": f"{section.timeout_seconds:g} seconds",
+        "connect_timeout": f"{section.timeout_seconds:g} seconds",
     }
     return {key: value for key, value in found.items() if value}
 

@@ -1,14 +1,20 @@
-"""Label files in an Iceberg table (package pyiceberg): one snapshot, with the run's id in its summary."""
+"""Label files in an Iceberg table (package pyiceberg): one snapshot, with the run's id in its summary.
 
+What pyiceberg reads and writes in S3 goes through our own door (raydc.lake): with its retries, and without the
+checksums that stores other than AWS's refuse.
+"""
+
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.expressions import EqualTo
-from pyiceberg.io.pyarrow import parquet_file_to_data_file
+from pyiceberg.io.pyarrow import PyArrowFileIO, parquet_file_to_data_file
 from pyiceberg.manifest import DATA_FILE_TYPE, DataFile
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
@@ -18,6 +24,7 @@ from pyiceberg.typedef import Record
 from pyiceberg.types import FloatType, IcebergType, IntegerType, LongType, NestedField, StringType
 
 from raydc.config import Config
+from raydc.lake import Lake
 from raydc.rundir import RunDir
 from raydc.schema import RUN_COLUMN
 from raydc.tables import (
@@ -41,6 +48,8 @@ _TYPES: dict[pa.DataType, IcebergType] = {
     pa.string(): StringType(),
     pa.large_string(): StringType(),
 }
+# A property of this process's client: the settings of the storage that pyiceberg has no name for.
+_PATIENCE = "raydc.storage"
 _PARTITION = next(i for i, field in enumerate(DATA_FILE_TYPE[2].fields) if field.name == "partition")
 
 
@@ -86,9 +95,26 @@ def open_catalog(config: Config, run: RunDir) -> Catalog:
         "s3.endpoint": config.storage.endpoint_url,
         "s3.region": config.storage.region,
         "client.profile-name": config.storage.profile,
+        "py-io-impl": f"{LakeIO.__module__}.{LakeIO.__name__}",
+        _PATIENCE: config.storage.model_dump_json(include={"anonymous", "max_attempts", "timeout_seconds"}),
     }
     # The settings of the storage go to this process's client only; a catalog does not write them into the table.
-    return load_catalog(section.catalog, **{k: v for k, v in storage.items() if v}, **properties)
+    return load_catalog(section.catalog, **{k: v for k, v in storage.items() if v} | properties)
+
+
+class LakeIO(PyArrowFileIO):
+    """pyiceberg's files; those in S3 through our own door, unless the catalog has ways of its own, such as keys."""
+
+    def _initialize_s3_fs(self, netloc: str | None) -> pyarrow.fs.FileSystem:
+        if any(name.startswith("s3.") and name not in ("s3.endpoint", "s3.region") for name in self.properties):
+            return super()._initialize_s3_fs(netloc)
+        lake = Lake(
+            endpoint_url=self.properties.get("s3.endpoint"),
+            region=self.properties.get("s3.region"),
+            profile=self.properties.get("client.profile-name"),
+            **json.loads(self.properties[_PATIENCE]),
+        )
+        return lake.arrow_file_system(f"s3://{netloc}")[0]
 
 
 def _commit_once(

@@ -240,6 +240,39 @@ def test_classes_are_text_and_missing_ones_are_empty(labels, expected):
     assert class_names(None) is None
 
 
+def test_a_very_long_class_takes_no_more_room_than_another_and_stays_a_class_of_its_own(tmp_path):
+    # As an array of numpy, 2,000 rows with one label of 3 million characters would take 24 GB.
+    names = ["a", "b"] * 998 + ["long" * 750_000, "long" * 750_000 + "!", "x" * 200, "long" * 750_000]
+    fill(tmp_path / "in", num=2000, num_files=1, label=np.array(names, dtype=object))
+    labelled = dataclasses.replace(SPEC, label_column="label")
+    total = shards.label_all(job(tmp_path / "out", spec=labelled, block_rows=2000), slices(tmp_path / "in"))
+    table, found = total.tallies["leaf"].table()
+    counts = dict(zip(found, np.asarray(table).sum(0 if np.asarray(table).shape[1] == len(found) else 1).tolist()))
+    assert max(map(len, found)) == 200
+    assert sorted(counts.values()) == [1, 1, 2, 998, 998]
+    assert counts["x" * 200] == 1
+
+
+def test_nested_and_dictionary_encoded_columns_are_carried_and_others_left_alone(tmp_path):
+    x, _ = shards.near_corners(40)
+    for number, index in enumerate((pa.int8(), pa.int32())):
+        rows = range(20 * number, 20 * number + 20)
+        nested = pa.array([{"a": [i], "b": {"c": "t" * i}} for i in rows])
+        kind = pa.array([f"kind-{i % 3}" for i in rows]).dictionary_encode().cast(pa.dictionary(index, pa.string()))
+        text = pa.array(["z" * (1_000_000 if i == 7 else 1) for i in rows])
+        table = shards.rows(x[rows.start : rows.stop], rows.start, nested=nested, kind=kind, text=text, other=nested)
+        shards.write(tmp_path / "in" / f"{number}.parquet", table)
+    spec = dataclasses.replace(SPEC, carry_columns=("nested", "kind", "text"))
+    parts = slices(tmp_path / "in", carry_columns=["nested", "kind", "text"])
+    total = shards.label_all(job(tmp_path / "out", spec=spec, num_exemplars=40), parts)
+    assert total.labels == 40
+    pq.write_table(Statistics.from_bytes(total.to_bytes()).exemplars, tmp_path / "exemplars.parquet")
+    for row in pq.read_table(tmp_path / "exemplars.parquet").to_pylist():
+        i = row["key"]
+        assert row["nested"] == {"a": [i], "b": {"c": "t" * i}}
+        assert (row["kind"], len(row["text"])) == (f"kind-{i % 3}", 1_000_000 if i == 7 else 1)
+
+
 def test_rows_of_unknown_class_are_labelled_but_not_counted_as_a_class(tmp_path):
     labels = np.array(["even", None] * 50, dtype=object)
     fill(tmp_path / "in", label=labels)

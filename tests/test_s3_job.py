@@ -1,4 +1,4 @@
-"""The whole job on S3, by `storage` settings alone: through a server that fails now and then, and on another server."""
+"""The whole job on S3, tables included, by `storage` settings alone: a server that fails now and then, and another."""
 
 import os
 import shutil
@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 
-from raydc import pipeline
+from raydc import pipeline, tables_delta, tables_iceberg
 from raydc.cli import main
 from raydc.config import parse_config
 from raydc.lake import Lake
@@ -30,10 +33,34 @@ SMALL = {
     "evaluate": {"map_rows": 100},
 }
 
+COLUMNS = ["id", "leaf"]
 
-def job(path: str, output: str, **storage):
+
+def job(path: str, output: str, publish: dict | None = None, **storage):
     source = {"path": path, "label_column": "label"}
-    return parse_config({**SMALL, "input": source, "output": output, "storage": storage})
+    return parse_config({**SMALL, "input": source, "output": output, "storage": storage, "publish": publish or {}})
+
+
+def tables_of_labels(catalog: Path, warehouse: str) -> dict:
+    """Return settings to publish a Delta and an Iceberg table; the server's name is not among them."""
+    properties = {"type": "sql", "uri": f"sqlite:///{catalog}", "warehouse": warehouse}
+    return {"delta": {}, "iceberg": {"properties": properties}}
+
+
+def check_tables(config, run, rows: int) -> None:
+    """Compare both tables with the label files, as Polars and DuckDB read them."""
+    leaves = sorted((i, leaf) for t in labels_of(run).values() for i, leaf in zip(*(t[c].to_pylist() for c in COLUMNS)))
+    assert len(leaves) == rows
+    options = tables_delta.storage_options(config.storage)
+    # Polars takes the number of retries in a form of its own.
+    of_polars = {name: value for name, value in options.items() if name.startswith("AWS_")}
+    assert sorted(pl.read_delta(run.uri("labels"), storage_options=of_polars).select(COLUMNS).rows()) == leaves
+    delta = DeltaTable(run.uri("labels"), storage_options=options).to_pyarrow_dataset()
+    assert duckdb.from_arrow(delta).project("id, leaf").order("id").fetchall() == leaves
+    iceberg = tables_iceberg.open_catalog(config, run).load_table("raydc.labels").scan()
+    assert iceberg.to_duckdb("labels").sql("select id, leaf from labels order by id").fetchall() == leaves
+    told = run.lake.read_json(run.uri("_MANIFEST.json"))["tables"]
+    assert [t["format"] for t in told] == ["delta", "iceberg"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +100,8 @@ def rclone(tmp_path):
 
 def labels_of(run) -> dict:
     found = {}
-    for stored in run.lake.find(run.uri("labels")):
+    # The log of the Delta table lies beside them.
+    for stored in run.lake.list_parquet(run.uri("labels")):
         with run.lake.open_parquet(stored.uri) as handle:
             found[stored.uri.rpartition("/")[2]] = pq.read_table(handle)
     return found
@@ -86,7 +114,8 @@ def test_a_server_that_fails_now_and_then_changes_no_label_and_learns_no_secret_
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     Lake(endpoint_url=s3_endpoint).upload_folder(digits, f"{bucket}/digits")
     with FaultyS3(s3_endpoint, share=0.05, seed=4) as faulty:
-        config = job(f"{bucket}/digits", f"{bucket}/runs", endpoint_url=faulty.url, region="us-east-1")
+        publish = tables_of_labels(tmp_path / "catalog.db", f"{bucket}/warehouse")
+        config = job(f"{bucket}/digits", f"{bucket}/runs", publish, endpoint_url=faulty.url, region="us-east-1")
         run = pipeline.run(config, "faulty")
         faulty.heal()
         with capsys.disabled():
@@ -96,6 +125,7 @@ def test_a_server_that_fails_now_and_then_changes_no_label_and_learns_no_secret_
         assert labels_of(run).keys() == local_labels.keys()
         assert all(table.equals(local_labels[name]) for name, table in labels_of(run).items())
         assert run.lake.read_json(run.uri("_MANIFEST.json"))["rows"]["labels"] == 1797
+        check_tables(config, run, 1797)
 
         where = ["--set", f"storage.endpoint_url={faulty.url}", "--set", "storage.region=us-east-1"]
         main(["show", run.root, *where])
@@ -104,25 +134,30 @@ def test_a_server_that_fails_now_and_then_changes_no_label_and_learns_no_secret_
         text = capsys.readouterr().out
         assert "1,797 in = 1,797 labels" in text
         assert "published" in text
-        run.lake.download_folder(run.root, tmp_path / "run")
+        run.lake.download_folder(bucket, tmp_path / "bucket")
 
     import ray
 
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     session = Path(ray._private.worker._global_node.get_session_dir_path())
-    written = [p for folder in (tmp_path / "run", session / "logs") for p in folder.rglob("*") if p.is_file()]
+    written = [p for folder in (tmp_path, session / "logs") for p in folder.rglob("*") if p.is_file()]
     assert len(written) > 30
     assert [str(p) for p in written if secret.encode() in p.read_bytes()] == []
     assert secret not in caplog.text + text
 
 
-def test_another_server_gives_the_labels_of_a_local_run(ray_cluster, digits, rclone, local_labels):
+def test_another_server_gives_the_labels_of_a_local_run(
+    ray_cluster, digits, rclone, local_labels, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     endpoint, folder = rclone
     shutil.copytree(digits, folder / "bucket" / "digits")
-    config = job("s3a://bucket/digits", "s3a://bucket/runs", endpoint_url=endpoint, region="us-east-1")
+    publish = tables_of_labels(tmp_path / "catalog.db", "s3://bucket/warehouse")
+    config = job("s3a://bucket/digits", "s3a://bucket/runs", publish, endpoint_url=endpoint, region="us-east-1")
     run = pipeline.run(config, "other")
     found = labels_of(run)
     assert found.keys() == local_labels.keys()
     assert all(table.equals(local_labels[name]) for name, table in found.items())
+    check_tables(config, run, 1797)
     # What the server has is what lies in its folder.
     assert (folder / "bucket" / "runs" / "other" / "_MANIFEST.json").is_file()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
 from raydc import tables, tables_delta, tables_iceberg
 from raydc.config import Config, parse_config
-from raydc.errors import ConfigError, StageError
+from raydc.errors import ConfigError, StageError, StorageUnavailable
 from raydc.lake import Lake
 from raydc.lease import LeaseLost, acquire
 from raydc.rundir import RunDir
@@ -380,6 +381,29 @@ def test_a_table_may_be_added_to_a_finished_run(tmp_path):
     assert not run.is_done("publish", more.settings("publish"), repeatable=True)
     publish.run(more, run)
     assert [t["format"] for t in run.lake.read_json(run.uri(MANIFEST))["tables"]] == ["delta"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_store_that_is_down_ends_the_commit_with_one_clear_error(form, tmp_path, monkeypatch, s3_client):
+    runs = Runs(tmp_path, form)
+    # Files that are there, and a table on a port that nothing listens on.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    config = runs.config(endpoint_url=endpoint, region="us-east-1", max_attempts=2, timeout_seconds=5)
+    files = runs.write("r1", a=labels(0))
+    with pytest.raises(StorageUnavailable, match=r"storage|Delta table s3://bucket/r1") as caught:
+        if form == "delta":
+            run = RunDir(runs.lake, "s3://bucket", "r1")
+            monkeypatch.setattr(tables_delta, "_add_action", lambda *_: None)
+            tables_delta.commit(config, run, "s3://bucket/r1", files, labels(0).schema)
+        else:
+            catalog = {"type": "sql", "uri": f"sqlite:///{tmp_path}/c.db", "warehouse": "s3://bucket/warehouse"}
+            section = config.publish.iceberg.model_copy(update={"properties": catalog})
+            config = config.model_copy(update={"publish": config.publish.model_copy(update={"iceberg": section})})
+            tables.register(config, runs.run("r1"), files, labels(0).schema)
+    assert "the same command continues" in str(caught.value)
 
 
 @pytest.mark.s3
