@@ -197,8 +197,9 @@ class TwoNodes:
 
     def killed_for_memory(self) -> bool:
         """Return whether the second node says that it killed a worker because memory was short."""
-        out = Path(self.node.get_logs_dir_path())
-        return any("memory pressure" in p.read_text(errors="replace") for p in out.glob("raylet*"))
+        told = f"kill details: Memory on the node (IP: {self.node.node_ip_address}, ID: {self.node.node_id})"
+        logs = Path(self.node.get_logs_dir_path()).glob("raylet*.out")
+        return any(told in p.read_text(errors="replace") for p in logs)
 
     def shutdown(self) -> None:
         """Stop both nodes."""
