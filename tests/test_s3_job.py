@@ -10,6 +10,8 @@ from pathlib import Path
 
 import duckdb
 import polars as pl
+import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
@@ -48,19 +50,23 @@ def tables_of_labels(catalog: Path, warehouse: str) -> dict:
 
 
 def check_tables(config, run, rows: int) -> None:
-    """Compare both tables with the label files, as Polars and DuckDB read them."""
-    leaves = sorted((i, leaf) for t in labels_of(run).values() for i, leaf in zip(*(t[c].to_pylist() for c in COLUMNS)))
+    """Compare both tables with the label files, as DuckDB reads them."""
+    leaves = rows_of(labels_of(run).values())
     assert len(leaves) == rows
-    options = tables_delta.storage_options(config.storage)
-    # Polars takes the number of retries in a form of its own.
-    of_polars = {name: value for name, value in options.items() if name.startswith("AWS_")}
-    assert sorted(pl.read_delta(run.uri("labels"), storage_options=of_polars).select(COLUMNS).rows()) == leaves
-    delta = DeltaTable(run.uri("labels"), storage_options=options).to_pyarrow_dataset()
+    table = DeltaTable(run.uri("labels"), storage_options=tables_delta.storage_options(config.storage))
+    # The files by our own door: rclone answers a range that is the whole file with 200, which Polars refuses.
+    file_system, folder = run.lake.arrow_file_system(run.uri("labels"))
+    delta = table.to_pyarrow_dataset(filesystem=pa.fs.SubTreeFileSystem(folder, file_system))
     assert duckdb.from_arrow(delta).project("id, leaf").order("id").fetchall() == leaves
     iceberg = tables_iceberg.open_catalog(config, run).load_table("raydc.labels").scan()
     assert iceberg.to_duckdb("labels").sql("select id, leaf from labels order by id").fetchall() == leaves
     told = run.lake.read_json(run.uri("_MANIFEST.json"))["tables"]
     assert [t["format"] for t in told] == ["delta", "iceberg"]
+
+
+def rows_of(tables) -> list[tuple[int, int]]:
+    """Return id and leaf of all rows, by id."""
+    return sorted(pair for t in tables for pair in zip(*(t[name].to_pylist() for name in COLUMNS)))
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +132,10 @@ def test_a_server_that_fails_now_and_then_changes_no_label_and_learns_no_secret_
         assert all(table.equals(local_labels[name]) for name, table in labels_of(run).items())
         assert run.lake.read_json(run.uri("_MANIFEST.json"))["rows"]["labels"] == 1797
         check_tables(config, run, 1797)
+        # Polars takes the number of retries in a form of its own.
+        options = {k: v for k, v in tables_delta.storage_options(config.storage).items() if k.startswith("AWS_")}
+        frame = pl.read_delta(run.uri("labels"), storage_options=options).select(COLUMNS)
+        assert sorted(frame.rows()) == rows_of(local_labels.values())
 
         where = ["--set", f"storage.endpoint_url={faulty.url}", "--set", "storage.region=us-east-1"]
         main(["show", run.root, *where])
