@@ -21,14 +21,18 @@ def ray_cluster():
     """A Ray cluster on this machine: two training workers and CPUs to spare for Ray Data."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=5,
-        object_store_memory=256 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
+    # Train's controller fetches a report every two seconds, and a worker waits for that before its next epoch: most of
+    # the time of jobs as small as these. Only the processes of this cluster, which inherit it here, are meant.
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        ray.init(
+            address="local",
+            num_cpus=5,
+            object_store_memory=256 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
     yield
     ray.shutdown()
 

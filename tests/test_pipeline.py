@@ -220,10 +220,8 @@ def test_a_bad_row_that_the_sample_missed_stops_the_fit_with_its_place(ray_clust
             table = table.set_column(1, "embedding", pa.FixedSizeListArray.from_arrays(pa.array(x), 64))
         pq.write_table(table, folder / source.name)
     config = settings(folder, tmp_path / "runs", input={"path": str(folder), "sample_rows": 40})
-    started = time.monotonic()
     with pytest.raises(DataError, match=r"part-00003.parquet row 400 \(id 1748\) is bad: not_finite"):
         pipeline.run(config, "bad")
-    assert time.monotonic() - started < 120
 
 
 @pytest.mark.slow
@@ -268,27 +266,6 @@ def test_new_rows_are_labelled_with_the_model_of_a_run(on_one_worker, digits, tm
     with pytest.raises(SystemExit):
         main(arguments)
     assert "holds labels made from another input" in capsys.readouterr().err
-
-
-@pytest.mark.s3
-def test_the_job_reads_from_s3_and_writes_to_it(ray_cluster, digits, s3_endpoint, bucket):
-    lake = Lake(endpoint_url=s3_endpoint)
-    lake.upload_folder(digits, f"{bucket}/digits")
-    config = settings(
-        f"{bucket}/digits",
-        f"{bucket}/runs",
-        storage={"endpoint_url": s3_endpoint},
-        pretrain={"num_epochs": 2},
-        refine={"num_epochs": 1},
-    )
-    run = pipeline.run(config, "remote")
-    manifest = lake.read_json(run.uri("_MANIFEST.json"))
-    assert manifest["rows"] == {"input": 1797, "labels": 1797, "rejects": 0}
-    assert {"labels/part-00003.parquet", "model/config.json"} <= {entry["path"] for entry in manifest["files"]}
-    _, x, _ = read_input(digits)
-    with lake.open_parquet(run.uri("labels", "part-00000.parquet")) as handle:
-        leaf = pq.read_table(handle)["leaf"].to_numpy()
-    np.testing.assert_array_equal(Model.load(run.root, lake).predict(x[:450]).leaf, leaf)
 
 
 def test_show_and_evaluate_print_the_results_of_a_run(on_one_worker, capsys):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.fs
@@ -20,6 +21,7 @@ from raydc import pipeline, tables_delta, tables_iceberg
 from raydc.cli import main
 from raydc.config import parse_config
 from raydc.lake import Lake
+from raydc.model import Model
 from tests.faulty_s3 import FaultyS3
 
 pytestmark = pytest.mark.s3
@@ -169,5 +171,9 @@ def test_another_server_gives_the_labels_of_a_local_run(
     assert found.keys() == local_labels.keys()
     assert all(table.equals(local_labels[name]) for name, table in found.items())
     check_tables(config, run, 1797)
+    # The model is loaded from there, and gives the labels that the job wrote.
+    for name, table in found.items():
+        x = pq.read_table(digits / name)["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, 64)
+        np.testing.assert_array_equal(Model.load(run.root, run.lake).predict(x).leaf, table["leaf"].to_numpy())
     # What the server has is what lies in its folder.
     assert (folder / "bucket" / "runs" / "other" / "_MANIFEST.json").is_file()

@@ -226,6 +226,17 @@ def fit_blobs(ranks, settings=SETTINGS, streamed=False, folder=None, stop_after=
     }
 
 
+def order_of_leaves(result, alone):
+    """Return which leaf of `result` is each leaf of `alone`: the one with the nearest centre, a permutation.
+
+    Rounding, which differs with the number of ranks and with the processor, decides between restarts of a k-means that
+    end with the same leaves in another order.
+    """
+    order = ((alone["centers"][:, None] - result["centers"]) ** 2).sum(axis=2).argmin(axis=1)
+    assert sorted(order) == list(range(len(order)))
+    return order
+
+
 def with_objective(objective, **changes):
     """Return SETTINGS for an objective."""
     return replace(SETTINGS, objective=objective, **changes)

@@ -119,9 +119,10 @@ def test_a_thousand_leaves_and_classes_take_seconds():
     truth = generator.permutation(1000)
     table = generator.multinomial(100_000, np.full(10**6, 1e-6)).reshape(1000, 1000)
     table[np.arange(1000), truth] += 1180
-    started = time.perf_counter()
+    # Of the processor: on a busy machine the clock on the wall says little.
+    started = time.process_time()
     found = external(table)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert found["acc"] == pytest.approx(table[np.arange(1000), truth].sum() / table.sum())
     groups, classes = rows_of(table)
     assert found["nmi"] == pytest.approx(normalized_mutual_info_score(classes, groups), abs=1e-10)
