@@ -7,7 +7,6 @@ what breaks is a process, a file or a connection. benchmarks/faults.py and tests
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
@@ -37,7 +36,6 @@ TRAINER, ACTOR, CELL = "ray::RayTrainWorker", "ray::MapWorker(MapBatches(Labelle
 NUM_FILES = 24
 
 _NODE_CPUS = 2
-_BEYOND_BYTES = 2**29
 _POLL_SECONDS = 0.001
 _PATIENCE_SECONDS = 900.0
 
@@ -107,17 +105,10 @@ class TwoNodes:
         """For RAY_ADDRESS."""
         return str(self.cluster.address)
 
-    def add_node(self, *, spare_bytes: int | None = None) -> None:
-        """Start the second node; one on which Ray kills workers once the machine uses `spare_bytes` more than now."""
-        threshold = {}
-        if spare_bytes is not None:
-            total, used = memory()
-            self.limit = min(used + spare_bytes, int(0.95 * total))
-            threshold = {"RAY_memory_usage_threshold": str(self.limit / total)}
+    def add_node(self) -> None:
+        """Start the second node."""
         # The bigger object store is what Ray fills first.
-        self.node = self.cluster.add_node(
-            num_cpus=_NODE_CPUS, object_store_memory=160 * 2**20, env_vars=threshold or None
-        )
+        self.node = self.cluster.add_node(num_cpus=_NODE_CPUS, object_store_memory=160 * 2**20)
 
     def crawl(self, victims: list[int], condition: Callable[[], Any]) -> Any:
         """Return the first true value of `condition`; until then these workers work a few hundredths of the time.
@@ -130,11 +121,6 @@ class TwoNodes:
                     _signal(pid, number)
                 time.sleep(seconds)
         return found
-
-    def replace_node(self, *, spare_bytes: int | None = None) -> None:
-        """Stop the second node, on which nothing runs, and start another one; see `add_node`."""
-        self.cluster.remove_node(self.node, allow_graceful=True)
-        self.add_node(spare_bytes=spare_bytes)
 
     def kill_node(self) -> None:
         """Kill the second node's raylet and all its workers, as when a machine goes."""
@@ -186,34 +172,12 @@ class TwoNodes:
         raylets = self._raylets()[on_second_node:]
         return [pid for r in raylets for pid in _children(r) if _title(pid).startswith(name)]
 
-    @contextlib.contextmanager
-    def short_of_memory(self) -> Iterator[None]:
-        """Take the memory that the second node may use, and more, and give it back at the end."""
-        missing = self.limit - memory()[1] + _BEYOND_BYTES
-        with mmap.mmap(-1, max(missing, mmap.PAGESIZE)) as taken:
-            for page in range(0, len(taken), mmap.PAGESIZE):
-                taken[page] = 1
-            yield
-
-    def killed_for_memory(self) -> bool:
-        """Return whether the second node says that it killed a worker because memory was short."""
-        told = f"kill details: Memory on the node (IP: {self.node.node_ip_address}, ID: {self.node.node_id})"
-        logs = Path(self.node.get_logs_dir_path()).glob("raylet*.out")
-        return any(told in p.read_text(errors="replace") for p in logs)
-
     def shutdown(self) -> None:
         """Stop both nodes."""
         self.cluster.shutdown()
 
     def _raylets(self) -> list[int]:
         return [n.all_processes["raylet"][0].process.pid for n in self.cluster.list_all_nodes()]
-
-
-def memory() -> tuple[int, int]:
-    """Return the bytes of memory that the machine has, and that it uses, as Ray counts them."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    found = {name.rstrip(":"): 1024 * int(value) for name, value, *_ in lines}
-    return found["MemTotal"], found["MemTotal"] - found["MemAvailable"]
 
 
 def _children(pid: int) -> list[int]:

@@ -167,8 +167,6 @@ class Case:
     inject: Inject
     kind: str = "disk"
     sections: dict[str, Any] = field(default_factory=dict)
-    spare_bytes: int | None = None
-    """Memory that the machine may take before Ray kills workers of the second node for it."""
 
     @property
     def name(self) -> str:
@@ -334,33 +332,6 @@ def stopped_driver(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     assert code != 0 and "has taken this run over" in driver.text(), f"exit code {code}:\n{driver.text()[-2000:]}"
 
 
-def out_of_memory(worker: str, *, once: bool = False) -> Inject:
-    """Let memory run short until Ray kills a worker for it; where one death is too many, the run has to say why."""
-
-    def inject(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
-        reached(run, driver, stage)
-        victims = until(lambda: rig.nodes.hold(worker, on_second_node=True), driver, f"{worker} on the second node")
-        still_at(run, driver, stage)
-        with rig.nodes.short_of_memory():
-            until(
-                lambda: set(victims) - set(rig.nodes.workers(worker, on_second_node=True)),
-                driver,
-                "a death for want of memory",
-            )
-        rig.nodes.heal()
-        assert rig.nodes.killed_for_memory(), "the worker died of something else"
-        if once:
-            code = driver.wait()
-            told = (
-                "StageError: fit: " in driver.text() and "for want of memory: lower fit.resident_bytes" in driver.text()
-            )
-            assert code == 2 and told, f"exit code {code}:\n{driver.text()[-2000:]}"
-        elif stage.startswith("fit"):
-            until(lambda: driver.text().count(" resident on ") > 1, driver, "the restart of the worker group")
-
-    return inject
-
-
 def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     """Take the second node away, wait for the fit to go on with one worker, and give it back."""
     # Told when it is over; the checkpoint of the epoch before is there by then.
@@ -388,7 +359,6 @@ def elastic(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     until(lambda: driver.text().count("resident on 2 worker") > 1, driver, "two workers again")
 
 
-_SPARE_BYTES = 4 * 2**30
 _ELASTIC = {"fit": {"num_workers": [1, 2], "resize_seconds": 3}}
 
 CASES = (
@@ -419,16 +389,6 @@ CASES = (
         for s in ("fit pretrain", "fit refine", "merge", "assign", "report", "publish")
     ),
     *(Case("driver stopped, taken over, woken", s, stopped_driver) for s in ("assign", "report", "publish")),
-    Case("out of memory", "fit pretrain", out_of_memory(TRAINER), spare_bytes=_SPARE_BYTES),
-    Case(
-        "out of memory, no retries",
-        "fit refine",
-        out_of_memory(TRAINER, once=True),
-        sections={"fit": {"max_failures": 0}},
-        spare_bytes=_SPARE_BYTES,
-    ),
-    Case("out of memory", "merge", out_of_memory(CELL), "cells", spare_bytes=_SPARE_BYTES),
-    Case("out of memory", "assign", out_of_memory(ACTOR), spare_bytes=_SPARE_BYTES),
     *(Case("elastic 2 -> 1 -> 2", s, elastic, sections=_ELASTIC) for s in ("fit pretrain", "fit refine")),
 )
 
@@ -443,8 +403,6 @@ def inject(rig: Rig, case: Case) -> dict[str, Any]:
     whole = rig.unbroken(case.kind)[1]
     for attempt in range(_MOST_ATTEMPTS):
         rig.nodes.heal()
-        if case.spare_bytes is not None:
-            rig.nodes.replace_node(spare_bytes=case.spare_bytes)
         run = rig.before(
             case.kind, case.stage, f"{re.sub('[^a-z0-9]+', '-', case.name.lower())}-{attempt}", **case.sections
         )
@@ -466,9 +424,6 @@ def inject(rig: Rig, case: Case) -> dict[str, Any]:
             print(f"{case.name}: not hit, again: {error}", flush=True)
         finally:
             run.end()
-            if case.spare_bytes is not None:
-                rig.nodes.heal()
-                rig.nodes.replace_node()
     else:
         raise MissedError(f"{case.name}: not hit in {_MOST_ATTEMPTS} attempts")
     run.place.lake.remove(run.root)

@@ -12,8 +12,7 @@ with 503, or cuts every connection, for two seconds. A preempted node is announc
 seconds before it dies. A stopped driver gets SIGSTOP until another one has taken the run over and published it, then
 SIGCONT. A second submission is made while the first driver, at the stage that is named, crawls (a few milliseconds a
 second), or the stage would be over. In the elastic rows the workers crawl until Ray has noted a checkpoint, and the
-lone worker is held until Ray has booked the new node. Out of memory: the second node may use 4 GiB more than the
-machine used before; memory is taken until that is passed, and Ray's memory monitor kills workers.
+lone worker is held until Ray has booked the new node.
 
 A run whose fault comes after fit starts from a copy of the unbroken run as it was before that stage. Where fit comes
 after the fault and is not the point (profile; tasks of merge, with 64 leaves), the run is k-means without a network.

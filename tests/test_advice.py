@@ -6,7 +6,10 @@ from ray.exceptions import OutOfDiskError, OutOfMemoryError
 from raydc.advice import remedy
 
 # The beginning of what Ray says of a worker that it killed, and of one that is gone for reasons unknown.
-LOW = "Task was killed due to the node running low on memory. Memory on the node was 15.5GB / 16GB, which exceeds 0.95."
+LOW = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: d1c4e2) was "
+    "6.99GB used / 23.54GB limit (0.297001)\nOOM kill reason: Memory usage exceeded threshold"
+)
 GONE = "Worker unexpectedly exits. Some common causes include: (1) the process was killed by the OOM killer; (2) ..."
 
 
