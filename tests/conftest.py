@@ -24,7 +24,7 @@ def ray_cluster():
     # Train's controller fetches a report every two seconds, and a worker waits for that before its next epoch: most of
     # the time of jobs as small as these. Only the processes of this cluster, which inherit it here, are meant.
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         ray.init(
             address="local",
             num_cpus=5,

@@ -31,7 +31,9 @@ def head():
     """Start a head node with a dashboard; yield its address and environment; stop it by its pid."""
     # A short path of our own: Ray's sockets live below it, and a socket's path has 107 characters at most.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    # With Train's own two seconds between reports: a job has to be stopped in the middle of its epochs.
+    unwanted = ("RAY_ADDRESS", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
+    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
     environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{RAY.parent}:{os.environ['PATH']}"}
     port, dashboard = free_port(), free_port()
     command = [str(RAY), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
