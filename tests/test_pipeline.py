@@ -232,6 +232,8 @@ def test_a_terminated_and_killed_run_continues_on_another_number_of_workers(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "raydc", "run", "--config", str(tmp_path / "job.yaml"), "--run-id", "killed"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
+    # At the pace that raydc asks of Train the epochs would be over before a signal comes in the middle of them.
+    environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "2"
     for epoch, number in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
             assert process.stdout is not None
