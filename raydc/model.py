@@ -145,8 +145,7 @@ class Model:
 
     def _nearest(self, z_NL: Tensor, num: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the nearest leaves (N, num), their squared distances and the soft assignment to the nearest (N,)."""
-        if z_NL.device.type == "cpu":
-            block_rows = min(block_rows, cache_rows(max(self.centers_KL.shape)))
+        block_rows = min(block_rows, cache_rows(z_NL, max(self.centers_KL.shape)))
         proposed, top = [], []
         distances = SquaredDistances(self.centers_KL)
         for block in z_NL.split(block_rows):

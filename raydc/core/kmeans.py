@@ -42,7 +42,7 @@ class LeafSums:
         self.weights_K.index_add_(0, ids_N, w)
         self.sse_K.index_add_(0, ids_N, squared_N.double() * w)
         # Block by block, on the CPU: as float64 all rows at once would go through memory twice more.
-        size = cache_rows(z_ND.shape[1]) if z_ND.device.type == "cpu" else max(1, len(z_ND))
+        size = cache_rows(z_ND)
         for ids, z, weights in zip(ids_N.split(size), z_ND.split(size), w.split(size), strict=True):
             self.sums_KD.index_add_(0, ids, z.double().mul_(weights[:, None]))
 

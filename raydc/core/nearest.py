@@ -90,7 +90,7 @@ def rank_exactly(z_ND: Tensor, centers_KD: Tensor, proposed_NM: Tensor, *, num: 
     squared = torch.empty(ids.shape, dtype=torch.float64, device=z_ND.device)
     centers = centers_KD.double()
     # The differences of a block stay in the cache: those of all rows would go through memory several times.
-    size = cache_rows(z_ND.shape[1]) if z_ND.device.type == "cpu" else max(1, len(z_ND))
+    size = cache_rows(z_ND)
     for rows, of_rows, out in zip(z_ND.split(size), ids.split(size), squared.split(size), strict=True):
         z = rows.double()
         for m in range(ids.shape[1]):
@@ -99,9 +99,16 @@ def rank_exactly(z_ND: Tensor, centers_KD: Tensor, proposed_NM: Tensor, *, num: 
     return ids.gather(1, order), squared.gather(1, order)
 
 
-def cache_rows(width: int) -> int:
-    """Return how many rows of this width a processor works on at once so that they stay in its cache."""
-    return min(8192, max(64, _CACHE_NUMBERS // max(width, 1)))
+def cache_rows(x_ND: Tensor, width: int | None = None) -> int:
+    """Return how many of these rows to work on at once: on a CPU as many as stay in a core's cache, elsewhere all.
+
+    Args:
+        x_ND: (N, D) rows.
+        width: numbers that a row takes at once; D by default.
+    """
+    if x_ND.device.type != "cpu":
+        return max(1, len(x_ND))
+    return min(8192, max(64, _CACHE_NUMBERS // max(x_ND.shape[1] if width is None else width, 1)))
 
 
 def squared_distances(z_ND: Tensor, centers_KD: Tensor) -> Tensor:
@@ -166,7 +173,7 @@ class SquaredDistances:
         slack = 8.0 * z_ND.shape[1] ** 0.5 * torch.finfo(z_ND.dtype).eps
         reach = (torch.linalg.vector_norm(z_ND - self._shift, dim=1) + self._largest).square_()
         for row in torch.nonzero(values[:, -1] - values[:, num - 1] <= slack * reach)[:, 0].tolist():
-            exact = (self._centers_KD.double() - z_ND[row].double()).square_().sum(dim=1)
+            exact = (self._centers_KD - z_ND[row].double()).square_().sum(dim=1)
             ids[row] = exact.argsort(stable=True)[:proposed]
         return ids
 
