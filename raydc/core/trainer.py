@@ -23,6 +23,16 @@ from raydc.core.watch import SpaceWatch
 _CHECK_STEPS = 100
 
 
+def _limit_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Scale the gradients down to this norm, as clip_grad_norm_ does, without a pass over those that are below it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # On a GPU the question itself would cost more than the pass: the CPU would wait for the answer.
+    if norm.device.type == "cpu" and bool(norm <= max_norm):
+        return
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+
 def _nothing(step: Step) -> None:
     """Do nothing after a step."""
 
@@ -96,8 +106,7 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if max_grad_norm is not None:
-                    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                    torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                    _limit_gradients(optimizer, max_grad_norm)
                 optimizer.step()
                 after_step(step)
                 unchecked.append(loss.detach())
