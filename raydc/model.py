@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from raydc.core.autoencoder import perceptron
-from raydc.core.nearest import SquaredDistances, cache_rows, rank_exactly
+from raydc.core.nearest import SquaredDistances, cache_rows
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.predictor import Predictor, build_predictor
 from raydc.core.preprocess import Preprocess
@@ -108,6 +108,8 @@ class Model:
             raise ValueError(f"expected rows of shape (N, {self.dim}), got {tuple(rows.shape)}")
         device = self.centers_KL.device
         parts = [self._encode_block(block.to(device)) for block in rows.split(block_rows)]
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat(parts) if parts else torch.empty((0, self.centers_KL.shape[1]), device=device)
 
     def predict(self, x: npt.ArrayLike | Tensor, *, block_rows: int = 8192) -> Prediction:
@@ -146,14 +148,15 @@ class Model:
     def _nearest(self, z_NL: Tensor, num: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the nearest leaves (N, num), their squared distances and the soft assignment to the nearest (N,)."""
         block_rows = min(block_rows, cache_rows(z_NL, max(self.centers_KL.shape)))
-        proposed, top = [], []
+        ids, squared, top = [], [], []
         distances = SquaredDistances(self.centers_KL)
         for block in z_NL.split(block_rows):
             squared_BK = distances(block)
-            proposed.append(distances.propose(block, squared_BK, num))
+            of_block, apart = distances.nearest(block, squared_BK, num)
+            ids.append(of_block)
+            squared.append(apart)
             top.append(top_soft_assign(squared_BK, self.kernel))
-        ids, squared = rank_exactly(z_NL, self.centers_KL, torch.cat(proposed), num=num)
-        return ids, squared, torch.cat(top)
+        return torch.cat(ids), torch.cat(squared), torch.cat(top)
 
     def to(self, device: torch.device) -> "Model":
         """Return the model on another device."""

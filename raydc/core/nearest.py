@@ -1,7 +1,8 @@
 """Nearest centres. Letters: N rows, K centres, D width of a row.
 
-FAISS searches on the CPU, a blocked matrix product on the GPU. Both work on rows and centres from which the mean of the
-centres was subtracted: |z|^2 - 2 z.c + |c|^2 loses all digits when the rows share a large offset.
+FAISS searches on the CPU, or screening.py where it has a matrix unit; a blocked matrix product on the GPU. All work on
+rows and centres from which the mean of the centres was subtracted: |z|^2 - 2 z.c + |c|^2 loses all digits when the rows
+share a large offset.
 """
 
 import os
@@ -12,6 +13,8 @@ import torch
 # torch before faiss: the other order gives the two libraries separate thread settings.
 import faiss  # isort: skip
 from torch import Tensor
+
+from raydc.core.screening import can_screen, screened_nearest
 
 _CACHE_NUMBERS = 2**18
 """One or two MiB, what a core has of the second cache."""
@@ -27,9 +30,8 @@ def prepare_process(num_threads: int) -> None:
     Late in training the moments of the optimiser and the small gradients of the KL become denormal, which a CPU
     multiplies up to a hundred times slower; as numbers below 1e-38 they carry nothing.
 
-    Batches are made by hash, so their sizes differ, and oneDNN compiles a kernel for each layer and size. Its cache of
-    1024 kernels is too small for an autoencoder, whose epoch then compiled most of them again: on MNIST, in bf16 on one
-    core with AMX, an epoch of 14.6 CPU seconds takes 7.9 with room for all of them, and 0.3 GB more memory.
+    oneDNN compiles a kernel for each layer and number of rows. Its cache of 1024 is too small for the layers of two
+    networks and the sizes of all their batches, which would be compiled anew again and again.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)
     torch.set_flush_denormal(True)
@@ -53,6 +55,9 @@ def nearest(z_ND: Tensor, centers_KD: Tensor, *, num: int = 1, block_rows: int =
         raise ValueError(f"rows have {z_ND.shape[1]} dimensions, centres {centers_KD.shape[1]}")
     if num > len(centers_KD):
         raise ValueError(f"{num} neighbours asked of {len(centers_KD)} centres")
+    if num == 1 and can_screen(z_ND, centers_KD):
+        ids_N, squared_N = screened_nearest(z_ND, centers_KD)
+        return ids_N[:, None], squared_N[:, None]
     shift = centers_KD.mean(dim=0)
     z, centers = (z_ND - shift).contiguous(), (centers_KD - shift).contiguous()
     if not len(z):
@@ -88,13 +93,12 @@ def rank_exactly(z_ND: Tensor, centers_KD: Tensor, proposed_NM: Tensor, *, num: 
     """
     ids = proposed_NM.sort(dim=1).values
     squared = torch.empty(ids.shape, dtype=torch.float64, device=z_ND.device)
-    centers = centers_KD.double()
     # The differences of a block stay in the cache: those of all rows would go through memory several times.
     size = cache_rows(z_ND)
     for rows, of_rows, out in zip(z_ND.split(size), ids.split(size), squared.split(size), strict=True):
         z = rows.double()
         for m in range(ids.shape[1]):
-            torch.sum((z - centers[of_rows[:, m]]).square_(), dim=1, out=out[:, m])
+            torch.sum((z - centers_KD[of_rows[:, m]]).square_(), dim=1, out=out[:, m])
     order = squared.argsort(dim=1, stable=True)[:, :num]
     return ids.gather(1, order), squared.gather(1, order)
 
@@ -153,29 +157,38 @@ class SquaredDistances:
         square_N1 = torch.linalg.vecdot(z, z)[:, None]
         return (z @ self._minus_twice_DK).add_(self._square_K).add_(square_N1).clamp_min_(0.0)
 
-    def propose(self, z_ND: Tensor, squared_NK: Tensor, num: int) -> Tensor:
-        """Return ids (N, M) among which are the nearest `num` centres of each row, ties by the lower id; M > num or K.
+    def nearest(self, z_ND: Tensor, squared_NK: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Return the nearest `num` centres of each row, by float64 differences, ties by the lower id.
 
-        Where centres lie so close together at the end of the list that float32 may have taken the wrong ones, they are
-        searched by float64 differences.
+        Float64 looks at as many centres as float32 cannot tell from the nearest ones: most often at none but those.
 
         Args:
             z_ND: (N, D) rows.
             squared_NK: what calling this with them gave.
             num: at most K.
+
+        Returns:
+            Ids (N, num) int64 and squared distances (N, num) float64.
         """
         num_centers = len(self._square_K)
         proposed = min(num + 2, num_centers)
         values, ids = squared_NK.topk(proposed, dim=1, largest=False, sorted=True)
-        if proposed == num_centers:
-            return ids
+        found, squared = rank_exactly(z_ND, self._centers_KD, ids[:, :num], num=num)
+        if proposed == num:
+            return found, squared
         # Rounding grows like the square root of the number of terms; 8 is generous beside what was seen.
         slack = 8.0 * z_ND.shape[1] ** 0.5 * torch.finfo(z_ND.dtype).eps
-        reach = (torch.linalg.vector_norm(z_ND - self._shift, dim=1) + self._largest).square_()
-        for row in torch.nonzero(values[:, -1] - values[:, num - 1] <= slack * reach)[:, 0].tolist():
-            exact = (self._centers_KD - z_ND[row].double()).square_().sum(dim=1)
-            ids[row] = exact.argsort(stable=True)[:proposed]
-        return ids
+        reach = (torch.linalg.vector_norm(z_ND - self._shift, dim=1) + self._largest).square_().mul_(slack)
+        in_doubt = torch.nonzero(values[:, num] - values[:, num - 1] <= reach)[:, 0]
+        if len(in_doubt):
+            rows, candidates = z_ND[in_doubt], ids[in_doubt]
+            found[in_doubt], squared[in_doubt] = rank_exactly(rows, self._centers_KD, candidates, num=num)
+        if proposed < num_centers:
+            for row in torch.nonzero(values[:, -1] - values[:, num - 1] <= reach)[:, 0].tolist():
+                exact = (self._centers_KD - z_ND[row].double()).square_().sum(dim=1)
+                found[row] = exact.argsort(stable=True)[:num]
+                squared[row] = exact[found[row]]
+        return found, squared
 
 
 def own_and_other(z_ND: Tensor, centers_KD: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:

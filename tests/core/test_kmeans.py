@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans as ScikitKMeans
 
 from raydc.core.collectives import Ranks
 from raydc.core.kmeans import LeafSums, leaf_sums, lloyd, start
-from raydc.core.nearest import SquaredDistances, nearest, nearest_exact, rank_exactly
+from raydc.core.nearest import SquaredDistances, nearest, nearest_exact
 from tests.core.ranks import blobs, run_ranks, shard
 
 
@@ -135,7 +135,7 @@ def test_centres_that_float32_cannot_tell_apart_are_ranked_by_float64(offset):
     centers = torch.randn(4, 24, generator=generator).repeat_interleave(10, dim=0) + offset
     centers[1::3] += 1e-6 * torch.randn(13, 24, generator=generator)
     distances = SquaredDistances(centers)
-    ids, squared = rank_exactly(z, centers, distances.propose(z, distances(z), 2), num=2)
+    ids, squared = distances.nearest(z, distances(z), 2)
     exact = ((z[:, None].double() - centers.double()) ** 2).sum(dim=2)
     order = exact.argsort(dim=1, stable=True)[:, :2]
     assert torch.equal(ids, order)
