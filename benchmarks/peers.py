@@ -109,6 +109,36 @@ def spark_lloyd(data: str, clusters: int, iterations: int, threads: int) -> dict
     return {"seconds": [seconds]}
 
 
+def evoc(folder: str, threads: int) -> dict:
+    """Return the seconds of EVoC from Parquet embeddings to labels in memory, and how the labels agree with classes."""
+    import glob
+
+    import numba
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from evoc import EVoC
+    from sklearn.metrics import normalized_mutual_info_score
+
+    numba.set_num_threads(threads)
+    started = time.perf_counter()
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(glob.glob(f"{folder}/*.parquet"))])
+    column = table["embedding"].combine_chunks()
+    x_ND = column.flatten().to_numpy().reshape(len(column), -1).astype(np.float32)
+    model = EVoC()
+    found = model.fit_predict(x_ND)
+    seconds = time.perf_counter() - started
+    classes = table["label"].to_numpy()
+    layers = [
+        {
+            "clusters": int(labels.max() + 1),
+            "noise": round(float((labels < 0).mean()), 4),
+            "nmi": round(float(normalized_mutual_info_score(classes, labels)), 4),
+        }
+        for labels in [found, *model.cluster_layers_]
+    ]
+    return {"seconds": [seconds], "quality": {"chosen": layers[0], "layers": layers[1:]}}
+
+
 def _clustpy(threads: int):
     """Import ClustPy beside a torch without CUDA: torchvision's operators, which it never calls, are missing there."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -125,7 +155,7 @@ def _clustpy(threads: int):
     return torch
 
 
-NAMES = {f.__name__: f for f in (clustpy_autoencoder, clustpy_dec, sklearn_lloyd, spark_lloyd)}
+NAMES = {f.__name__: f for f in (clustpy_autoencoder, clustpy_dec, sklearn_lloyd, spark_lloyd, evoc)}
 
 if __name__ == "__main__":
     found = NAMES[sys.argv[1]](**json.loads(sys.argv[2]))

@@ -23,6 +23,7 @@ import psutil
 
 from benchmarks import planted
 from benchmarks.record import ROOT, made
+from benchmarks.speed_page import figure, page
 
 BUILD = ROOT / "build" / "benchmarks"
 PEERS = ROOT / "build" / "peers" / "bin" / "python"
@@ -180,7 +181,8 @@ def scale(options: argparse.Namespace) -> list[dict[str, Any]]:
         epochs = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == "pretrain"]
         for work, seconds in (("pretraining epoch", min(epochs)), ("assign stage", stages["assign"]["seconds"])):
             ours = {"ours": {"median": seconds / num_rows * 1e6, "peaks": seen["peaks"]}}
-            entries.append(entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours))
+            entry = entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours)
+            entries.append(entry | _shard_of(num_rows))
     return entries
 
 
@@ -191,12 +193,33 @@ def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
     quality = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())["quality"]
     size = f"{options.num_rows:,} x 768 float16, K = 1000"
     extra = {"quality": quality, "seconds_by_stage": {n: s["seconds"] for n, s in stages.items()}}
+    extra |= _shard_of(options.num_rows)
     return [entry_of("the whole job", size, "s", {"ours": {"median": seen["seconds"][0], **seen}}) | extra]
+
+
+def evoc(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The whole job on the smallest planted input beside EVoC, which chooses its number of clusters itself."""
+    num_rows = options.num_rows // 16
+    folder = planted.write(BUILD / f"planted-{num_rows}", num_rows)
+
+    def ours() -> dict[str, Any]:
+        seen, _ = run_job("imagenet", {"input.path": folder, "input.label_column": "label"})
+        quality = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())["quality"]
+        return seen | {"quality": quality}
+
+    found = in_turn(1, ours=ours, peer=lambda: peer("evoc", folder=str(folder), threads=THREADS))
+    entry = entry_of("the whole job beside EVoC", f"{num_rows:,} x 768 float16", "s", found, peer_name="EVoC")
+    return [entry | {"quality": {name: runs["runs"][0]["quality"] for name, runs in found.items()}}]
+
+
+def _shard_of(num_rows: int) -> dict[str, Any]:
+    """Return the rows of a planted input, and the MiB of them that one worker holds."""
+    return {"rows": num_rows, "shard_mib": round(num_rows * (2 * planted.DIM + 12) / 2**20)}
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     f.__name__: f
-    for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, scale, pipeline)
+    for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, scale, evoc, pipeline)
 }
 NEEDS_MNIST = ("autoencoder_epoch", "dec_epoch")
 
@@ -379,46 +402,5 @@ def record(entry: dict[str, Any]) -> None:
     book = [e for e in book if any(e[k] != entry[k] for k in key)] + [entry]
     book.sort(key=lambda e: list(ROWS).index(e["name"]))
     path.write_text(json.dumps(book, indent=1) + "\n")
-    (ROOT / "docs" / "benchmarks.md").write_text(page(book))
-
-
-def page(book: list[dict[str, Any]]) -> str:
-    """Return the page."""
-    lines = [
-        "# Speed beside the peers and the bare machine",
-        "",
-        "Written by `python -m benchmarks speed` (`--rows NAME ...` runs some of its rows; `make bench` runs all).",
-        "Ours is the command with Ray, unless the row says otherwise; the limit is the same arithmetic in one process",
-        "without Ray, data in memory. Figures are medians of runs that took turns. A ratio above 1 is in our favour.",
-        "",
-        "| work | size | ours | unit | peer | peer's | ratio | limit | ratio to the limit |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for e in book:
-        cells = [e["work"], e["size"], _number(e["ours"]), e["unit"], e["peer_name"] or "", _number(e["peer"])]
-        cells += [_number(e["ratio"]), _number(e["limit"]), _number(e["limit_ratio"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "## Peak memory", "", "MiB of memory that a process has for itself, the largest of its kind.", ""]
-    for e in book:
-        peaks = "; ".join(f"{who}: {', '.join(f'{k} {v}' for k, v in p.items())}" for who, p in e["peaks"].items())
-        lines.append(f"- {e['work']}, {e['size']}: {peaks}")
-    for e in book:
-        if "quality" in e:
-            lines += ["", f"## {e['work']}, {e['size']}", "", "| stage | seconds |", "|---|---|"]
-            lines += [f"| {name} | {seconds:.1f} |" for name, seconds in e["seconds_by_stage"].items()]
-            lines += ["", f"Quality against the planted clusters: `{json.dumps(e['quality'])}`"]
-    for text in dict.fromkeys(_made_line(e) for e in book):
-        lines += ["", text]
-    return "\n".join(lines) + "\n"
-
-
-def _made_line(entry: dict[str, Any]) -> str:
-    m = entry["made"]
-    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
-    return f"{entry['name']}: {m['cpu']}, {m['cores']} cores, commit {m['commit']}, {m['date']}, {versions}."
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    path.with_suffix(".md").write_text(page(book))
+    figure(book).savefig(path.with_suffix(".png"), dpi=130)

@@ -1,0 +1,171 @@
+"""The page and the figure of the speed benchmark."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Entry = dict[str, Any]
+
+WANTED: dict[tuple[str, str | None], dict[str, float]] = {
+    ("autoencoder epoch", "ClustPy"): {"ratio": 3.0, "limit_ratio": 1 / 1.10},
+    ("DEC epoch", "ClustPy (target of the batch)"): {"ratio": 2.0},
+    ("Lloyd iteration", "scikit-learn"): {"ratio": 1.4, "limit_ratio": 1 / 1.10},
+    ("Lloyd iteration", "Spark MLlib"): {"ratio": 15.0},
+    ("assign, Parquet to Parquet", None): {"limit_ratio": 0.8},
+    ("assign, Parquet to Parquet, with the encoder", None): {"limit_ratio": 0.8},
+    ("filling a resident shard", None): {"limit_ratio": 0.5},
+}
+"""What the ratios of a row are to be at least."""
+
+MOST_SECONDS_BEYOND_RAY = 3.0
+MOST_DRIVER_MIB = 700.0
+MOST_WORKER_MIB_BEYOND_SHARD = 1536.0
+MOST_DRIFT = 0.10
+
+_INTRODUCTION = [
+    "# Speed beside the peers and the bare machine",
+    "",
+    "Written by `python -m benchmarks speed` (`--rows NAME ...` runs some of its rows; `make bench` runs all).",
+    "Ours is the command with Ray, unless the row says otherwise; the limit is the same arithmetic in one process",
+    "without Ray, data in memory. Figures are medians of runs that took turns. A ratio above 1 is in our favour.",
+    "Lloyd is the training worker's code in one process, and its limit is faiss.Kmeans.",
+    "",
+    "![ratios to the peers and to the limit](benchmarks.png)",
+    "",
+    "| work | size | ours | unit | peer | peer's | ratio | limit | ratio to the limit |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
+
+
+def page(book: Sequence[Entry]) -> str:
+    """Return the page of all entries."""
+    lines = list(_INTRODUCTION)
+    for e in book:
+        cells = [e["work"], e["size"], _number(e["ours"]), e["unit"], e["peer_name"] or "", _number(e["peer"])]
+        cells += [_number(e["ratio"]), _number(e["limit"]), _number(e["limit_ratio"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## What was wanted", "", *verdicts(book)]
+    lines += ["", "## Peak memory", "", "MiB of memory that a process has for itself, the largest of its kind.", ""]
+    for e in book:
+        peaks = "; ".join(f"{who}: {', '.join(f'{k} {v}' for k, v in p.items())}" for who, p in e["peaks"].items())
+        lines.append(f"- {e['work']}, {e['size']}: {peaks}")
+    for e in book:
+        if "quality" in e:
+            lines += ["", f"## {e['work']}, {e['size']}", ""]
+        if "seconds_by_stage" in e:
+            lines += ["| stage | seconds |", "|---|---|"]
+            lines += [f"| {name} | {seconds:.1f} |" for name, seconds in e["seconds_by_stage"].items()]
+            lines.append("")
+        if "quality" in e:
+            lines += [f"- {name}: `{json.dumps(value)}`" for name, value in e["quality"].items()]
+    lines += ["", "## Made", ""]
+    lines += [f"- {text}" for text in dict.fromkeys(_made_line(e) for e in book)]
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(book: Sequence[Entry]) -> list[str]:
+    """Return a line for each bound: what was wanted, what was measured, reached or missed."""
+    lines = []
+    for e in book:
+        for key, least in WANTED.get((e["work"], e["peer_name"]), {}).items():
+            beside = e["peer_name"] if key == "ratio" else "the limit"
+            if e[key] is not None:
+                lines.append(_verdict(f"{e['work']} beside {beside}", e[key], least, ""))
+        if e["name"] == "start_up" and e["limit"] is not None:
+            beyond = e["ours"] - e["limit"]
+            lines.append(
+                _verdict(f"start-up, {e['work']}, beyond bare Ray", beyond, MOST_SECONDS_BEYOND_RAY, " s", most=True)
+            )
+    return lines + _memory(book) + _flatness(book)
+
+
+def _memory(book: Sequence[Entry]) -> list[str]:
+    lines = []
+    for e in book:
+        peaks = e["peaks"].get("ours", {})
+        if e["name"] not in ("scale", "pipeline") or "rows" not in e or e["work"].startswith("assign"):
+            continue
+        where = f"{e['rows']:,} rows"
+        if "driver" in peaks:
+            lines.append(_verdict(f"driver at {where}", peaks["driver"], MOST_DRIVER_MIB, " MiB", most=True))
+        if "training worker" in peaks:
+            beyond = peaks["training worker"] - e["shard_mib"]
+            lines.append(
+                _verdict(
+                    f"training worker beyond its shard at {where}",
+                    beyond,
+                    MOST_WORKER_MIB_BEYOND_SHARD,
+                    " MiB",
+                    most=True,
+                )
+            )
+    return lines
+
+
+def _flatness(book: Sequence[Entry]) -> list[str]:
+    lines = []
+    for work in dict.fromkeys(e["work"] for e in book if e["name"] == "scale"):
+        seconds = [e["ours"] for e in book if e["name"] == "scale" and e["work"] == work]
+        middle = (max(seconds) + min(seconds)) / 2
+        drift = max(seconds) / middle - 1
+        lines.append(
+            _verdict(f"{work}: largest deviation from the middle", 100 * drift, 100 * MOST_DRIFT, " %", most=True)
+        )
+    return lines
+
+
+def _verdict(what: str, found: float, bound: float, unit: str, *, most: bool = False) -> str:
+    reached = found <= bound if most else found >= bound
+    wanted = f"at {'most' if most else 'least'} {_number(bound)}{unit}"
+    return f"- {what}: {_number(found)}{unit}, wanted {wanted}: {'reached' if reached else 'missed'}."
+
+
+def figure(book: Sequence[Entry]) -> Figure:
+    """Return a chart of the ratios, on a logarithmic axis: to the right of 1 is faster than the other side."""
+    bars = []
+    for e in book:
+        for key, beside in (("ratio", e["peer_name"]), ("limit_ratio", "the bare limit")):
+            # A row that two peers share has one limit.
+            text = f"{e['work']}\nbeside {beside}"
+            if e[key] is not None and text not in [b[0] for b in bars]:
+                bars.append((text, e[key], key))
+    chart = Figure(figsize=(8, 0.9 + 0.42 * max(len(bars), 1)), layout="constrained")
+    axes = chart.subplots()
+    colours = {"ratio": "#2f6f9f", "limit_ratio": "#a3a3a3"}
+    for place, (_, value, key) in enumerate(reversed(bars)):
+        axes.barh(place, math.log10(value), color=colours[key], height=0.62)
+        side = "left" if value >= 1 else "right"
+        axes.annotate(
+            f"{value:.2f}" if value < 10 else f"{value:.0f}",
+            (math.log10(value), place),
+            xytext=(4 if value >= 1 else -4, 0),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(bars)), [text for text, _, _ in reversed(bars)], fontsize=7.5)
+    marks = [0.25, 0.5, 1, 2, 5, 10, 20, 50]
+    axes.set_xticks([math.log10(m) for m in marks], [f"{m:g}x" for m in marks], fontsize=8)
+    ends = [math.log10(value) for _, value, _ in bars] or [0.0]
+    axes.set_xlim(min(-0.35, min(ends) - 0.2), max(0.35, max(ends) + 0.2))
+    axes.axvline(0, color="#333333", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title("How many times as fast as the other side", fontsize=10, loc="left")
+    return chart
+
+
+def _made_line(entry: Entry) -> str:
+    m = entry["made"]
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    return f"{entry['name']}: {m['cpu']}, {m['cores']} cores, commit {m['commit']}, {m['date']}, {versions}."
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

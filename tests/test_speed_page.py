@@ -1,0 +1,52 @@
+"""The page of the speed benchmark: what was wanted, and whether the figures reach it."""
+
+from typing import Any
+
+from benchmarks.speed_page import figure, page, verdicts
+
+MADE = {"cpu": "a processor", "cores": 2, "commit": "abc", "date": "2026-01-01", "versions": {"python": "3.11"}}
+
+
+def entry(name: str, work: str, **values: Any) -> dict[str, Any]:
+    empty = {"peer": None, "peer_name": None, "ratio": None, "limit": None, "limit_ratio": None, "peaks": {}}
+    return {"name": name, "work": work, "size": "some", "ours": 1.0, "unit": "s", "made": MADE, **empty, **values}
+
+
+BOOK = [
+    entry(
+        "autoencoder_epoch", "autoencoder epoch", peer_name="ClustPy", peer=2.9, ratio=2.9, limit=0.95, limit_ratio=0.95
+    ),
+    entry("lloyd", "Lloyd iteration", peer_name="Spark MLlib", peer=20.0, ratio=20.0, limit=1.0, limit_ratio=1.0),
+    entry("start_up", "from the command to the first epoch", ours=9.0, limit=5.0, limit_ratio=0.556),
+    *(
+        entry(
+            "scale",
+            "pretraining epoch",
+            ours=ours,
+            rows=rows,
+            shard_mib=shard,
+            peaks={"ours": {"driver": 650, "training worker": 2000}},
+        )
+        for ours, rows, shard in ((10.0, 100, 100), (12.0, 1000, 1000))
+    ),
+]
+
+
+def test_each_bound_is_reached_or_missed_in_words():
+    lines = "\n".join(verdicts(BOOK))
+    assert "autoencoder epoch beside ClustPy: 2.9, wanted at least 3: missed." in lines
+    assert "autoencoder epoch beside the limit: 0.95, wanted at least 0.909: reached." in lines
+    assert "Lloyd iteration beside Spark MLlib: 20, wanted at least 15: reached." in lines
+    assert "beyond bare Ray: 4 s, wanted at most 3 s: missed." in lines
+    assert "driver at 100 rows: 650 MiB, wanted at most 700 MiB: reached." in lines
+    assert "beyond its shard at 100 rows: 1,900 MiB, wanted at most 1,536 MiB: missed." in lines
+    assert "beyond its shard at 1,000 rows: 1,000 MiB, wanted at most 1,536 MiB: reached." in lines
+    assert "pretraining epoch: largest deviation from the middle: 9.09 %, wanted at most 10 %: reached." in lines
+
+
+def test_the_page_shows_every_row_and_the_figure_a_bar_for_each_ratio():
+    text = page(BOOK)
+    for e in BOOK:
+        assert f"| {e['work']} | some |" in text
+    assert "- autoencoder_epoch: a processor, 2 cores, commit abc, 2026-01-01, python 3.11." in text
+    assert len(figure(BOOK).axes[0].patches) == 5
