@@ -296,8 +296,8 @@ def test_every_preset_is_made_of_valid_settings(objective, name):
 
 
 def test_a_preset_that_an_objective_does_not_have_is_refused():
-    text = refusal(LEAST | {"fit": {"objective": "ae", "preset": "paper"}})
-    assert text == "fit.preset=paper: fit.objective=ae has no such preset, only: scale."
+    text = refusal(LEAST | {"fit": {"objective": "kmeans", "preset": "paper"}})
+    assert text == "fit.preset=paper: fit.objective=kmeans has no such preset, only: none."
     assert "fit.preset='best': Input should be 'paper' or 'scale'" in refusal(LEAST | {"fit": {"preset": "best"}})
 
 
