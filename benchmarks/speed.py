@@ -96,7 +96,8 @@ def lloyd(options: argparse.Namespace) -> list[dict[str, Any]]:
         ours=lambda: in_own_process([sys.executable, "-m", "benchmarks.ours"], "lloyd", start=str(start), **shape),
         limit=lambda: bare("lloyd", start=str(start), **shape),
         sklearn=lambda: peer("sklearn_lloyd", start=str(start), **shape),
-        spark=lambda: peer("spark_lloyd", clusters=1024, **shape),
+        # Its iterations take most of a minute.
+        spark=lambda: peer("spark_lloyd", clusters=1024, **(shape | {"iterations": 1})),
     )
     size = "1M x 128, K = 1024"
     return [
@@ -171,45 +172,33 @@ def start_up(options: argparse.Namespace) -> list[dict[str, Any]]:
     return entries
 
 
-def scale(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds per million rows of an epoch and of assign, at three sizes."""
-    entries = []
-    for num_rows in (options.num_rows // 16, options.num_rows // 4, options.num_rows):
+def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The whole job on planted clusters at three sizes: time by stage, memory by process, quality at each level.
+
+    From them the seconds per million rows of an epoch and of the assign stage; and EVoC beside the smallest, which
+    chooses its number of clusters itself. One run of each.
+    """
+    entries, sizes = [], (options.num_rows // 16, options.num_rows // 4, options.num_rows)
+    for num_rows in sizes:
         folder = planted.write(BUILD / f"planted-{num_rows}", num_rows)
-        settings = {"input.path": folder, "pretrain.num_epochs": 2, "fit.objective": "autoencoder"}
-        seen, stages = run_job("imagenet", settings)
+        seen, stages = run_job("imagenet", {"input.path": folder, "input.label_column": "label"})
+        print(f"  {num_rows}: {json.dumps(seen)}", flush=True)
+        found: dict[str, Any] = {"ours": {"median": seen["seconds"][0], "peaks": seen["peaks"]}}
+        if num_rows == sizes[0]:
+            other = peer("evoc", folder=str(folder), threads=THREADS)
+            found["peer"] = {"median": other["seconds"][0], "peaks": {"process": other["peak_mib"]}}
+        size = f"{num_rows:,} x 768 float16, K = 1000"
+        whole = entry_of("the whole job", size, "s", found, peer_name="EVoC" if "peer" in found else None)
+        whole["quality"] = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())["quality"]
+        if "peer" in found:
+            whole["quality_of_peer"] = other["quality"]
+        whole["seconds_by_stage"] = {name: stage["seconds"] for name, stage in stages.items()}
+        entries.append(whole | _shard_of(num_rows))
         epochs = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == "pretrain"]
         for work, seconds in (("pretraining epoch", min(epochs)), ("assign stage", stages["assign"]["seconds"])):
-            ours = {"ours": {"median": seconds / num_rows * 1e6, "peaks": seen["peaks"]}}
-            entry = entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours)
-            entries.append(entry | _shard_of(num_rows))
-    return entries
-
-
-def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The whole job on planted clusters: time by stage, memory by process, quality at each level of the hierarchy."""
-    folder = planted.write(BUILD / f"planted-{options.num_rows}", options.num_rows)
-    seen, stages = run_job("imagenet", {"input.path": folder, "input.label_column": "label"})
-    quality = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())["quality"]
-    size = f"{options.num_rows:,} x 768 float16, K = 1000"
-    extra = {"quality": quality, "seconds_by_stage": {n: s["seconds"] for n, s in stages.items()}}
-    extra |= _shard_of(options.num_rows)
-    return [entry_of("the whole job", size, "s", {"ours": {"median": seen["seconds"][0], **seen}}) | extra]
-
-
-def evoc(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The whole job on the smallest planted input beside EVoC, which chooses its number of clusters itself."""
-    num_rows = options.num_rows // 16
-    folder = planted.write(BUILD / f"planted-{num_rows}", num_rows)
-
-    def ours() -> dict[str, Any]:
-        seen, _ = run_job("imagenet", {"input.path": folder, "input.label_column": "label"})
-        quality = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())["quality"]
-        return seen | {"quality": quality}
-
-    found = in_turn(1, ours=ours, peer=lambda: peer("evoc", folder=str(folder), threads=THREADS))
-    entry = entry_of("the whole job beside EVoC", f"{num_rows:,} x 768 float16", "s", found, peer_name="EVoC")
-    return [entry | {"quality": {name: runs["runs"][0]["quality"] for name, runs in found.items()}}]
+            ours = {"ours": {"median": seconds / num_rows * 1e6}}
+            entries.append(entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours))
+    return sorted(entries, key=lambda e: e["work"])
 
 
 def _shard_of(num_rows: int) -> dict[str, Any]:
@@ -218,8 +207,7 @@ def _shard_of(num_rows: int) -> dict[str, Any]:
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    f.__name__: f
-    for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, scale, evoc, pipeline)
+    f.__name__: f for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, pipeline)
 }
 NEEDS_MNIST = ("autoencoder_epoch", "dec_epoch")
 
@@ -305,13 +293,17 @@ def _kmeans_only(folder: Path) -> dict[str, Any]:
 
 def epochs_of(mnist: str, phase: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the seconds of the epochs of a phase of a whole job on MNIST, but the first, which warms up."""
-    seen, stages = run_job("mnist", {"input.path": mnist, "cluster.num_restarts": 1, **settings})
+    base = {"input.path": mnist, "cluster.num_restarts": 1, "evaluate.baseline_rows": 2000}
+    seen, stages = run_job("mnist", base | settings, until="fit")
     seconds = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == phase][1:]
     return {"seconds": seconds, "peaks": seen["peaks"]}
 
 
 def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any]:
-    """Run a command; return its seconds and the peak resident MiB of each kind of process below it."""
+    """Run a command; return its seconds and the peak resident MiB of each kind of process below it.
+
+    When the file `stop_after` is there, the command is told to stop.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     peaks: dict[str, float] = {}
@@ -319,6 +311,9 @@ def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any
 
     def sample() -> None:
         while not stop.wait(0.5):
+            if stop_after is not None and stop_after.exists():
+                process.terminate()
+                return
             for one in _family(process.pid):
                 try:
                     kind = "driver" if one.pid == process.pid else _kind(one.cmdline())
@@ -331,7 +326,8 @@ def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any
     process.wait()
     stop.set()
     watcher.join()
-    if process.returncode:
+    stopped = stop_after is not None and stop_after.exists()
+    if process.returncode and not stopped:
         raise RuntimeError(f"exit {process.returncode}: {' '.join(command)}")
     return {"seconds": [time.perf_counter() - started], "peaks": {k: round(v) for k, v in sorted(peaks.items())}}
 

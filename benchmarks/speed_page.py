@@ -61,6 +61,8 @@ def page(book: Sequence[Entry]) -> str:
             lines.append("")
         if "quality" in e:
             lines += [f"- {name}: `{json.dumps(value)}`" for name, value in e["quality"].items()]
+        if "quality_of_peer" in e:
+            lines.append(f"- {e['peer_name']}: `{json.dumps(e['quality_of_peer'])}`")
     lines += ["", "## Made", ""]
     lines += [f"- {text}" for text in dict.fromkeys(_made_line(e) for e in book)]
     return "\n".join(lines) + "\n"
@@ -86,7 +88,7 @@ def _memory(book: Sequence[Entry]) -> list[str]:
     lines = []
     for e in book:
         peaks = e["peaks"].get("ours", {})
-        if e["name"] not in ("scale", "pipeline") or "rows" not in e or e["work"].startswith("assign"):
+        if "rows" not in e:
             continue
         where = f"{e['rows']:,} rows"
         if "driver" in peaks:
@@ -107,8 +109,8 @@ def _memory(book: Sequence[Entry]) -> list[str]:
 
 def _flatness(book: Sequence[Entry]) -> list[str]:
     lines = []
-    for work in dict.fromkeys(e["work"] for e in book if e["name"] == "scale"):
-        seconds = [e["ours"] for e in book if e["name"] == "scale" and e["work"] == work]
+    for work in dict.fromkeys(e["work"] for e in book if "per million rows" in e["work"]):
+        seconds = [e["ours"] for e in book if e["work"] == work]
         middle = (max(seconds) + min(seconds)) / 2
         drift = max(seconds) / middle - 1
         lines.append(

@@ -181,8 +181,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "scale": _SCALE_PRETRAINING | {"refine": {"num_epochs": 5, "batch_rows": 4096}},
     },
     "ae": {
-        # Song et al., "Auto-encoder based data clustering" (2013), as ClustPy's AEC sets it: 100 and 150 epochs, Adam at
-        # 1e-3 and 1e-4. Its weight of 0.1 is of |z - c|^2 beside the mean over elements: on MNIST's 784, 78.4 here.
+        # Song et al., "Auto-encoder based data clustering" (2013), as ClustPy's AEC sets it: 100 and 150 epochs, Adam
+        # at 1e-3 and 1e-4. Its weight of 0.1 is of |z - c|^2 beside the mean over elements: on MNIST's 784, 78.4 here.
         "paper": {
             "autoencoder": {"hidden_dims": [500, 500, 2000], "latent_dim": 10},
             "pretrain": {
