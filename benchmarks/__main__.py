@@ -3,9 +3,10 @@
 import argparse
 import os
 
-from benchmarks import faults, heads, linkage, methods, speed
+from benchmarks import device, faults, heads, linkage, methods, speed
 
 NAMES = {
+    "device": device.main,
     "faults": faults.main,
     "heads": heads.main,
     "linkage": linkage.main,
@@ -26,7 +27,8 @@ def main() -> None:
     rows = [*linkage.ROWS, *speed.ROWS]
     parser.add_argument("--rows", nargs="+", choices=rows, help="rows of linkage or speed; all by default")
     parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each side of a row")
-    parser.add_argument("--num-rows", type=int, default=1_280_000, help="speed: rows of the largest planted input")
+    parser.add_argument("--num-rows", type=int, default=1_280_000, help="speed: rows of the largest input; device")
+    parser.add_argument("--device", default="cuda", help="device: cuda, or cpu to see that it runs")
     parser.add_argument("--only", nargs="+", metavar="FAULT/STAGE", help="faults: these, * stands for anything")
     parser.add_argument("--afresh", action="store_true", help="faults: forget the injections that are in the table")
     parser.add_argument("--folder", help="faults: work here, and keep the unbroken runs for the next time")
