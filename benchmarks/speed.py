@@ -56,7 +56,6 @@ def autoencoder_epoch(options: argparse.Namespace) -> list[dict[str, Any]]:
         ours=lambda: epochs_of(options.mnist, "pretrain", {"fit.objective": "autoencoder", "pretrain.num_epochs": 4}),
         peer=lambda: peer("clustpy_autoencoder", data=data, epochs=2, **shape),
         limit=lambda: bare("autoencoder_epoch", data=data, epochs=3, arithmetic="bf16", **shape),
-        limit_float32=lambda: bare("autoencoder_epoch", data=data, epochs=2, arithmetic="float32", **shape),
     )
     return [entry_of("autoencoder epoch", "MNIST 70k x 784", "s", found, peer_name="ClustPy")]
 
