@@ -180,10 +180,7 @@ def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
     entries, sizes = [], (options.num_rows // 16, options.num_rows // 4, options.num_rows)
     for num_rows in sizes:
         folder = planted.write(BUILD / f"planted-{num_rows}", num_rows)
-        # As many steps of pretraining at each size.
-        epochs_here = _IMAGENET["pretrain.num_epochs"] * (options.num_rows // num_rows)
-        settings = {"input.path": folder, "input.label_column": "label", "pretrain.num_epochs": epochs_here}
-        seen, stages = run_job("imagenet", settings)
+        seen, stages = run_job("imagenet", {"input.path": folder, "input.label_column": "label"})
         print(f"  {num_rows}: {json.dumps(seen)}", flush=True)
         found: dict[str, Any] = {"ours": {"median": seen["seconds"][0], "peaks": seen["peaks"]}}
         if num_rows == sizes[0]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,22 +79,10 @@ class Map:
     """What each map of a line shows."""
 
     note: str = ""
-    sheet: bytes | None = None
-
-
-@dataclass(frozen=True)
-class _MapSample:
-    """The rows that the maps show."""
-
-    note: str
-    """What the maps are, or why there are none."""
-
-    spaces: list[npt.NDArray[np.floating]] = field(default_factory=list)
-    """(N, L) codes before and after refinement; one where nothing was refined, none where there is no map."""
-
-    legends: list[Legend] = field(default_factory=list)
     leaf_colours: Legend | None = None
     """(K,) colours of the leaves, matched to those of the labels."""
+
+    sheet: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -109,16 +96,12 @@ class CardGroup:
 def build(data: RunData) -> Page:
     """Return the page and its figures; the same input gives the same bytes."""
     legend = colours.of_leaves(data.num_leaves, dict(data.levels))
-    sample = _map_sample(data, legend)
-    legend = sample.leaf_colours or legend
-    with ThreadPoolExecutor(1) as pool:
-        # Half of the time of a report: the other figures are drawn meanwhile.
-        points = pool.submit(_projected, sample, data.seed)
-        rows_K = data.leaves["rows"].to_numpy()
-        training = draw_training(data.metrics, data.tolerance)
-        sizes = figures.leaf_sizes(rows_K, legend)
-        tree = draw_tree(data, legend) if len(data.merges) else None
-        found_map = draw_map(sample, points.result())
+    found_map = draw_map(data, legend)
+    legend = found_map.leaf_colours or legend
+    rows_K = data.leaves["rows"].to_numpy()
+    training = draw_training(data.metrics, data.tolerance)
+    sizes = figures.leaf_sizes(rows_K, legend)
+    tree = draw_tree(data, legend) if len(data.merges) else None
     grouping = _grouping(data)
     cards = make_cards(
         data.leaves,
@@ -174,14 +157,14 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _map_sample(data: RunData, leaf_legend: Legend) -> _MapSample:
-    """Return the rows of the maps and their colours, or why there is no map."""
+def draw_map(data: RunData, leaf_legend: Legend) -> Map:
+    """Return the maps of the row sample before and after refinement, by leaf and, where labels are known, by label."""
     if data.map_rows is None or data.map_rows.num_rows < LEAST_ROWS:
-        return _MapSample(f"The run kept fewer than {LEAST_ROWS} rows to draw, so there is no map.")
+        return Map(note=f"The run kept fewer than {LEAST_ROWS} rows to draw, so there is no map.")
     before, after = matrix(data.map_rows["before"]), matrix(data.map_rows["after"])
     finite = np.isfinite(before).all(axis=1) & np.isfinite(after).all(axis=1)
     if finite.sum() < LEAST_ROWS:
-        return _MapSample("The codes of the sampled rows are not finite, so there is no map.")
+        return Map(note="The codes of the sampled rows are not finite, so there is no map.")
     rows = data.map_rows.filter(pa.array(finite))
     before, after = before[finite], after[finite]
     refined = before.shape != after.shape or not np.allclose(before, after, rtol=1e-4, atol=1e-6)
@@ -193,34 +176,21 @@ def _map_sample(data: RunData, leaf_legend: Legend) -> _MapSample:
         by_label = colours.of_labels([None if label is None else str(label) for label in labels])
         by_leaf = colours.matched(by_leaf, by_label)
         legends = [by_leaf, by_label]
-    spaces = [before, after] if refined else [before]
-    matched = Legend(leaf_legend.title, leaf_legend.names, by_leaf.colours, leaf_legend.index, leaf_legend.note)
-    return _MapSample(_map_note(len(after), refined, len(legends) == 2), spaces, legends, matched)
-
-
-def _projected(sample: _MapSample, seed: int) -> list[npt.NDArray[np.float64]]:
-    """Return a flat map of each space; the second one starts from the first."""
-    found: list[npt.NDArray[np.float64]] = []
-    for space in sample.spaces:
-        found.append(project(space, seed=seed, start_N2=found[0] if found else None))
-    return found
-
-
-def draw_map(sample: _MapSample, points: Sequence[npt.NDArray[np.float64]]) -> Map:
-    """Return the maps of the row sample before and after refinement, by leaf and, where labels are known, by label."""
-    if not points:
-        return Map(note=sample.note)
-    titles = ["before refinement", "after refinement"] if len(points) == 2 else ["the clustering space"]
+    first = project(before, seed=data.seed)
+    points = [first, project(after, seed=data.seed, start_N2=first)] if refined else [first]
+    titles = ["before refinement", "after refinement"] if refined else ["the clustering space"]
     panels = [
         [Panel(f"map_{way}_{place}", title, p, legend) for place, (title, p) in enumerate(zip(titles, points))]
-        for way, legend in enumerate(sample.legends)
+        for way, legend in enumerate(legends)
     ]
+    matched = Legend(leaf_legend.title, leaf_legend.names, by_leaf.colours, leaf_legend.index, leaf_legend.note)
     return Map(
         lines=[(line[0].legend, [figures.map_panel(panel) for panel in line]) for line in panels],
         titles=titles,
-        note=sample.note,
+        note=_map_note(len(after), refined, len(legends) == 2),
+        leaf_colours=matched,
         # Side by side where there is one map for each way to colour.
-        sheet=figures.map_sheet(panels if len(points) == 2 else [[line[0] for line in panels]]),
+        sheet=figures.map_sheet(panels if refined else [[line[0] for line in panels]]),
     )
 
 
