@@ -11,8 +11,10 @@ LEAST_ROWS = 8
 
 _PERPLEXITY = 30.0
 
-# Half of scikit-learn's 1000: on 1797 rows of digits the neighbours kept (trustworthiness) are 0.995 with both.
-_NUM_ITERATIONS = 500
+# A third of scikit-learn's 1000 iterations, and coarser cells than its 0.5. On the 1797 rows of digits trustworthiness
+# (10 neighbours) is 0.992 with them and with 500 iterations at 0.5, which take twice the time.
+_NUM_ITERATIONS = 350
+_ANGLE = 1.0
 _WIDTH_BEFORE_PCA = 50
 
 
@@ -61,6 +63,7 @@ def _project(
         init=start.astype(np.float32),
         learning_rate="auto",
         max_iter=_NUM_ITERATIONS,
+        angle=_ANGLE,
         random_state=seed,
     )
     return _to_unit(model.fit_transform(rows.astype(np.float32)).astype(np.float64))
