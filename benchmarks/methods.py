@@ -31,9 +31,8 @@ from raydc.core.rows import Batch, ResidentRows
 from raydc.core.state import Clustering
 from raydc.core.training import Fitted, fit
 from raydc.demo import write_digits
-from raydc.labelling import class_names
 from raydc.lake import Lake
-from raydc.slices import read_slice
+from raydc.slices import class_names, read_slice
 from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
 

@@ -34,10 +34,9 @@ from raydc.core.selection import calinski_harabasz
 from raydc.core.tally import Tally
 from raydc.core.training import fit, pretrain
 from raydc.errors import ConfigError, DataError
-from raydc.labelling import class_names
 from raydc.lake import absolute, join
 from raydc.pipeline import make_lake
-from raydc.slices import read_slice
+from raydc.slices import class_names, read_slice
 from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
 

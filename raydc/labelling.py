@@ -4,7 +4,6 @@ A slice's label file stands 1:1 beside its input and is published whole; the sta
 the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
 """
 
-import hashlib
 import io
 import zipfile
 import zlib
@@ -16,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -28,11 +26,10 @@ from raydc.errors import DataError
 from raydc.lake import Lake, join
 from raydc.model import Model, Prediction
 from raydc.schema import labels_schema, level_column, rejects_schema
-from raydc.slices import InputSpec, RowBatch, Slice, read_slice
+from raydc.slices import InputSpec, RowBatch, Slice, class_names, read_slice
 
 _Item = TypeVar("_Item")
 _TABLES = ("exemplars", "map_rows", "near_rows")
-_LONGEST_CLASS = 200
 
 # What reading statistics that are damaged, or were never ours, may end in.
 _DAMAGE = (
@@ -204,23 +201,6 @@ def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:
     leaf = table["leaf"].to_numpy()
     first = np.searchsorted(leaf, leaf, side="left")
     return table.filter(pa.array(np.arange(len(leaf)) - first < num))
-
-
-def class_names(labels: pa.Array | None) -> npt.NDArray[np.str_] | None:
-    """Return known classes as text, "" for a missing one.
-
-    A name of more than 200 characters is cut, and ends in a digest of the whole: numpy gives every row of an array the
-    room of the longest text, and one label of a megabyte would take all memory.
-    """
-    if labels is None:
-        return None
-    names = pc.fill_null(labels.cast(pa.large_string()), "").to_pylist()
-    return np.array([n if len(n) <= _LONGEST_CLASS else _shortened(n) for n in names], dtype=np.str_)
-
-
-def _shortened(name: str) -> str:
-    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-    return f"{name[: _LONGEST_CLASS - len(digest) - 4]}... {digest}"
 
 
 def _label_table(batch: RowBatch, found: Prediction, schema: pa.Schema) -> pa.Table:

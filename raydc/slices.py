@@ -30,6 +30,8 @@ _LEAST_SQUARE, _LARGEST_SQUARE = np.float32(1e-30), np.float32(1e38)
 
 _FLOATS = {"halffloat": "float16", "float": "float32", "double": "float64"}
 
+_LONGEST_CLASS = 200
+
 # These say nothing against the file: the slice is tried again, its rows are never quarantined.
 _NOT_THE_FILE = (ConnectionError, TimeoutError, PermissionError, MemoryError)
 
@@ -571,3 +573,20 @@ def _lost_rows(lake: Lake, part: Slice, group: int, start: int, row: int, stop: 
         None,
         rejects,
     )
+
+
+def class_names(labels: pa.Array | None) -> npt.NDArray[np.str_] | None:
+    """Return known classes as text, "" for a missing one.
+
+    A name of more than 200 characters is cut, and ends in a digest of the whole: numpy gives every row of an array the
+    room of the longest text, and one label of a megabyte would take all memory.
+    """
+    if labels is None:
+        return None
+    names = pc.fill_null(labels.cast(pa.large_string()), "").to_pylist()
+    return np.array([n if len(n) <= _LONGEST_CLASS else _shortened(n) for n in names], dtype=np.str_)
+
+
+def _shortened(name: str) -> str:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[: _LONGEST_CLASS - len(digest) - 4]}... {digest}"

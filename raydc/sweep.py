@@ -32,6 +32,7 @@ from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
 from raydc.rundir import RunDir
 from raydc.stages import fit, profile
+from raydc.stages.blocks import readers, slice_dataset
 
 log = logging.getLogger(__name__)
 
@@ -136,14 +137,14 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
             board,
             WatchSettings(**config.watch.model_dump()),
         )
-        dataset = fit.slice_dataset(
+        dataset = slice_dataset(
             folder.lake,
             found.slices,
             found.spec,
             board,
             seed=config.seed,
             fraction=expected / found.num_rows,
-            num_readers=fit.readers(config),
+            num_readers=readers(config),
             with_classes=found.spec.label_column is not None,
         )
         loop_config = {"job": job, "plan": plan, "held_out": config.sweep.held_out, "rows": evaluate.baseline_rows}

@@ -1,6 +1,5 @@
 """fit: rows through Ray Data into a Ray Train worker group, one `TorchTrainer.fit` for all phases."""
 
-import hashlib
 import itertools
 import logging
 import math
@@ -12,23 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 import ray.train
 import safetensors.torch
 import torch
-from ray.data import TaskPoolStrategy
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
 from raydc.advice import remedy
-from raydc.cluster import in_one_line, nodes_with_cpus, root_cause, watched
+from raydc.cluster import in_one_line, root_cause, watched
 from raydc.config import Config
 from raydc.core.autoencoder import choose_precision
 from raydc.core.collectives import Ranks
-from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.nearest import prepare_process
 from raydc.core.partners import NeighbourPartners
 from raydc.core.preprocess import Preprocess
@@ -46,15 +42,13 @@ from raydc.core.state import Clustering
 from raydc.core.teacher import Teacher
 from raydc.core.training import Fitted, fit
 from raydc.core.watch import WatchSettings, signs
-from raydc.errors import DataError, StageError, StorageUnavailable
-from raydc.labelling import class_names
-from raydc.lake import Lake
+from raydc.errors import DataError, StageError
 from raydc.lease import LeaseLost
 from raydc.model import Model
 from raydc.rundir import RunDir
-from raydc.slices import InputSpec, RowBatch, Slice, read_slice
-from raydc.stages import neighbours
+from raydc.slices import InputSpec
 from raydc.stages import profile as profiling
+from raydc.stages.blocks import EverySlice, readers, slice_dataset
 from raydc.teaching import load_teacher
 
 log = logging.getLogger(__name__)
@@ -204,127 +198,6 @@ def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
         fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
         checkpoint_epochs=config.fit.checkpoint_epochs,
     )
-
-
-class EverySlice(DataConfig):
-    """Split the dataset over the workers without dropping a row.
-
-    Train's own split cuts every worker to the same number of rows; ours need no equal shares, because the batches are
-    made from row keys (see raydc.core.rows).
-    """
-
-    def configure(
-        self,
-        datasets: dict[str, Any],
-        world_size: int,
-        worker_handles: Any,
-        worker_node_ids: Any,
-        **kwargs: Any,
-    ) -> list[dict[str, Any]]:
-        """Return one iterator per worker and dataset."""
-        output: list[dict[str, Any]] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            splits = dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
-            for rank, split in enumerate(splits):
-                output[rank][name] = split
-        return output
-
-
-def slice_dataset(
-    lake: Lake,
-    slices: list[Slice],
-    spec: InputSpec,
-    board: Any,
-    *,
-    seed: int,
-    fraction: float,
-    num_readers: int | None,
-    neighbours_root: str | None = None,
-    with_classes: bool = False,
-) -> ray.data.Dataset:
-    """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
-
-    With `neighbours_root`, where that stage has written, also the keys of each row's neighbours. With classes, there is
-    a column `class` too: a number made from the text of the known class, -1 for a missing one.
-
-    Ray Data may use only the CPUs that Train leaves, and Train takes the last one when it grows, or when a node is
-    lost: the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
-    `num_readers` bounds them instead. None leaves it to Ray Data: workers on GPUs leave CPUs, and a queue of readers
-    that book one lets the cluster grow.
-    """
-
-    def read(batch: pa.Table) -> Iterator[pa.Table]:
-        try:
-            for row in batch.to_pylist():
-                part = Slice.from_row(row)
-                graph = None if neighbours_root is None else neighbours.read(lake, neighbours_root, part)
-                for rows in read_slice(lake, part, spec, with_labels=with_classes):
-                    block = _to_block(rows, spec, stream_seed(seed, 8), fraction)
-                    yield block if graph is None else _with_neighbours(block, part, *graph)
-        except StorageUnavailable:
-            # The next try of the workers may find the store well.
-            raise
-        except (DataError, StageError) as error:
-            # Posted before it is raised: on its way through Ray Data an error may lose its cause.
-            ray.get(board.fail.remote((type(error).__name__, str(error))))
-            raise
-
-    items = [asdict(s) for s in slices if s.num_rows]
-    return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        read,
-        batch_size=1,
-        batch_format="pyarrow",
-        udf_modifying_row_count=True,
-        num_cpus=1 if num_readers is None else 0,
-        compute=TaskPoolStrategy(size=num_readers),
-        label_selector=None if num_readers is None else nodes_with_cpus(),
-    )
-
-
-def readers(config: Config) -> int | None:
-    """Return how many slices are read at once: one for each CPU that training leaves, at least one for each worker."""
-    if config.fit.use_gpu:
-        return None
-    workers = config.fit.most_workers
-    return max(workers, int(ray.cluster_resources().get("CPU", 1)) - workers * config.fit.cpus_per_worker)
-
-
-def _to_block(rows: RowBatch, spec: InputSpec, seed: int, fraction: float) -> pa.Table:
-    chosen = sample_mask(rows.keys, seed, fraction)
-    x = np.ascontiguousarray(rows.x if chosen.all() else rows.x[chosen])
-    weights = np.ones(len(rows.keys), np.float32) if rows.weights is None else rows.weights
-    columns: dict[str, Any] = {
-        "key": rows.keys[chosen],
-        "x": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), spec.dim),
-        "weight": weights[chosen],
-    }
-    classes = class_names(rows.labels)
-    if classes is not None:
-        columns["class"] = _class_numbers(classes[chosen])
-    return pa.table(columns)
-
-
-def _class_numbers(classes_N: npt.NDArray[np.str_]) -> npt.NDArray[np.int64]:
-    """Return the same number for the same text on any worker; -1 for no text."""
-    names, of_row = np.unique(classes_N, return_inverse=True)
-    digests = [hashlib.sha256(name.encode()).digest()[:8] for name in names.tolist()]
-    numbers = [int.from_bytes(d, "big") >> 1 if name else -1 for name, d in zip(names.tolist(), digests)]
-    return np.array(numbers, np.int64)[of_row]
-
-
-def _with_neighbours(
-    block: pa.Table, part: Slice, keys_N: npt.NDArray[np.int64], neighbours_NM: npt.NDArray[np.int64]
-) -> pa.Table:
-    keys = block["key"].to_numpy()
-    first = int(np.searchsorted(keys_N, keys[0])) if len(keys) else 0
-    rows = slice(first, first + len(keys))
-    if not np.array_equal(keys_N[rows], keys):
-        raise DataError(
-            f"{part.uri}: its rows are others than when their neighbours were searched. The input changed while the "
-            "run was reading it; use a new --run-id."
-        )
-    values = pa.array(neighbours_NM[rows].reshape(-1))
-    return block.append_column("neighbours", pa.FixedSizeListArray.from_arrays(values, neighbours_NM.shape[1]))
 
 
 class RayContext:
