@@ -301,7 +301,7 @@ def epochs_of(mnist: str, phase: str, settings: dict[str, Any]) -> dict[str, Any
 def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any]:
     """Run a command; return its seconds and the peak resident MiB of each kind of process below it.
 
-    When the file `stop_after` is there, the command is told to stop.
+    When the stage whose marker is `stop_after` is done, the command is told to stop.
     """
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -310,7 +310,7 @@ def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any
 
     def sample() -> None:
         while not stop.wait(0.5):
-            if stop_after is not None and stop_after.exists():
+            if stop_after is not None and _is_done(stop_after):
                 process.terminate()
                 return
             for one in _family(process.pid):
@@ -325,10 +325,14 @@ def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any
     process.wait()
     stop.set()
     watcher.join()
-    stopped = stop_after is not None and stop_after.exists()
+    stopped = stop_after is not None and _is_done(stop_after)
     if process.returncode and not stopped:
         raise RuntimeError(f"exit {process.returncode}: {' '.join(command)}")
     return {"seconds": [time.perf_counter() - started], "peaks": {k: round(v) for k, v in sorted(peaks.items())}}
+
+
+def _is_done(marker: Path) -> bool:
+    return marker.exists() and "metrics" in json.loads(marker.read_text())
 
 
 def _family(pid: int) -> list[psutil.Process]:
