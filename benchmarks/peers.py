@@ -22,7 +22,7 @@ def clustpy_autoencoder(data: str, widths: list, batch: int, epochs: int, thread
     def run(num: int) -> float:
         network = FeedforwardAutoencoder(widths)
         started = time.perf_counter()
-        network.fit(num, {"lr": 1e-3}, batch, data=x_ND, optimizer_class=torch.optim.Adam, device=torch.device("cpu"))
+        network.fit(num, {"lr": 1e-3}, batch, data=x_ND, optimizer_class=torch.optim.Adam)
         return time.perf_counter() - started
 
     # The difference leaves out what an epoch does not cost.
@@ -37,7 +37,7 @@ def clustpy_dec(data: str, widths: list, clusters: int, batch: int, epochs: int,
 
     x_ND = np.load(data)
     network = FeedforwardAutoencoder(widths)
-    network.fit(1, {"lr": 1e-3}, batch, data=x_ND, optimizer_class=torch.optim.Adam, device=torch.device("cpu"))
+    network.fit(1, {"lr": 1e-3}, batch, data=x_ND, optimizer_class=torch.optim.Adam)
 
     def run(num: int) -> float:
         import copy
