@@ -309,7 +309,8 @@ def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any
     stop = threading.Event()
 
     def sample() -> None:
-        while not stop.wait(0.5):
+        # Adding up a process's pages takes the time of those that compute.
+        while not stop.wait(2.0):
             if stop_after is not None and _is_done(stop_after):
                 process.terminate()
                 return

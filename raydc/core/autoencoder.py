@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_TILE_ROWS = 16
+_TILE_ROWS = 32
 
 
 class Autoencoder(nn.Module):
@@ -32,8 +32,8 @@ class Perceptron(nn.Sequential):
     """Layers one after the other.
 
     The batches are made by hash, so their sizes differ, and on a CPU in bf16 every layer is compiled anew for every
-    size. There a batch is trained on with rows of zeros after it, up to a whole tile of the matrix unit, whose answers
-    nobody sees: a dozen sizes in place of a hundred.
+    size. There a batch is trained on with rows of zeros after it, up to two whole tiles of the matrix unit, whose
+    answers nobody sees: a few sizes in place of a hundred.
     """
 
     def forward(self, x_ND: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def pretrain_whole(trainer: Trainer, state: State, end_epoch: EndEpoch) -> None:
             optimizer,
             max_grad_norm=plan.max_grad_norm,
             encoder=autoencoder.encoder,
+            num_steps=num_steps,
             before_step=set_rate,
         )
         end_epoch(epoch, plan.num_epochs, entry, optimizer)

@@ -70,6 +70,7 @@ class Trainer:
         *,
         max_grad_norm: float | None = None,
         encoder: nn.Module | None = None,
+        num_steps: int = 1,
         before_step: Callable[[int], bool | None],
         after_step: Callable[[Step], None] = _nothing,
     ) -> dict[str, Any]:
@@ -83,6 +84,7 @@ class Trainer:
             optimizer: of the parameters in the loss.
             max_grad_norm: gradients are scaled down to it.
             encoder: its codes are watched for collapse; the history gets their effective rank.
+            num_steps: about how many there will be; of many the watch sees some.
             before_step: called with the number of the step; False ends the epoch.
             after_step: called when the optimiser has stepped.
 
@@ -95,7 +97,7 @@ class Trainer:
         unchecked: list[Tensor] = []
         number = -1
         where = f"{phase} epoch {epoch + 1}"
-        with SpaceWatch(encoder) as watch:
+        with SpaceWatch(encoder, num_steps) as watch:
             for number, step in enumerate(steps):
                 if before_step(number) is False:
                     break

@@ -250,6 +250,7 @@ class _Fit:
                 optimizer,
                 max_grad_norm=plan.max_grad_norm,
                 encoder=objective.encoder,
+                num_steps=num_steps,
                 before_step=before,
                 after_step=after,
             )

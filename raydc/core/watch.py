@@ -25,15 +25,21 @@ class WatchSettings:
     max_largest_share: float
 
 
+_WATCHED_STEPS = 64
+"""Of an epoch, at least, where it has as many."""
+
+
 class SpaceWatch:
     """Sums of an encoder's codes over the training steps of an epoch, in float64, from which the rank is made.
 
     The codes of an epoch are those of weights that move while it lasts. Passes without gradients do not count.
     """
 
-    def __init__(self, encoder: nn.Module | None) -> None:
-        """Watch an encoder; nothing, for None."""
+    def __init__(self, encoder: nn.Module | None, num_steps: int = 1) -> None:
+        """Watch an encoder; nothing, for None. Of an epoch of many steps, about every n-th is enough."""
         self._encoder = encoder
+        self._stride = max(1, num_steps // _WATCHED_STEPS)
+        self._calls = 0
         self._sums: Tensor | None = None
         self._handle: Any = None
 
@@ -58,7 +64,11 @@ class SpaceWatch:
         return effective_rank(ranks.sum(sums)) if size > 1 else None
 
     def _add(self, module: nn.Module, inputs: Any, codes: Any) -> None:
-        if not torch.is_grad_enabled() or not isinstance(codes, Tensor) or codes.ndim != 2 or not len(codes):
+        if not torch.is_grad_enabled():
+            return
+        # Counted where a rank has no rows in a step too: all ranks watch the same steps.
+        self._calls += 1
+        if (self._calls - 1) % self._stride or not isinstance(codes, Tensor) or codes.ndim != 2 or not len(codes):
             return
         with torch.no_grad():
             # A column of ones: the product holds the number of rows, their sum and their products at once.

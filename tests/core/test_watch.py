@@ -42,6 +42,16 @@ def test_only_training_steps_are_watched():
     assert SpaceWatch(None).effective_rank(Ranks()) is None
 
 
+def test_of_many_steps_every_nth_is_watched_also_where_some_have_no_rows():
+    layer = nn.Linear(3, 2)
+    batches = torch.randn(260, 5, 3, generator=torch.Generator().manual_seed(1)).unbind()
+    batches = [x[:0] if n % 3 == 1 else x for n, x in enumerate(batches)]
+    with SpaceWatch(layer, num_steps=260) as watch:
+        codes = [layer(x).detach() for x in batches]
+    watched = torch.cat(codes[::4])
+    assert watch.effective_rank(Ranks()) == pytest.approx(effective_rank(sums_of(watched)))
+
+
 def test_every_epoch_of_a_fit_has_the_rank_of_its_space_on_any_number_of_ranks():
     histories = [run_ranks(n, fit_blobs)[0]["history"] for n in (1, 2)]
     one, two = ([h["effective_rank"] for h in history if h["phase"] != "kmeans"] for history in histories)
