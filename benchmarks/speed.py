@@ -174,30 +174,45 @@ def start_up(options: argparse.Namespace) -> list[dict[str, Any]]:
 def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The whole job on planted clusters at three sizes: time by stage, memory by process, quality at each level.
 
-    From them the seconds per million rows of an epoch and of the assign stage; and EVoC beside the smallest, which
-    chooses its number of clusters itself. One run of each.
+    From them the seconds per million rows of an epoch and of the assign stage. One run of each.
     """
-    entries, sizes = [], (options.num_rows // 16, options.num_rows // 4, options.num_rows)
-    for num_rows in sizes:
-        folder = planted.write(BUILD / f"planted-{num_rows}", num_rows)
-        seen, stages = run_job("imagenet", {"input.path": folder, "input.label_column": "label"})
-        print(f"  {num_rows}: {json.dumps(seen)}", flush=True)
-        found: dict[str, Any] = {"ours": {"median": seen["seconds"][0], "peaks": seen["peaks"]}}
-        if num_rows == sizes[0]:
-            other = peer("evoc", folder=str(folder), threads=THREADS)
-            found["peer"] = {"median": other["seconds"][0], "peaks": {"process": other["peak_mib"]}}
-        size = f"{num_rows:,} x 768 float16, K = 1000"
-        whole = entry_of("the whole job", size, "s", found, peer_name="EVoC" if "peer" in found else None)
-        whole["quality"] = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())["quality"]
-        if "peer" in found:
-            whole["quality_of_peer"] = other["quality"]
-        whole["seconds_by_stage"] = {name: stage["seconds"] for name, stage in stages.items()}
-        entries.append(whole | _shard_of(num_rows))
+    entries = []
+    for num_rows in (options.num_rows // 16, options.num_rows // 4, options.num_rows):
+        # As many steps of pretraining at each size.
+        epochs = _IMAGENET["pretrain.num_epochs"] * (options.num_rows // num_rows)
+        whole, stages = _whole_job("the whole job", num_rows, {"pretrain.num_epochs": epochs})
+        entries.append(whole)
         epochs = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == "pretrain"]
         for work, seconds in (("pretraining epoch", min(epochs)), ("assign stage", stages["assign"]["seconds"])):
             ours = {"ours": {"median": seconds / num_rows * 1e6}}
             entries.append(entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours))
     return sorted(entries, key=lambda e: e["work"])
+
+
+def pipeline_kmeans(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The whole job with k-means on the rows and no network; at the smallest size beside EVoC, which chooses its K."""
+    work, small = "the whole job, k-means on the rows", options.num_rows // 16
+    other = peer("evoc", folder=str(planted.write(BUILD / f"planted-{small}", small)), threads=THREADS)
+    beside = {"median": other["seconds"][0], "peaks": {"process": other["peak_mib"]}}
+    entry, _ = _whole_job(work, small, {"fit.objective": "kmeans"}, ("EVoC", beside))
+    large, _ = _whole_job(work, options.num_rows, {"fit.objective": "kmeans"})
+    return [entry | {"quality_of_peer": other["quality"]}, large]
+
+
+def _whole_job(
+    work: str, num_rows: int, settings: dict[str, Any], other: tuple[str, dict[str, Any]] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the entry of a run of jobs/cluster_imagenet.yaml, and the markers of its stages."""
+    folder = planted.write(BUILD / f"planted-{num_rows}", num_rows)
+    seen, stages = run_job("imagenet", {"input.path": folder, "input.label_column": "label", **settings})
+    print(f"  {num_rows}: {json.dumps(seen)}", flush=True)
+    found: dict[str, Any] = {"ours": {"median": seen["seconds"][0], "peaks": seen["peaks"]}}
+    if other is not None:
+        found["peer"] = other[1]
+    entry = entry_of(work, f"{num_rows:,} x 768 float16, K = 1000", "s", found, peer_name=other[0] if other else None)
+    metrics = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())
+    entry |= {"quality": metrics["quality"], "verdict": metrics["verdict"]["sentence"] if metrics["verdict"] else None}
+    return entry | {"seconds_by_stage": {n: s["seconds"] for n, s in stages.items()}, **_shard_of(num_rows)}, stages
 
 
 def _shard_of(num_rows: int) -> dict[str, Any]:
@@ -206,7 +221,8 @@ def _shard_of(num_rows: int) -> dict[str, Any]:
 
 
 ROWS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    f.__name__: f for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, pipeline)
+    f.__name__: f
+    for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, pipeline, pipeline_kmeans)
 }
 NEEDS_MNIST = ("autoencoder_epoch", "dec_epoch")
 

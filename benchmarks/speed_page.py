@@ -61,6 +61,8 @@ def page(book: Sequence[Entry]) -> str:
             lines.append("")
         if "quality" in e:
             lines += [f"- {name}: `{json.dumps(value)}`" for name, value in e["quality"].items()]
+        if e.get("verdict"):
+            lines.append(f"- the run's own words: {e['verdict']}")
         if "quality_of_peer" in e:
             lines.append(f"- {e['peer_name']}: `{json.dumps(e['quality_of_peer'])}`")
     lines += ["", "## Made", ""]

@@ -14,6 +14,9 @@ from torch import Tensor
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import hash_keys
 
+_MARGIN = 1.1
+"""A worker may get somewhat more than its even share."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -48,13 +51,21 @@ class Step:
 
 
 class ResidentRows:
-    """Rows kept in memory in the order of their keys."""
+    """Rows kept in memory, and named in the order of their keys."""
 
     def __init__(
-        self, x_ND: Tensor, keys_N: Tensor, weights_N: Tensor, ranks: Ranks, neighbours_NM: Tensor | None = None
+        self,
+        x_ND: Tensor,
+        keys_N: Tensor,
+        weights_N: Tensor,
+        ranks: Ranks,
+        neighbours_NM: Tensor | None = None,
+        order_N: Tensor | None = None,
     ) -> None:
+        """Keep rows that lie in the order of their keys, or row i of that order at `x_ND[order_N[i]]`."""
         self._x, self._keys, self._weights, self._ranks = x_ND, keys_N, weights_N, ranks
         self.neighbours_NM = neighbours_NM
+        self._order = None if order_N is None else order_N.to(x_ND.device)
         self.dim = x_ND.shape[1]
         self.num_local = len(x_ND)
         self.num_rows = int(ranks.sum(torch.tensor([self.num_local])))
@@ -65,36 +76,39 @@ class ResidentRows:
         return self._keys
 
     @classmethod
-    def collect(cls, chunks: Iterable[Batch], dim: int, dtype: torch.dtype, ranks: Ranks) -> "ResidentRows":
-        """Return the rows of chunks that arrived in any order, usually each with rising keys.
+    def collect(
+        cls, chunks: Iterable[Batch], dim: int, dtype: torch.dtype, ranks: Ranks, *, expected_rows: int = 0
+    ) -> "ResidentRows":
+        """Return the rows of chunks that arrive in any order.
 
-        A chunk is released as soon as it is copied, so the peak is one copy of the rows and one chunk. On a GPU the
-        rows move there if they leave a quarter of its free memory, else they stay in pinned host memory.
+        A row stays where it was put when it arrived, so the peak is one copy of the rows and one chunk, as long as they
+        are not many more than expected. On a GPU the rows move there if they leave a quarter of its free memory, else
+        they stay in pinned host memory.
+
+        Args:
+            chunks: this rank's rows.
+            dim: D.
+            dtype: float16 or float32, in which they are kept.
+            ranks: of all workers.
+            expected_rows: about how many there will be.
         """
-        waiting = sorted((c for c in chunks if len(c)), key=lambda c: int(c.keys_N[0]), reverse=True)
-        n = sum(len(c) for c in waiting)
-        x = torch.empty((n, dim), dtype=dtype)
-        keys, weights = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.float32)
-        first = waiting[0].neighbours_NM if waiting else None
-        neighbours = None if first is None else torch.empty((n, first.shape[1]), dtype=torch.int64)
-        row = 0
-        while waiting:
-            chunk = waiting.pop()
-            rows = slice(row, row + len(chunk))
-            x[rows], keys[rows], weights[rows] = chunk.x_ND, chunk.keys_N, chunk.weights_N
-            if neighbours is not None:
-                assert chunk.neighbours_NM is not None
-                neighbours[rows] = chunk.neighbours_NM
-            row += len(chunk)
-        if bool((keys[1:] < keys[:-1]).any()):
-            # The chunks interleave (a block was put together from several slices): sort the rows themselves.
-            order = keys.argsort()
-            x, keys, weights = x[order], keys[order], weights[order]
-            neighbours = None if neighbours is None else neighbours[order]
+        store = _Store(dim, dtype, int(_MARGIN * expected_rows))
+        keys, weights, neighbours = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], []
+        for chunk in chunks:
+            if not len(chunk):
+                continue
+            store.add(chunk.x_ND)
+            keys.append(chunk.keys_N)
+            weights.append(chunk.weights_N)
+            if chunk.neighbours_NM is not None:
+                neighbours.append(chunk.neighbours_NM)
+        x, arrived = store.rows(), torch.cat(keys)
+        order = arrived.argsort(stable=True)
         if ranks.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ranks.device)
             x = x.to(ranks.device) if x.nbytes < 0.75 * free else x.pin_memory()
-        return cls(x, keys, weights, ranks, neighbours)
+        sorted_neighbours = torch.cat(neighbours)[order] if neighbours else None
+        return cls(x, arrived[order], torch.cat(weights)[order], ranks, sorted_neighbours, order)
 
     def blocks(self, block_rows: int) -> Iterator[Batch]:
         """Yield every row of this rank once, in the order of the keys."""
@@ -121,8 +135,36 @@ class ResidentRows:
     def take(self, rows: Tensor) -> Batch:
         """Return some of this rank's rows by their places (CPU), on the training device."""
         device = self._ranks.device
-        x = self._x[rows.to(self._x.device)].to(device, non_blocking=True)
+        here = rows.to(self._x.device)
+        x = self._x[here if self._order is None else self._order[here]].to(device, non_blocking=True)
         return Batch(self._keys[rows].to(device), x, self._weights[rows].to(device), rows.to(device))
+
+
+class _Store:
+    """Rows in the order in which they arrive, in memory that is taken as it fills."""
+
+    def __init__(self, dim: int, dtype: torch.dtype, expected_rows: int) -> None:
+        # Memory that was never written to costs nothing.
+        self._pieces = [torch.empty((max(expected_rows, 1), dim), dtype=dtype)]
+        self._filled = [0]
+
+    def add(self, x_ND: Tensor) -> None:
+        """Copy some rows."""
+        while len(x_ND):
+            piece, start = self._pieces[-1], self._filled[-1]
+            taken = min(len(x_ND), len(piece) - start)
+            piece[start : start + taken] = x_ND[:taken]
+            self._filled[-1] += taken
+            x_ND = x_ND[taken:]
+            if len(x_ND):
+                more = max(len(x_ND), sum(self._filled) // 2)
+                self._pieces.append(torch.empty((more, piece.shape[1]), dtype=piece.dtype))
+                self._filled.append(0)
+
+    def rows(self) -> Tensor:
+        """Return all rows as one tensor; they are copied if there were more than expected."""
+        parts = [piece[:n] for piece, n in zip(self._pieces, self._filled, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class StreamedRows:

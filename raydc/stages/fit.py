@@ -336,7 +336,8 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
         pool = _POOL_STEPS * max(job.settings.pretrain.batch_rows, job.settings.refine.batch_rows)
         pool = math.ceil(pool / ranks.world_size)
         return StreamedRows(stream, job.spec.dim, ranks, expected_rows=job.expected_rows, pool_rows=pool)
-    rows = ResidentRows.collect(stream(), job.spec.dim, dtype, ranks)
+    share = math.ceil(job.expected_rows / ranks.world_size)
+    rows = ResidentRows.collect(stream(), job.spec.dim, dtype, ranks, expected_rows=share)
     if ranks.rank == 0:
         job.board.post.remote(
             f"{rows.num_rows:,} rows resident on {ranks.world_size} worker(s), {ranks.device}, "

@@ -98,6 +98,23 @@ def test_batches_do_not_depend_on_the_number_of_ranks():
     assert sum(map(len, whole)) == 1000
 
 
+@pytest.mark.parametrize("expected_rows", [0, 100, 1000, 2000])
+def test_rows_are_named_by_their_keys_however_they_arrive_and_however_many(expected_rows):
+    x, _ = blobs()
+    order = np.random.default_rng(2).permutation(len(x))
+    parts = np.split(order, [0, 130, 131, 700])
+    chunks = [Batch(torch.from_numpy(p), torch.from_numpy(x[p]), torch.from_numpy(p).float()) for p in parts]
+    rows = ResidentRows.collect(iter(chunks), 12, torch.float32, Ranks(), expected_rows=expected_rows)
+    assert rows.num_local == rows.num_rows == len(x)
+    assert torch.equal(rows.keys_N, torch.arange(len(x)))
+    blocks = list(rows.blocks(300))
+    np.testing.assert_array_equal(torch.cat([b.x_ND for b in blocks]), x)
+    np.testing.assert_array_equal(torch.cat([b.weights_N for b in blocks]), np.arange(len(x)))
+    some = rows.take(torch.tensor([7, 3, 999]))
+    np.testing.assert_array_equal(some.x_ND, x[[7, 3, 999]])
+    assert some.positions_N.tolist() == some.keys_N.tolist() == [7, 3, 999]
+
+
 @pytest.mark.parametrize("stop_after", [1, 2, 4, 5])
 def test_a_resumed_fit_ends_as_an_unbroken_one(stop_after, on_one_rank, tmp_path):
     stopped = run_ranks(1, fit_blobs, SETTINGS, False, tmp_path, stop_after)[0]
