@@ -156,7 +156,8 @@ def _labelled(
     config: Config, load: Callable[[], Labelling], slices: list[Slice], check: Callable[[], None] | None
 ) -> Iterable[Statistics]:
     section = config.assign
-    actors = min(section.num_actors or _free_slots(config), max(len(slices), 1))
+    slots = _free_slots(config)
+    actors = min(section.num_actors or slots, max(len(slices), 1))
 
     class Labeller:
         """One actor: the model stays loaded from slice to slice."""
@@ -185,7 +186,8 @@ def _labelled(
         Labeller,
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_size=actors),
+        # As many as there is room for start at once: Ray Data would add one after the other. One is enough to go on.
+        compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=min(slots, actors)),
         num_cpus=section.cpus_per_actor,
         num_gpus=1 if section.use_gpu else None,
     )

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -281,7 +282,9 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         context = RayContext(job, Path(folder))
         ranks = Ranks(context.rank, context.world_size, context.device)
         try:
+            started = time.perf_counter()
             rows = collect(job, ranks)
+            load_seconds = time.perf_counter() - started
             partners = None
             if job.settings.head is not None:
                 assert isinstance(rows, ResidentRows)
@@ -290,7 +293,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
         except (ValueError, FloatingPointError) as error:
             # Raised alike on every rank, so every rank returns.
             return {"failure": (type(error).__name__, str(error))}
-    metrics = _metrics(job, rows, fitted, context)
+    metrics = _metrics(job, rows, fitted, context) | {"load_seconds": round(load_seconds, 3)}
     if context.rank == 0:
         _write(job, fitted)
     return {"metrics": metrics}
