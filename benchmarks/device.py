@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.heads import Launcher
 from benchmarks.record import ROOT, made
 from raydc.config import load_config
 from raydc.core.collectives import Ranks
@@ -41,8 +42,8 @@ def main(options: argparse.Namespace) -> None:
         return
     small = device.type == "cpu"
     n = options.num_rows
-    entries = [*products(device, n, small=small), *searches(device, n, small=small)]
-    entries += [lloyd(device, n, small=small), *epochs(device, n, small=small), tree(device, small=small)]
+    entries = [*products(device, small=small), *searches(device, n, small=small)]
+    entries += [lloyd(device, n), *epochs(device, n, small=small), tree(device, small=small)]
     for entry in entries:
         print(json.dumps(entry), flush=True)
     if not small:
@@ -50,7 +51,7 @@ def main(options: argparse.Namespace) -> None:
         BOOK.write_text(json.dumps([e | {"made": machine} for e in entries], indent=1) + "\n")
 
 
-def products(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str, Any]]:
+def products(device: torch.device, *, small: bool) -> Iterator[dict[str, Any]]:
     """Yield the rate of a square product in float32 and in bf16."""
     size = 512 if small else 8192
     for dtype in (torch.float32, torch.bfloat16):
@@ -78,7 +79,7 @@ def searches(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str,
             }
 
 
-def lloyd(device: torch.device, n: int, *, small: bool) -> dict[str, Any]:
+def lloyd(device: torch.device, n: int) -> dict[str, Any]:
     """Return the seconds of an iteration over rows of 128 numbers and 1024 centres."""
     z = torch.randn(n, 128, device=device)
     weights, centers = torch.ones(n, device=device), z[torch.randperm(n, device=device)[:1024]].clone()
@@ -91,18 +92,12 @@ def epochs(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str, A
     """Yield the seconds of an epoch of pretraining and of DEC, by the settings of jobs/cluster_imagenet.yaml."""
     seen: list[dict[str, Any]] = []
 
-    class Context:
-        rank, world_size = 0, 1
-
-        def __init__(self) -> None:
-            self.device = device
-
+    class Context(Launcher):
         def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
             seen.append(metrics)
 
-        def latest_checkpoint(self) -> Path | None:
-            return None
-
+    context = Context()
+    context.device = device
     centers = torch.randn(1000, _WIDTH)
     x = (centers[torch.randint(0, 1000, (n,))] + torch.randn(n, _WIDTH)).half()
     rows = ResidentRows.collect(
@@ -112,7 +107,7 @@ def epochs(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str, A
     overrides += ["cluster.init_rows=100000", "cluster.num_restarts=1", "evaluate.baseline_rows=2000"]
     overrides += ["cluster.num_leaves=50", "merge.levels=[10]"] if small else []
     config = load_config(ROOT / "jobs" / "cluster_imagenet.yaml", overrides)
-    fit(rows, Preprocess("l2", [(0, _WIDTH, 1.0)]), fit_settings(config, "benchmark"), Context())
+    fit(rows, Preprocess("l2", [(0, _WIDTH, 1.0)]), fit_settings(config, "benchmark"), context)
     for phase in ("pretrain", "refine"):
         # The first epoch warms up.
         seconds = [e["seconds"] for e in seen if e["phase"] == phase][1:]

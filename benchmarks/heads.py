@@ -164,7 +164,7 @@ def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None
         None if graph is None else torch.from_numpy(graph),
     )
     partners = None if graph is None else NeighbourPartners(rows, Ranks())
-    return fit(rows, _preprocess(data, values), fit_settings(parse_config(values), data.name), _Launcher(), partners)
+    return fit(rows, _preprocess(data, values), fit_settings(parse_config(values), data.name), Launcher(), partners)
 
 
 def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:
@@ -172,7 +172,7 @@ def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:
     return Preprocess("scale", (), None, torch.tensor([factor], dtype=torch.float32))
 
 
-class _Launcher:
+class Launcher:
     """The core's Context in one process, without checkpoints."""
 
     rank, world_size, device = 0, 1, torch.device("cpu")

@@ -87,6 +87,12 @@ def test_a_model_is_loaded_and_labels_without_ray():
     assert "raydc.cluster" not in loaded
 
 
+def test_the_way_of_the_rows_to_the_workers_loads_no_torch():
+    script = "import sys, raydc.stages.blocks; assert not {'torch', 'faiss', 'sklearn'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_package_itself_loads_neither_torch_nor_ray():
     script = "import sys, raydc; raydc.Config; assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

@@ -38,10 +38,9 @@ class Perceptron(nn.Sequential):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Return the (N, L) answer of the last layer."""
-        missing = -len(x_ND) % _TILE_ROWS
-        if not missing or not torch.is_grad_enabled() or not torch.is_autocast_enabled(x_ND.device.type):
-            return super().forward(x_ND)
-        if x_ND.device.type != "cpu":
+        cpu = x_ND.device.type == "cpu"
+        missing = -len(x_ND) % _TILE_ROWS if cpu and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") else 0
+        if not missing:
             return super().forward(x_ND)
         return super().forward(nn.functional.pad(x_ND, (0, 0, 0, missing)))[: len(x_ND)]
 
