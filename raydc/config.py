@@ -822,6 +822,15 @@ class Config(Section):
             return [dim]
         return [dim, *self.autoencoder.hidden_dims, self.autoencoder.latent_dim]
 
+    def row_bytes(self, dim: int, itemsize: int) -> int:
+        """Return what a resident row of `dim` numbers of `itemsize` bytes takes in a training worker.
+
+        The row, its key, place and weight, the keys of its neighbours, and two float32 codes where there are codes.
+        """
+        neighbours = self.neighbours.num if self.needs_neighbours else 0
+        codes = 2 * 4 * self.autoencoder.latent_dim if self.learns else 0
+        return dim * itemsize + 20 + 8 * neighbours + codes
+
     def settings(self, stage: str) -> dict[str, Any]:
         """Return the settings that decide the result of `stage`: its own and those of every stage before it."""
         sections = [s for name in _up_to(stage) for s in SECTIONS_OF_STAGE[name]]

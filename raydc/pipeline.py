@@ -1,6 +1,7 @@
 """The ordered stages of a run. A stage that is done already is skipped; the manifest comes last."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,9 @@ def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, An
         if folder.marker(stage.name) is None:
             folder.remove(*stage.writes)
         folder.begin(stage.name, settings[stage.name])
+        if stage.name == "assign":
+            # The driver only waits meanwhile.
+            threading.Thread(target=report.load_libraries, daemon=True).start()
         started = time.perf_counter()
         metrics = stage.run(config, folder)
         seconds = time.perf_counter() - started

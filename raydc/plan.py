@@ -101,7 +101,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     assign = n * (forward + nearest + 2.0 * leaves * dim / max(1.0, n / config.evaluate.baseline_rows))
     # Of an elastic fit: memory must do for the fewest workers, and the time is that of the fewest as well.
     workers = config.fit.fewest_workers
-    shard = -(-trained // workers) * (dim * profile.spec.dtype.itemsize + 16 + 8 * encoder[-1])
+    shard = -(-trained // workers) * config.row_bytes(dim, profile.spec.dtype.itemsize)
     limit = config.fit.resident_bytes
     streamed = limit is not None and shard > limit
     weights = 2 * sum(a * b for a, b in itertools.pairwise(encoder)) + leaves * encoder[-1]

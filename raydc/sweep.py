@@ -136,6 +136,7 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
             config.fit.cpus_per_worker,
             board,
             WatchSettings(**config.watch.model_dump()),
+            config.row_bytes(found.spec.dim, found.spec.dtype.itemsize),
         )
         dataset = slice_dataset(
             folder.lake,

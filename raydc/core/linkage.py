@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.cluster import hierarchy
 
 from raydc.core.linkage_cells import CellCost, Runner, merge_by_cells, run_here
 from raydc.core.linkage_rounds import Trail, merge_all
@@ -326,6 +325,8 @@ def _pairwise(center_KD, weight_K, sse_K, leaves, left_out, linkage: str, metric
         )
     merges = np.empty((0, 4))
     if num_leaves > 1:
+        from scipy.cluster import hierarchy  # It takes half a second, and few trees need it.
+
         merges = hierarchy.linkage(center_KD, linkage)
     if metric != "euclidean":
         merges[:, 2] = merges[:, 2] ** 2 / 2

@@ -2,7 +2,6 @@
 
 import numpy as np
 import numpy.typing as npt
-import scipy.optimize
 import torch
 
 from raydc.core.nearest import squared_distances
@@ -28,6 +27,8 @@ def external(table_KC: npt.NDArray[np.int64]) -> dict[str, float]:
     """
     if table_KC.size == 0 or table_KC.sum() == 0:
         raise ValueError("the table counts no row of a known class")
+    import scipy.optimize  # It takes a while, and a run needs it only at its end.
+
     table = table_KC[table_KC.sum(axis=1) > 0][:, table_KC.sum(axis=0) > 0]
     total = int(table.sum())
     groups, classes = scipy.optimize.linear_sum_assignment(table, maximize=True)

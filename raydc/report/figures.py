@@ -84,7 +84,8 @@ class Drawing:
     svg: Markup
     """For the page: no outside reference, ids of its own, theme colours as CSS variables."""
 
-    png: bytes
+    png: bytes | None = None
+    """For a file; a map has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def map_panel(panel: Panel) -> Drawing:
         figure, axes = _axes(4.4, 4.4)
         _draw_map(axes, panel)
         alt = f"Map of {len(panel.points_N2):,} rows, {panel.title}, coloured by {panel.legend.title.lower()}."
-        return _finish(figure, panel.name, alt)
+        return Drawing(panel.name, alt, _svg(figure, panel.name, alt))
 
 
 def map_sheet(rows: Sequence[Sequence[Panel]]) -> bytes:
@@ -321,7 +322,10 @@ def _plain_log_ticks(axes: Axes, values: npt.NDArray[np.float64], write: Callabl
 
 
 def _finish(figure: Figure, name: str, alt: str) -> Drawing:
-    return Drawing(name, alt, _svg(figure, name, alt), _png(figure))
+    svg = _svg(figure, name, alt)
+    # Everything has its place now; to look for it again would take as long as the drawing.
+    figure.set_layout_engine("none")
+    return Drawing(name, alt, svg, _png(figure))
 
 
 def _png(figure: Figure) -> bytes:

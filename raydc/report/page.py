@@ -17,7 +17,7 @@ from raydc.report import colours, figures, findings, wording
 from raydc.report.cards import MOST_LEAVES, MOST_ROWS, Card, make_cards, matrix
 from raydc.report.colours import Legend
 from raydc.report.figures import Curve, Drawing, Panel
-from raydc.report.projection import LEAST_ROWS, project
+from raydc.report.projection import LEAST_ROWS, project_all
 from raydc.report.verdict import verdict
 from raydc.schema import level_column
 
@@ -140,7 +140,7 @@ def build(data: RunData) -> Page:
         versions=data.header.get("versions") or {},
     )  # fmt: skip
     drawings = [*training, sizes, *([tree] if tree else [])]
-    pngs = {drawing.name: drawing.png for drawing in drawings} | ({"map": found_map.sheet} if found_map.sheet else {})
+    pngs = {d.name: d.png for d in drawings if d.png} | ({"map": found_map.sheet} if found_map.sheet else {})
     return Page(html, pngs, len(cards.cards))
 
 
@@ -176,8 +176,7 @@ def draw_map(data: RunData, leaf_legend: Legend) -> Map:
         by_label = colours.of_labels([None if label is None else str(label) for label in labels])
         by_leaf = colours.matched(by_leaf, by_label)
         legends = [by_leaf, by_label]
-    first = project(before, seed=data.seed)
-    points = [first, project(after, seed=data.seed, start_N2=first)] if refined else [first]
+    points = project_all([before, after] if refined else [before], seed=data.seed)
     titles = ["before refinement", "after refinement"] if refined else ["the clustering space"]
     panels = [
         [Panel(f"map_{way}_{place}", title, p, legend) for place, (title, p) in enumerate(zip(titles, points))]
@@ -199,7 +198,7 @@ def _map_note(num_rows: int, refined: bool, labelled: bool) -> str:
     if refined:
         note += (
             "Before: the autoencoder's code, as k-means first saw it. After: the same rows in the refined space; this "
-            "map starts from the one before it. "
+            "map is turned onto the one before it. "
         )
     else:
         note += "The space was not refined, so there is one map instead of two. "

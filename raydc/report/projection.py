@@ -1,7 +1,10 @@
-"""A flat map of latent rows: t-SNE with a fixed seed."""
+"""Flat maps of latent rows: t-SNE with a fixed seed."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
@@ -18,6 +21,24 @@ _ANGLE = 1.0
 _WIDTH_BEFORE_PCA = 50
 
 
+def project_all(spaces: list[npt.NDArray[np.floating]], *, seed: int) -> list[npt.NDArray[np.float64]]:
+    """Return the map of each space of the same rows, so that they can be compared by eye, the same on every call.
+
+    All start from the two main axes of the first space, in threads beside each other, and are turned onto its map.
+
+    Args:
+        spaces: (N, D) finite rows each; D may differ.
+        seed: of the optimisation.
+
+    Raises:
+        ValueError: fewer than LEAST_ROWS rows.
+    """
+    start = _two_main_axes(_centred(spaces[0]))
+    with threadpool_limits(1), ThreadPoolExecutor(len(spaces)) as threads:
+        first, *others = threads.map(lambda rows: project(rows, seed=seed, start_N2=start), spaces)
+    return [first, *(_to_unit(other @ orthogonal_procrustes(other, first)[0]) for other in others)]
+
+
 def project(
     rows_ND: npt.NDArray[np.floating], *, seed: int, start_N2: npt.NDArray[np.floating] | None = None
 ) -> npt.NDArray[np.float64]:
@@ -28,7 +49,7 @@ def project(
     Args:
         rows_ND: (N, D) finite rows.
         seed: of the optimisation.
-        start_N2: (N, 2) map to start from, so that two maps of the same rows can be compared by eye; default PCA.
+        start_N2: (N, 2) places to start from; default the two main axes.
 
     Returns:
         (N, 2) float64 in the square from -1 to 1, its sides in proportion.
@@ -48,7 +69,7 @@ def project(
 def _project(
     rows_ND: npt.NDArray[np.float64], seed: int, start_N2: npt.NDArray[np.floating] | None
 ) -> npt.NDArray[np.float64]:
-    rows = rows_ND - rows_ND.mean(axis=0)
+    rows = _centred(rows_ND)
     if not rows.any():
         return np.zeros((len(rows), 2))
     if rows.shape[1] > _WIDTH_BEFORE_PCA and len(rows) > _WIDTH_BEFORE_PCA:
@@ -67,6 +88,11 @@ def _project(
         random_state=seed,
     )
     return _to_unit(model.fit_transform(rows.astype(np.float32)).astype(np.float64))
+
+
+def _centred(rows_ND: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    rows = np.asarray(rows_ND, dtype=np.float64)
+    return rows - rows.mean(axis=0)
 
 
 def _two_main_axes(rows_ND: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

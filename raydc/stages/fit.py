@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +44,7 @@ from raydc.core.training import Fitted, fit
 from raydc.core.watch import WatchSettings, signs
 from raydc.errors import DataError, StageError
 from raydc.lease import LeaseLost
+from raydc.memory import available_bytes
 from raydc.model import Model
 from raydc.rundir import RunDir
 from raydc.slices import InputSpec
@@ -73,8 +73,8 @@ class Job:
     num_threads: int
     board: Any
     watch: WatchSettings
-    num_neighbours: int = 0
-    """Neighbours that come with each row."""
+    row_bytes: int
+    """Of a resident row."""
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             config.fit.cpus_per_worker,
             board,
             WatchSettings(**config.watch.model_dump()),
-            config.neighbours.num if config.needs_neighbours else 0,
+            config.row_bytes(profile.spec.dim, profile.spec.dtype.itemsize),
         )
         dataset = slice_dataset(
             run.lake,
@@ -319,9 +319,10 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
         for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             yield part(table, _to_batch(table, job.spec.dim))
 
-    row_bytes = job.spec.dim * job.spec.dtype.itemsize + 12 + 8 * (job.widths[-1] + job.num_neighbours)
-    shard_bytes = math.ceil(job.expected_rows / ranks.world_size) * row_bytes
-    allowed = job.resident_bytes if job.resident_bytes is not None else int(0.6 * _available_bytes())
+    shard_bytes = math.ceil(job.expected_rows / ranks.world_size) * job.row_bytes
+    allowed = job.resident_bytes
+    if allowed is None:
+        allowed = int(0.6 * available_bytes()) // ray.train.get_context().get_local_world_size()
     # Every rank takes the same mode, that of the rank with the least memory.
     streamed = bool(ranks.max(torch.tensor([int(shard_bytes > allowed)]))[0])
     if streamed and job.settings.head is not None:
@@ -368,12 +369,6 @@ def _neighbours(table: pa.Table) -> Tensor | None:
     column = table["neighbours"]
     values = np.concatenate([np.empty(0, np.int64), *(c.flatten().to_numpy() for c in column.chunks)])
     return torch.from_numpy(values.reshape(len(column), column.type.list_size))
-
-
-def _available_bytes() -> int:
-    """Return this worker's part of its machine's free memory."""
-    workers_here = ray.train.get_context().get_local_world_size()
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // workers_here
 
 
 def _metrics(job: Job, rows: Rows, fitted: Fitted, context: RayContext) -> dict[str, Any]:

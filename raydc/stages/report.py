@@ -1,6 +1,9 @@
-"""report: one self-contained HTML page, and its figures as PNG files, from what the earlier stages have left."""
+"""report: one self-contained HTML page, and its figures as PNG files, from what the earlier stages have left.
 
-from typing import Any
+What draws takes a second to load, so it is loaded when it is needed, or by `load_libraries` while a run waits.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -8,14 +11,18 @@ import pyarrow.parquet as pq
 
 from raydc.config import SECTIONS_OF_STAGE, Config
 from raydc.errors import StageError
-from raydc.report.page import RunData, build
 from raydc.rundir import RunDir
+
+if TYPE_CHECKING:
+    from raydc.report.page import RunData
 
 _LEVEL_PREFIX = "level_"
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write report/index.html and report/*.png."""
+    from raydc.report.page import build
+
     page = build(load(config, run))
     html = page.html.encode()
     run.lake.remove(run.uri("report"))
@@ -25,12 +32,19 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     return {"figures": len(page.figures), "bytes": len(html), "leaves_shown": page.num_leaves_shown}
 
 
-def load(config: Config, run: RunDir) -> RunData:
+def load_libraries() -> None:
+    """Import what the page is made with."""
+    import raydc.report.page  # noqa: F401
+
+
+def load(config: Config, run: RunDir) -> "RunData":
     """Return what the page is made from.
 
     Raises:
         StageError: a file that the page cannot do without is not there.
     """
+    from raydc.report.page import RunData
+
     needed = ("run.json", "metrics.json", "leaves.parquet", "tree/linkage.npy", "tree/levels.parquet")
     missing = [name for name in needed if not run.lake.exists(run.uri(name))]
     if missing:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raydc.report.projection import project
+from raydc.report.projection import project, project_all
 
 
 def blobs(num_rows, width=4):
@@ -20,6 +20,21 @@ def test_two_groups_stay_apart_and_a_second_call_gives_the_same_map():
     spread = max(found[group == g].std() for g in (0, 1))
     assert np.hypot(*(centres[0] - centres[1])) > 2 * spread
     assert np.array_equal(found, project(rows, seed=3))
+
+
+def test_maps_of_two_spaces_show_the_same_rows_in_the_same_places():
+    rows, group = blobs(150)
+    # The same space, mirrored and turned, with another noise and other units.
+    turned = 7 * rows[:, ::-1] * [1, -1, 1, -1] + np.random.default_rng(1).normal(size=rows.shape)
+    first, second = project_all([rows, turned], seed=3)
+    for found in (first, second):
+        assert np.abs(found).max() <= 1 + 1e-9
+    places = [[found[group == g].mean(axis=0) for g in (0, 1)] for found in (first, second)]
+    for g in (0, 1):
+        assert np.hypot(*(places[0][g] - places[1][g])) < np.hypot(*(places[0][g] - places[1][1 - g])) / 2
+    again = project_all([rows, turned], seed=3)
+    assert np.array_equal(first, again[0]) and np.array_equal(second, again[1])
+    assert np.array_equal(project_all([rows], seed=3)[0], first)
 
 
 @pytest.mark.parametrize("num_rows", [8, 9, 31])
