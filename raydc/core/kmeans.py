@@ -43,8 +43,9 @@ class LeafSums:
         self.sse_K.index_add_(0, ids_N, squared_N.double() * w)
         # Block by block, on the CPU: as float64 all rows at once would go through memory twice more.
         size = cache_rows(z_ND)
+        room = torch.empty(min(size, len(z_ND)), z_ND.shape[1], dtype=torch.float64, device=z_ND.device)
         for ids, z, weights in zip(ids_N.split(size), z_ND.split(size), w.split(size), strict=True):
-            self.sums_KD.index_add_(0, ids, z.double().mul_(weights[:, None]))
+            self.sums_KD.index_add_(0, ids, torch.mul(z, weights[:, None], out=room[: len(z)]))
 
     def packed(self) -> Tensor:
         """Return all numbers as one (K, D + 2) tensor, for one all-reduce."""

@@ -52,9 +52,9 @@ def test_the_nearest_centre_is_that_of_float64_differences(kind):
 @needs_setting
 def test_the_bound_holds_for_every_pair():
     z, centers = rows_and_centers("decaying", n=512)
-    screen = screening._Screen(centers, 512)
+    screen = screening._Screen(centers)
 
-    row, center = screen.pairs(z)
+    row, center = (torch.from_numpy(ids) for ids in screen.pairs(z))
 
     # With the bound at zero only the apparent first would stay; the true first must be among the pairs of every row.
     kept = torch.zeros(len(z), len(centers), dtype=torch.bool)
@@ -64,13 +64,25 @@ def test_the_bound_holds_for_every_pair():
 
 
 @needs_setting
+def test_the_norms_of_the_centres_come_out_of_the_product_whole():
+    """Three numbers of eight digits each are one of twenty-four; what the product adds to them is taken off again."""
+    _, centers = rows_and_centers("lopsided")
+    screen = screening._Screen(centers)
+    shifted = (centers - centers.mean(dim=0)).double()
+    screen.pairs(centers.mean(dim=0).expand(2, -1).contiguous())
+    half_BK = screen._room_BK[:2].double()
+    torch.testing.assert_close(half_BK[0, :300], 0.5 * shifted.square().sum(dim=1), rtol=1e-6, atol=0)
+    assert torch.isinf(half_BK[:, 300:]).all()
+
+
+@needs_setting
 def test_of_equal_centres_the_lower_id_is_taken_and_many_of_them_are_searched_by_faiss():
     z, centers = rows_and_centers("noise")
     twice = torch.cat([centers, centers])
     assert (screening.screened_nearest(z, twice)[0] < len(centers)).all()
 
     same = centers[:1].expand(300, -1).contiguous()
-    assert screening._Screen(same, 512).pairs(z[:512]) is None
+    assert screening._Screen(same).pairs(z[:512]) is None
     ids, squared = screening.screened_nearest(z, same)
     assert ((ids >= 0) & (ids < 300)).all()
     torch.testing.assert_close(squared.double(), exact(z, same)[:, 0], rtol=1e-4, atol=0)
