@@ -6,6 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydc.core.metrics import external
+from raydc.schema import level_column
+
 DIM = 768
 NUM_CLUSTERS = 1000
 _SPREAD = (1.0, 0.7, 0.5)
@@ -50,3 +53,28 @@ def write(folder: Path, num_rows: int, *, rows_per_file: int = 40_000) -> Path:
         pq.write_table(table, staged, row_group_size=10_000)
         staged.rename(path)
     return folder
+
+
+def quality(labels: Path, rows: Path) -> dict[str, dict[str, float]]:
+    """Return how the labels of a run agree with the planted hierarchy, each of its levels with the one of its size.
+
+    Args:
+        labels: the run's label files, 1:1 beside those of `rows`.
+        rows: the folder that `write` wrote.
+
+    Returns:
+        acc, nmi, ami, ari and purity of the leaves and of the levels of 100 and 10 groups.
+    """
+    columns = {"leaf": 1, level_column(100): 10, level_column(10): 100}
+    tables: dict[str, np.ndarray] = {}
+    for path in sorted(labels.glob("*.parquet")):
+        planted = pq.read_table(rows / path.name, columns=["label"])["label"].to_numpy()
+        found = pq.read_table(path, columns=list(columns))
+        for name, divisor in columns.items():
+            classes = NUM_CLUSTERS // divisor
+            flat = found[name].to_numpy().astype(np.int64) * classes + planted // divisor
+            counts = np.bincount(flat, minlength=NUM_CLUSTERS * classes).reshape(-1, classes)
+            tables[name] = tables.get(name, 0) + counts
+    return {
+        name: {metric: round(value, 4) for metric, value in external(table).items()} for name, table in tables.items()
+    }

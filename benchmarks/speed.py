@@ -219,8 +219,10 @@ def _whole_job(
     if other is not None:
         found["peer"] = other[1]
     entry = entry_of(work, f"{num_rows:,} x 768 float16, K = 1000", "s", found, peer_name=other[0] if other else None)
-    metrics = json.loads((BUILD / "job" / "bench" / "metrics.json").read_text())
-    entry |= {"quality": metrics["quality"], "verdict": metrics["verdict"]["sentence"] if metrics["verdict"] else None}
+    found_run = BUILD / "job" / "bench"
+    metrics = json.loads((found_run / "metrics.json").read_text())
+    entry |= {"quality": planted.quality(found_run / "labels", folder), "baselines": metrics["baselines"]}
+    entry["verdict"] = metrics["verdict"]["sentence"] if metrics["verdict"] else None
     return entry | {"seconds_by_stage": {n: s["seconds"] for n, s in stages.items()}, **_shard_of(num_rows)}, stages
 
 
@@ -231,7 +233,18 @@ def _shard_of(num_rows: int) -> dict[str, Any]:
 
 ROWS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
     f.__name__: f
-    for f in (autoencoder_epoch, dec_epoch, lloyd, assign, assign_encoder, shard, start_up, pipeline, pipeline_kmeans)
+    for f in (
+        autoencoder_epoch,
+        dec_epoch,
+        lloyd,
+        lloyd_spark,
+        assign,
+        assign_encoder,
+        shard,
+        start_up,
+        pipeline,
+        pipeline_kmeans,
+    )
 }
 NEEDS_MNIST = ("autoencoder_epoch", "dec_epoch")
 

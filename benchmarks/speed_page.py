@@ -1,6 +1,5 @@
 """The page and the figure of the speed benchmark."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,14 +59,37 @@ def page(book: Sequence[Entry]) -> str:
             lines += [f"| {name} | {seconds:.1f} |" for name, seconds in e["seconds_by_stage"].items()]
             lines.append("")
         if "quality" in e:
-            lines += [f"- {name}: `{json.dumps(value)}`" for name, value in e["quality"].items()]
-        if e.get("verdict"):
-            lines.append(f"- the run's own words: {e['verdict']}")
-        if "quality_of_peer" in e:
-            lines.append(f"- {e['peer_name']}: `{json.dumps(e['quality_of_peer'])}`")
+            lines += _quality(e)
     lines += ["", "## Made", ""]
     lines += [f"- {text}" for text in dict.fromkeys(_made_line(e) for e in book)]
     return "\n".join(lines) + "\n"
+
+
+def _quality(e: Entry) -> list[str]:
+    """Return a table of the partitions of a whole job against the planted clusters, and what is to be said of them."""
+    names = {"leaf": "leaves, against 1000 planted clusters"}
+    rows = {names.get(n, f"{n.replace('_', ' ')}, against as many above them"): m for n, m in e["quality"].items()}
+    titles = {
+        "raw_kmeans": "k-means on the rows",
+        "autoencoder_kmeans": "k-means on the autoencoder's codes",
+        "learned": "the leaves",
+    }
+    for name, measured in e.get("baselines", {}).items():
+        if "nmi" in measured:
+            rows[f"{titles.get(name, name)}, on a sample of {measured['rows']:,} rows"] = measured
+    lines = ["| partition | ACC | NMI | AMI | ARI | purity |", "|---|---|---|---|---|---|"]
+    for name, measured in rows.items():
+        numbers = (f"{measured[key]:.3f}" for key in ("acc", "nmi", "ami", "ari", "purity"))
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    lines.append("")
+    if e.get("verdict"):
+        lines.append(f"- The run's own words: {e['verdict']}")
+    for layer in e.get("quality_of_peer", {}).get("layers", []):
+        lines.append(
+            f"- {e['peer_name']}: {layer['clusters']:,} clusters, {100 * layer['noise']:.1f} % of the rows in none, "
+            f"NMI {layer['nmi']:.3f} with the noise as a cluster."
+        )
+    return lines
 
 
 def verdicts(book: Sequence[Entry]) -> list[str]:

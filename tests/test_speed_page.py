@@ -45,6 +45,26 @@ def test_each_bound_is_reached_or_missed_in_words():
     assert f"{drift}: 9.09 %, wanted at most 10 %: reached." in lines
 
 
+def test_a_whole_job_is_judged_by_the_planted_clusters_of_each_level():
+    one = {"acc": 0.5, "nmi": 0.75, "ami": 0.7, "ari": 0.4, "purity": 0.6}
+    layers = [{"clusters": 1255, "noise": 0.186, "nmi": 0.908}]
+    whole = entry(
+        "pipeline",
+        "the whole job",
+        peer_name="EVoC",
+        quality={"leaf": one, "level_10": one},
+        baselines={"raw_kmeans": one | {"rows": 2000}},
+        quality_of_peer={"chosen": layers[0], "layers": layers},
+        verdict="Worse.",
+    )
+    text = page([whole])
+    assert "| leaves, against 1000 planted clusters | 0.500 | 0.750 | 0.700 | 0.400 | 0.600 |" in text
+    assert "| level 10, against as many above them | 0.500 |" in text
+    assert "| k-means on the rows, on a sample of 2,000 rows | 0.500 |" in text
+    assert "- The run's own words: Worse." in text
+    assert "- EVoC: 1,255 clusters, 18.6 % of the rows in none, NMI 0.908" in text
+
+
 def test_the_page_shows_every_row_and_the_figure_a_bar_for_each_ratio():
     text = page(BOOK)
     for e in BOOK:
