@@ -138,7 +138,6 @@ def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> No
             print(line)
         return
     run_id = run_id or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    log.info("run %s in %s", run_id, join(absolute(config.output), run_id))
     log.debug("settings: %s", config.model_dump(mode="json"))
     folder = pipeline.run(config, run_id)
     print()

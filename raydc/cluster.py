@@ -21,7 +21,7 @@ from raydc.secrets import masked
 
 log = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 
 
 @ray.remote(num_cpus=0)

@@ -91,6 +91,7 @@ def run(config: Config, run_id: str) -> RunDir:
     settings = {stage.name: config.settings(stage.name) | inputs for stage in stages_of(config)}
     # Other settings are refused before anything starts.
     done = [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
+    log.info("run %s in %s", run_id, folder.root)
     if all(done):
         for stage in stages_of(config):
             log.info(_SKIPPED, stage.name)
