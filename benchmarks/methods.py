@@ -40,7 +40,7 @@ BUILD = ROOT / "build" / "benchmarks" / "methods"
 BOOK = ROOT / "docs" / "methods.json"
 
 METHODS: dict[str, list[str]] = {
-    "raw_kmeans": ["fit.objective=kmeans"],
+    "raw_kmeans": ["fit.objective=kmeans", "cluster.space=codes"],
     "autoencoder_kmeans": ["fit.objective=autoencoder"],
     "sae_kmeans": ["fit.objective=autoencoder", "pretrain.layerwise=true"],
     "dec": ["fit.objective=dec"],

@@ -249,6 +249,12 @@ class ClusterConfig(Section):
     tolerance: float = Field(1e-5, ge=0)
     """Lloyd stops when the inertia falls by a smaller share than this."""
 
+    space: Literal["codes", "directions"] = "codes"
+    """Where k-means looks for the first leaves: among the codes as they are, or among their directions, the codes
+    whitened and scaled to unit length as DeepCluster does it; the centres are then the means of the codes. How long a
+    code is, and how wide each of its axes, serves the reconstruction, and may hide the groups. For few leaves in a
+    narrow code; whitening also widens axes that hold nothing but noise."""
+
 
 class FitConfig(Section):
     """What is learned, and on which workers."""
@@ -776,6 +782,11 @@ class Config(Section):
 
     def _objective_problems(self) -> list[str]:
         found = []
+        if self.cluster.space == "directions" and not self.learns:
+            found.append(
+                f"cluster.space=directions is of codes, and fit.objective={self.fit.objective} learns none. For rows "
+                "of unit length set preprocess.method=l2"
+            )
         if self.fit.teacher is not None and self.fit.objective != "distill":
             found.append(f"fit.teacher has no effect on fit.objective={self.fit.objective}. Set it to distill")
         if self.fit.teacher_level is not None and self.fit.teacher is None:

@@ -3,14 +3,17 @@
 Letters: N rows, K leaves, L width of the code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raydc.core.collectives import Ranks
 from raydc.core.hashing import sample_mask, stream_seed
-from raydc.core.kmeans import KMeans, lloyd, start
+from raydc.core.kmeans import KMeans, leaf_sums, lloyd, reseed, start
+from raydc.core.nearest import nearest
 from raydc.core.objectives.kernel import Kernel, calibrate
 from raydc.core.objectives.snapshot import encode
 from raydc.core.trainer import Trainer
@@ -94,6 +97,75 @@ def run_lloyd(
         num_iterations=plan.num_iterations,
         tolerance=plan.tolerance,
     )
+
+
+Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+def cluster(
+    trainer: Trainer, blocks: Blocks, sample: tuple[Tensor, Tensor], space: str, generator: torch.Generator
+) -> KMeans:
+    """Return the k-means of all rows of all ranks, among the codes or among their directions; centres are codes.
+
+    Args:
+        trainer: for the settings and the ranks.
+        blocks: gives this rank's codes and weights, anew at each call.
+        sample: what `sample_latents` gave, for the FAISS start.
+        space: see raydc.config.ClusterConfig.
+        generator: CPU generator in the same state on all ranks.
+    """
+    seed = stream_seed(trainer.settings.seed, 4)
+    if space == "codes":
+        return run_lloyd(trainer, blocks, faiss_start(trainer, sample, seed), generator)
+    ranks = trainer.ranks
+    turned = Directions.of(blocks(), trainer.settings.latent_dim, ranks)
+    first = faiss_start(trainer, (turned(sample[0]), sample[1]), seed)
+    found = run_lloyd(trainer, lambda: ((turned(z), weights) for z, weights in blocks()), first, generator)
+
+    def assign(z_NL: Tensor) -> tuple[Tensor, Tensor]:
+        return nearest(turned(z_NL), found.centers_KD)[0][:, 0], z_NL.square().sum(dim=1)
+
+    # Distances to the origin, from which those to the means follow when these are known.
+    origin = torch.zeros_like(found.centers_KD)
+    sums = leaf_sums(blocks(), origin, all_sum=ranks.sum, assign=assign)
+    sums = replace(sums, sse_K=sums.sse_around_means(origin))
+    centers = reseed(sums.means(origin).float(), sums, generator)
+    return KMeans(centers, float(sums.sse_K.sum()), found.num_iterations, found.num_reseeded)
+
+
+_LEAST_VARIANCE = 1e-6
+"""Of an axis, as a share of the largest, below which it is left out: it holds rounding."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Codes whitened and scaled to unit length: W (z - mean) / |W (z - mean)|, W W^T the inverse of their covariance.
+
+    Source: Caron, Bojanowski, Joulin, Douze, "Deep Clustering for Unsupervised Learning of Visual Features",
+    arXiv:1807.05520, whose features are whitened and l2-normalised before k-means.
+    """
+
+    mean_L: Tensor
+    whiten_LL: Tensor
+
+    @classmethod
+    def of(cls, blocks: Iterable[tuple[Tensor, Tensor]], width: int, ranks: Ranks) -> "Directions":
+        """Return those of all rows of all ranks, from float64 sums."""
+        sums = torch.zeros(1 + width, 1 + width, dtype=torch.float64, device=ranks.device)
+        for z, weights in blocks:
+            ones_and_z = torch.cat([torch.ones_like(z[:, :1]), z], dim=1).double()
+            sums += (ones_and_z * weights.double()[:, None]).T @ ones_and_z
+        sums = ranks.sum(sums)
+        mean = sums[0, 1:] / sums[0, 0]
+        variances, axes = torch.linalg.eigh(sums[1:, 1:] / sums[0, 0] - torch.outer(mean, mean))
+        kept = variances > _LEAST_VARIANCE * variances.max()
+        widths = torch.where(kept, variances.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+        return cls(mean.float(), (axes * widths).float())
+
+    def __call__(self, z_NL: Tensor) -> Tensor:
+        """Return the (N, L) directions of codes; of the mean itself zeros."""
+        whitened = (z_NL - self.mean_L.to(z_NL.device)) @ self.whiten_LL.to(z_NL.device)
+        return nn.functional.normalize(whitened, dim=1)
 
 
 def calibrated(trainer: Trainer, sample: tuple[Tensor, Tensor], centers_KL: Tensor) -> tuple[Kernel, float]:

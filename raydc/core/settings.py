@@ -31,6 +31,7 @@ class ClusterSettings:
     num_restarts: int
     num_iterations: int
     tolerance: float
+    space: str
 
 
 @dataclass(frozen=True)

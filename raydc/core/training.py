@@ -17,7 +17,15 @@ from raydc.core.autoencoder import Autoencoder, choose_precision, initialize
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import stream_seed
 from raydc.core.kmeans import LeafSums, leaf_sums
-from raydc.core.latents import calibrated, faiss_start, latent_blocks, run_lloyd, sample_latents, shared_sample
+from raydc.core.latents import (
+    calibrated,
+    cluster,
+    faiss_start,
+    latent_blocks,
+    run_lloyd,
+    sample_latents,
+    shared_sample,
+)
 from raydc.core.objectives.build import build, first_look, uses_autoencoder
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, run_pass
@@ -173,8 +181,8 @@ class _Fit:
         encoder = state.autoencoder.encoder if state.autoencoder is not None else None
         blocks = latent_blocks(trainer, encoder, trainer.arithmetic)
         sample = sample_latents(trainer, encoder, settings.cluster.init_rows)
-        first = faiss_start(trainer, sample, stream_seed(settings.seed, 4))
-        found = run_lloyd(trainer, blocks, first, state.generator)
+        space = settings.cluster.space if encoder is not None else "codes"
+        found = cluster(trainer, blocks, sample, space, state.generator)
         state.centers = found.centers_KD
         state.kernel, top_q = calibrated(trainer, sample, found.centers_KD)
         name = "autoencoder_kmeans" if encoder is not None else "raw_kmeans"

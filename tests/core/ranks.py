@@ -44,7 +44,9 @@ SETTINGS = FitSettings(
         layer_epochs=2,
         layer_corruption=0.2,
     ),
-    cluster=ClusterSettings(num_leaves=6, init_rows=10_000, num_restarts=3, num_iterations=30, tolerance=1e-5),
+    cluster=ClusterSettings(
+        num_leaves=6, init_rows=10_000, num_restarts=3, num_iterations=30, tolerance=1e-5, space="codes"
+    ),
     refine=RefineSettings(
         num_epochs=2,
         batch_rows=64,
