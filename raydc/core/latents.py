@@ -99,7 +99,7 @@ def run_lloyd(
     )
 
 
-Blocks = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def cluster(
