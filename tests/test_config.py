@@ -310,3 +310,11 @@ def test_sizes_must_be_as_many_as_leaves():
 def test_the_names_of_the_core_and_the_config_agree_on_who_has_an_autoencoder():
     for objective in FitConfig.model_fields["objective"].annotation.__args__:
         assert uses_autoencoder(objective) == parse_config(LEAST | {"fit": {"objective": objective}}).learns
+
+
+def test_directions_are_refused_where_there_is_no_code():
+    with pytest.raises(
+        ConfigError, match=r"cluster.space=directions is of codes, and fit.objective=kmeans learns none"
+    ):
+        parse_config({"input": {"path": "x"}, "fit": {"objective": "kmeans"}, "cluster": {"space": "directions"}})
+    parse_config({"input": {"path": "x"}, "fit": {"objective": "idec"}, "cluster": {"space": "directions"}})

@@ -139,7 +139,7 @@ _LEAST_VARIANCE = 1e-6
 
 @dataclass(frozen=True)
 class Directions:
-    """Codes whitened and scaled to unit length: W (z - mean) / |W (z - mean)|, W W^T the inverse of their covariance.
+    """Codes whitened and scaled to unit length: W (z - mean) / |W (z - mean)|, W W the inverse of their covariance.
 
     Source: Caron, Bojanowski, Joulin, Douze, "Deep Clustering for Unsupervised Learning of Visual Features",
     arXiv:1807.05520, whose features are whitened and l2-normalised before k-means.
@@ -160,7 +160,8 @@ class Directions:
         variances, axes = torch.linalg.eigh(sums[1:, 1:] / sums[0, 0] - torch.outer(mean, mean))
         kept = variances > _LEAST_VARIANCE * variances.max()
         widths = torch.where(kept, variances.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
-        return cls(mean.float(), (axes * widths).float())
+        # Turned back, so that it does not depend on which way an axis points.
+        return cls(mean.float(), ((axes * widths) @ axes.T).float())
 
     def __call__(self, z_NL: Tensor) -> Tensor:
         """Return the (N, L) directions of codes; of the mean itself zeros."""
