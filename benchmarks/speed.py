@@ -194,7 +194,8 @@ def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
         epochs = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == "pretrain"]
         for work, seconds in (("pretraining epoch", min(epochs)), ("assign stage", stages["assign"]["seconds"])):
             ours = {"ours": {"median": seconds / num_rows * 1e6}}
-            entries.append(entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours))
+            entry = entry_of(f"{work}, seconds per million rows", f"{num_rows:,} x 768", "s", ours)
+            entries.append(entry | {"rows": num_rows})
     return sorted(entries, key=lambda e: e["work"])
 
 

@@ -1,5 +1,6 @@
 """The page and the figure of the speed benchmark."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -134,13 +135,23 @@ def _memory(book: Sequence[Entry]) -> list[str]:
 def _flatness(book: Sequence[Entry]) -> list[str]:
     lines = []
     for work in dict.fromkeys(e["work"] for e in book if "per million rows" in e["work"]):
-        seconds = [e["ours"] for e in book if e["work"] == work]
-        middle = (max(seconds) + min(seconds)) / 2
-        drift = max(seconds) / middle - 1
-        lines.append(
-            _verdict(f"{work}: largest deviation from the middle", 100 * drift, 100 * MOST_DRIFT, " %", most=True)
-        )
+        found = sorted((e["rows"], e["ours"]) for e in book if e["work"] == work)
+        lines.append(_drift(work, [seconds for _, seconds in found]))
+        # Starting the workers takes its time whatever the number of rows.
+        totals = [(rows, rows * seconds) for rows, seconds in found]
+        slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(totals)]
+        if len(slopes) > 1:
+            start = (totals[0][1] - totals[0][0] * slopes[0]) / 1e6
+            numbers = " and ".join(_number(slope) for slope in slopes)
+            lines.append(f"- {work}: {_number(start)} s whatever the rows, then {numbers} s from one size to the next.")
+            lines.append(_drift(f"{work}, from one size to the next", slopes))
     return lines
+
+
+def _drift(work: str, seconds: Sequence[float]) -> str:
+    middle = (max(seconds) + min(seconds)) / 2
+    drift = 100 * (max(seconds) / middle - 1)
+    return _verdict(f"{work}: largest deviation from the middle", drift, 100 * MOST_DRIFT, " %", most=True)
 
 
 def _verdict(what: str, found: float, bound: float, unit: str, *, most: bool = False) -> str:

@@ -45,6 +45,16 @@ def test_each_bound_is_reached_or_missed_in_words():
     assert f"{drift}: 9.09 %, wanted at most 10 %: reached." in lines
 
 
+def test_what_a_stage_takes_before_its_first_row_is_told_apart():
+    work = "assign stage, seconds per million rows"
+    # Ten seconds to start, and 50 for each million rows.
+    book = [entry("pipeline", work, ours=50 + 10e6 / rows, rows=rows) for rows in (100_000, 400_000, 1_000_000)]
+    lines = "\n".join(verdicts(book))
+    assert f"{work}: 10 s whatever the rows, then 50 and 50 s from one size to the next." in lines
+    assert f"{work}: largest deviation from the middle: 42.9 %, wanted at most 10 %: missed." in lines
+    assert f"{work}, from one size to the next: largest deviation from the middle: 0 %, wanted at most" in lines
+
+
 def test_a_whole_job_is_judged_by_the_planted_clusters_of_each_level():
     one = {"acc": 0.5, "nmi": 0.75, "ami": 0.7, "ari": 0.4, "purity": 0.6}
     layers = [{"clusters": 1255, "noise": 0.186, "nmi": 0.908}]
