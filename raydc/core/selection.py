@@ -188,7 +188,7 @@ def recommend(entries: Sequence[Mapping[str, Any]]) -> Recommendation:
     named = ", ".join(f"{v.criterion} {v.num_leaves}" for v in votes if v.num_leaves is not None)
     silent = [v.criterion for v in votes if v.num_leaves is None]
     text = f"K = {chosen} is recommended, the median of {len(said)} votes ({named})"
-    text += f"; {', '.join(silent)} abstain." if silent else "."
+    text += f"; {', '.join(silent)} abstain{'s' if len(silent) == 1 else ''}." if silent else "."
     if len(said) == 1:
         text += " One vote is little to go by."
     elif not agree:
