@@ -115,7 +115,7 @@ def _memory(book: Sequence[Entry]) -> list[str]:
         peaks = e["peaks"].get("ours", {})
         if "rows" not in e:
             continue
-        where = f"{e['rows']:,} rows"
+        where = f"{e['rows']:,} rows, {e['work'].removeprefix('the whole job, ')}"
         if "driver" in peaks:
             lines.append(_verdict(f"driver at {where}", peaks["driver"], MOST_DRIVER_MIB, " MiB", most=True))
         if "training worker" in peaks:

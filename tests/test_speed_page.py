@@ -34,15 +34,15 @@ BOOK = [
 
 def test_each_bound_is_reached_or_missed_in_words():
     lines = "\n".join(verdicts(BOOK))
+    work = "pretraining epoch, seconds per million rows"
     assert "autoencoder epoch beside ClustPy: 2.9, wanted at least 3: missed." in lines
     assert "autoencoder epoch beside the limit: 0.95, wanted at least 0.909: reached." in lines
     assert "Lloyd iteration beside Spark MLlib: 20, wanted at least 15: reached." in lines
     assert "beyond bare Ray: 4 s, wanted at most 3 s: missed." in lines
-    assert "driver at 100 rows: 650 MiB, wanted at most 700 MiB: reached." in lines
-    assert "beyond its shard at 100 rows: 1,900 MiB, wanted at most 1,536 MiB: missed." in lines
-    assert "beyond its shard at 1,000 rows: 1,000 MiB, wanted at most 1,536 MiB: reached." in lines
-    drift = "pretraining epoch, seconds per million rows: largest deviation from the middle"
-    assert f"{drift}: 9.09 %, wanted at most 10 %: reached." in lines
+    assert f"driver at 100 rows, {work}: 650 MiB, wanted at most 700 MiB: reached." in lines
+    assert f"beyond its shard at 100 rows, {work}: 1,900 MiB, wanted at most 1,536 MiB: missed." in lines
+    assert f"beyond its shard at 1,000 rows, {work}: 1,000 MiB, wanted at most 1,536 MiB: reached." in lines
+    assert f"{work}: largest deviation from the middle: 9.09 %, wanted at most 10 %: reached." in lines
 
 
 def test_what_a_stage_takes_before_its_first_row_is_told_apart():
