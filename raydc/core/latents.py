@@ -20,13 +20,24 @@ from raydc.core.trainer import Trainer
 
 
 def latent_blocks(
-    trainer: Trainer, encoder: nn.Module | None, arithmetic: str
+    trainer: Trainer, encoder: nn.Module | None, arithmetic: str, *, keep: bool = True
 ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """Return a source of (z, weights) blocks: codes are kept in memory, plain rows are read again each time."""
-    rows, preprocess, size = trainer.rows, trainer.preprocess, trainer.settings.block_rows
-    if encoder is None:
-        return lambda: ((preprocess(b.x_ND), b.weights_N) for b in rows.blocks(size))
-    kept = [(encode(encoder, preprocess(b.x_ND), arithmetic), b.weights_N) for b in rows.blocks(size)]
+    """Return a source of (z, weights) blocks: codes are kept in memory, or made anew each time; plain rows always are.
+
+    Args:
+        trainer: for the rows.
+        encoder: None for the preprocessed rows.
+        arithmetic: of the encoder.
+        keep: False where one pass is all.
+    """
+
+    def anew() -> Iterator[tuple[Tensor, Tensor]]:
+        for b in trainer.rows.blocks(trainer.settings.block_rows):
+            yield encode(encoder, trainer.preprocess(b.x_ND), arithmetic), b.weights_N
+
+    if encoder is None or not keep:
+        return anew
+    kept = list(anew())
     return lambda: iter(kept)
 
 

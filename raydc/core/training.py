@@ -271,9 +271,10 @@ class _Fit:
         """Return the clustering with the statistics of all rows under it."""
         state = self.state
         clustering = self._clustering()
-        blocks = latent_blocks(self.trainer, clustering.encoder, "float32")
+        twice = clustering.predictor is not None
+        blocks = latent_blocks(self.trainer, clustering.encoder, "float32", keep=twice)
         leaves = leaf_sums(blocks(), clustering.centers_KL, all_sum=self.ranks.sum, assign=clustering.assign)
-        if clustering.predictor is not None:
+        if twice:
             # Its leaves have no centres of their own: their means serve, and the distances are taken anew from them.
             clustering = replace(clustering, centers_KL=leaves.means(clustering.centers_KL).float())
             leaves = leaf_sums(blocks(), clustering.centers_KL, all_sum=self.ranks.sum, assign=clustering.assign)

@@ -126,6 +126,9 @@ class Refresh:
         num_leaves = len(self._f)
         f, sizes, (count, changed, top) = sums[:num_leaves], sums[num_leaves:-3], sums[-3:].tolist()
         snapshot = Snapshot(copy.deepcopy(self._encoder).eval(), self._centers.clone(), f)
+        if self._previous is not None:
+            # Its codes are as large as those that take their place.
+            self._previous.z_NL = None
         if self._resident:
             empty = torch.empty((0, self._centers.shape[1]), device=f.device)
             snapshot.z_NL = torch.cat(self._kept_z) if self._kept_z else empty
