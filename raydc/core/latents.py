@@ -17,11 +17,12 @@ from raydc.core.nearest import nearest
 from raydc.core.objectives.kernel import Kernel, calibrate
 from raydc.core.objectives.snapshot import encode
 from raydc.core.trainer import Trainer
+from raydc.core.watch import mean_and_covariance, products
+
+Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
-def latent_blocks(
-    trainer: Trainer, encoder: nn.Module | None, arithmetic: str, *, keep: bool = True
-) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+def latent_blocks(trainer: Trainer, encoder: nn.Module | None, arithmetic: str, *, keep: bool = True) -> Blocks:
     """Return a source of (z, weights) blocks: codes are kept in memory, or made anew each time; plain rows always are.
 
     Args:
@@ -94,7 +95,7 @@ def faiss_start(trainer: Trainer, sample: tuple[Tensor, Tensor], seed: int) -> T
 
 def run_lloyd(
     trainer: Trainer,
-    blocks: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    blocks: Blocks,
     centers_KL: Tensor,
     generator: torch.Generator,
 ) -> KMeans:
@@ -108,9 +109,6 @@ def run_lloyd(
         num_iterations=plan.num_iterations,
         tolerance=plan.tolerance,
     )
-
-
-Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def cluster(
@@ -164,11 +162,9 @@ class Directions:
         """Return those of all rows of all ranks, from float64 sums."""
         sums = torch.zeros(1 + width, 1 + width, dtype=torch.float64, device=ranks.device)
         for z, weights in blocks:
-            ones_and_z = torch.cat([torch.ones_like(z[:, :1]), z], dim=1).double()
-            sums += (ones_and_z * weights.double()[:, None]).T @ ones_and_z
-        sums = ranks.sum(sums)
-        mean = sums[0, 1:] / sums[0, 0]
-        variances, axes = torch.linalg.eigh(sums[1:, 1:] / sums[0, 0] - torch.outer(mean, mean))
+            sums += products(z, weights)
+        mean, covariance = mean_and_covariance(ranks.sum(sums))
+        variances, axes = torch.linalg.eigh(covariance)
         kept = variances > _LEAST_VARIANCE * variances.max()
         widths = torch.where(kept, variances.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
         # Turned back, so that it does not depend on which way an axis points.

@@ -71,10 +71,21 @@ class SpaceWatch:
         if (self._calls - 1) % self._stride or not isinstance(codes, Tensor) or codes.ndim != 2 or not len(codes):
             return
         with torch.no_grad():
-            # A column of ones: the product holds the number of rows, their sum and their products at once.
-            z = torch.cat([torch.ones_like(codes[:, :1]), codes.detach()], dim=1).double()
-            found = z.T @ z
+            found = products(codes.detach())
             self._sums = found if self._sums is None else self._sums + found
+
+
+def products(z_NL: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Return the (1 + L, 1 + L) float64 sum of w v v^T over rows v = (1, z): their number, sum and products at once."""
+    v = torch.cat([torch.ones_like(z_NL[:, :1]), z_NL], dim=1).double()
+    return (v if weights_N is None else v * weights_N.double()[:, None]).T @ v
+
+
+def mean_and_covariance(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (L,) and the covariance (L, L) of the rows of `products`; zeros of none."""
+    weight = sums[0, 0].clamp_min(torch.finfo(torch.float64).tiny)
+    mean = sums[0, 1:] / weight
+    return mean, sums[1:, 1:] / weight - torch.outer(mean, mean)
 
 
 def effective_rank(sums: Tensor) -> float:
@@ -87,9 +98,7 @@ def effective_rank(sums: Tensor) -> float:
 
     Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
     """
-    count = sums[0, 0].clamp_min(1.0)
-    mean = sums[0, 1:] / count
-    covariance = sums[1:, 1:] / count - torch.outer(mean, mean)
+    mean, covariance = mean_and_covariance(sums)
     # Of a point, what is left is rounding of its products. Codes that are not finite have no rank either.
     if not torch.isfinite(covariance).all() or covariance.trace() <= 1e-12 * float(mean @ mean):
         return 0.0
