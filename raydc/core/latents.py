@@ -111,23 +111,20 @@ def run_lloyd(
     )
 
 
-def cluster(
-    trainer: Trainer, blocks: Blocks, sample: tuple[Tensor, Tensor], space: str, generator: torch.Generator
-) -> KMeans:
+def cluster(trainer: Trainer, blocks: Blocks, sample: tuple[Tensor, Tensor], generator: torch.Generator) -> KMeans:
     """Return the k-means of all rows of all ranks, among the codes or among their directions; centres are codes.
 
     Args:
         trainer: for the settings and the ranks.
         blocks: gives this rank's codes and weights, anew at each call.
         sample: what `sample_latents` gave, for the FAISS start.
-        space: see raydc.config.ClusterConfig.
         generator: CPU generator in the same state on all ranks.
     """
     seed = stream_seed(trainer.settings.seed, 4)
-    if space == "codes":
+    if trainer.settings.cluster.space == "codes":
         return run_lloyd(trainer, blocks, faiss_start(trainer, sample, seed), generator)
     ranks = trainer.ranks
-    turned = Directions.of(blocks(), trainer.settings.latent_dim, ranks)
+    turned = Directions.of(blocks(), sample[0].shape[1], ranks)
     first = faiss_start(trainer, (turned(sample[0]), sample[1]), seed)
     found = run_lloyd(trainer, lambda: ((turned(z), weights) for z, weights in blocks()), first, generator)
 

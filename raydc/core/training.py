@@ -181,8 +181,7 @@ class _Fit:
         encoder = state.autoencoder.encoder if state.autoencoder is not None else None
         blocks = latent_blocks(trainer, encoder, trainer.arithmetic)
         sample = sample_latents(trainer, encoder, settings.cluster.init_rows)
-        space = settings.cluster.space if encoder is not None else "codes"
-        found = cluster(trainer, blocks, sample, space, state.generator)
+        found = cluster(trainer, blocks, sample, state.generator)
         state.centers = found.centers_KD
         state.kernel, top_q = calibrated(trainer, sample, found.centers_KD)
         name = "autoencoder_kmeans" if encoder is not None else "raw_kmeans"

@@ -59,11 +59,11 @@ def test_groups_along_a_narrow_axis_are_found_and_the_centres_are_means_of_the_c
     wide, narrow = 10 * rng.normal(size=600), 2.0 * group - 1 + 0.1 * rng.normal(size=600)
     z = torch.from_numpy(np.stack([wide, narrow], axis=1)).float()
     weights = torch.ones(600)
-    plan = replace(SETTINGS.cluster, num_leaves=2, num_restarts=5)
-    trainer = SimpleNamespace(settings=replace(SETTINGS, latent_dim=2, cluster=plan), ranks=Ranks())
 
     def found_in(space):
-        return cluster(trainer, lambda: iter([(z, weights)]), (z, weights), space, torch.Generator())
+        plan = replace(SETTINGS.cluster, num_leaves=2, num_restarts=5, space=space)
+        trainer = SimpleNamespace(settings=replace(SETTINGS, cluster=plan), ranks=Ranks())
+        return cluster(trainer, lambda: iter([(z, weights)]), (z, weights), torch.Generator())
 
     plain, turned = found_in("codes"), found_in("directions")
     assert abs(float(plain.centers_KD[0, 0] - plain.centers_KD[1, 0])) > 10
