@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from raydc.config import Config
-from raydc.errors import ConfigError, StageError
+from raydc.errors import ConfigError, StageError, StorageUnavailable
 from raydc.lake import absolute
 from raydc.rundir import RunDir
 from raydc.schema import RUN_COLUMN
+from raydc.secrets import masked
 
 _Result = TypeVar("_Result")
 
@@ -63,6 +64,10 @@ class Registered:
 
 class Conflict(Exception):
     """Another writer committed first; the commit may be tried again on what is there now."""
+
+
+class BrokenOff(Exception):
+    """An answer of the store ended early; nobody knows if the commit is in, and the next try finds out."""
 
 
 def check(config: Config, run: RunDir) -> None:
@@ -156,21 +161,33 @@ def refuse_append(name: str, run_id: str, num_files: int) -> None:
 
 
 def with_retries(name: str, attempt: Callable[[], _Result]) -> _Result:
-    """Return what `attempt` gives, tried again on Conflict a bounded number of times, with growing random pauses.
+    """Return what `attempt` gives, tried again on Conflict and BrokenOff, with growing random pauses.
 
     Raises:
-        StageError: the last one was a conflict too.
+        StageError: the last try of COMMIT_TRIES was a conflict too.
+        StorageUnavailable: the last try was broken off too.
     """
+    last: Conflict | BrokenOff
     for number in range(COMMIT_TRIES):
         try:
             return attempt()
-        except Conflict as conflict:
-            last = conflict
+        except (Conflict, BrokenOff) as error:
+            last = error
             time.sleep(random.uniform(0, 0.05 * 2**number))
+    if isinstance(last, BrokenOff):
+        raise unavailable(name, str(last)) from last
     raise StageError(
         f"publish: {name} was changed by others during {COMMIT_TRIES} commits in a row: {last}. The same command tries "
         "again."
     ) from last
+
+
+def unavailable(name: str, said: str) -> StorageUnavailable:
+    """Return the error that says that the store of a table gave no good answer, without secrets."""
+    return StorageUnavailable(
+        f"publish: {name}: {masked(said)}. Check that the store is up and the settings of storage are right; the same "
+        "command continues."
+    )
 
 
 def below(folder: str, uri: str) -> str | None:

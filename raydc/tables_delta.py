@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from raydc.config import Config, StorageConfig
-from raydc.errors import StorageUnavailable
 from raydc.lake import Lake
 from raydc.rundir import RunDir
 from raydc.schema import RUN_COLUMN
-from raydc.secrets import masked
 from raydc.tables import (
+    BrokenOff,
     Conflict,
     LabelFile,
     Registered,
@@ -28,9 +28,15 @@ from raydc.tables import (
     check_schema,
     content_version,
     refuse_append,
+    unavailable,
     with_retries,
     with_run_column,
 )
+
+# Delta's client (object_store) says this where it asked again in vain. It does not ask again if a listing ends early,
+# nor if the answer to a commit is lost, which may be in then.
+_ASKED_AGAIN = re.compile(r"after \d+ retries")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], schema: pa.Schema) -> Registered:
@@ -61,12 +67,14 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
         try:
             return _commit_once(target, actions, content_version(files))
         except CommitFailedError as error:
-            raise Conflict(str(error).splitlines()[0]) from error
-        except OSError as error:
-            raise StorageUnavailable(
-                f"publish: {target.name}: {masked(str(error).splitlines()[0])}. Check that the store is up and the "
-                "settings of storage are right; the same command continues."
-            ) from error
+            raise Conflict(_said(error)) from error
+        except (DeltaError, OSError) as error:
+            said = _said(error)
+            if _ASKED_AGAIN.search(said):
+                raise unavailable(target.name, said) from error
+            if isinstance(error, OSError) or "HTTP error" in said:
+                raise BrokenOff(said) from error
+            raise
 
     return with_retries(target.name, attempt)
 
@@ -166,6 +174,12 @@ def storage_options(section: StorageConfig) -> dict[str, str]:
         "connect_timeout": f"{section.timeout_seconds:g} seconds",
     }
     return {key: value for key, value in found.items() if value}
+
+
+def _said(error: Exception) -> str:
+    """Return the text of an error of Delta, which may be a tree of lines in colours, in one line."""
+    lines = _COLOURS.sub("", str(error)).splitlines()
+    return ": ".join(line.strip(" ↳") for line in lines)
 
 
 def _add_action(run: RunDir, target: _Target, file: LabelFile) -> AddAction:

@@ -73,6 +73,7 @@ class _Burst:
     until: float
     requests: float
     methods: Sequence[str] | None
+    part: str
 
 
 class FaultyS3:
@@ -122,10 +123,14 @@ class FaultyS3:
         seconds: float = float("inf"),
         requests: float = float("inf"),
         methods: Sequence[str] | None = None,
+        part: str = "",
     ) -> None:
-        """Make every request fail from now on, for a time or a number of requests; of some methods or of all."""
+        """Make every request fail from now on, for a time or a number of requests.
+
+        Of some methods or of all, and where the path with its query holds `part`.
+        """
         with self._lock:
-            self._bursts.append(_Burst(kind, time.monotonic() + seconds, requests, methods))
+            self._bursts.append(_Burst(kind, time.monotonic() + seconds, requests, methods, part))
 
     def heal(self) -> None:
         """End all bursts and answer everything well."""
@@ -145,7 +150,7 @@ class FaultyS3:
     def _choose(self, method: str, path: str) -> str | None:
         key = (method, path)
         with self._lock:
-            fault = self._of_a_burst(method)
+            fault = self._of_a_burst(method, path)
             if fault is None and self.share and self.kinds and self._in_a_row[key] < self._most_in_a_row:
                 drawn = hashlib.sha256(repr((self._seed, key, self._asked[key])).encode()).digest()
                 if int.from_bytes(drawn[:8], "big") < self.share * 2**64:
@@ -155,11 +160,11 @@ class FaultyS3:
             self.seen.append(Seen(method, path, fault))
         return fault
 
-    def _of_a_burst(self, method: str) -> str | None:
+    def _of_a_burst(self, method: str, path: str) -> str | None:
         now = time.monotonic()
         self._bursts = [b for b in self._bursts if b.until > now and b.requests > 0]
         for burst in self._bursts:
-            if burst.methods is None or method in burst.methods:
+            if (burst.methods is None or method in burst.methods) and burst.part in path:
                 burst.requests -= 1
                 return burst.kind
         return None

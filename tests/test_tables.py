@@ -24,6 +24,7 @@ from raydc.rundir import RunDir
 from raydc.schema import MANIFEST, labels_schema
 from raydc.stages import publish
 from raydc.tables import LabelFile
+from tests.faulty_s3 import FaultyS3
 from tests.stages.runs import fill, labelled_run
 
 FORMATS = ("delta", "iceberg")
@@ -404,6 +405,41 @@ def test_a_store_that_is_down_ends_the_commit_with_one_clear_error(form, tmp_pat
             config = config.model_copy(update={"publish": config.publish.model_copy(update={"iceberg": section})})
             tables.register(config, runs.run("r1"), files, labels(0).schema)
     assert "the same command continues" in str(caught.value)
+
+
+@pytest.mark.s3
+def test_answers_that_end_early_neither_stop_a_commit_nor_double_it(bucket, s3_endpoint):
+    runs = Runs(bucket, "delta", Lake(endpoint_url=s3_endpoint))
+    settings = {"region": "us-east-1", "timeout_seconds": 5}
+    with FaultyS3(s3_endpoint) as faulty:
+        for number in range(6):
+            files = runs.write(f"r{number}", a=labels(10 * number))
+            # Delta's client asks no second time after either.
+            faulty.burst("cut", requests=number % 3, part="list-type")
+            faulty.burst("cut", requests=number % 2, methods=["PUT"])
+            first = runs.commit(f"r{number}", files, endpoint_url=faulty.url, **settings)
+            again = runs.commit(f"r{number}", files, endpoint_url=faulty.url, **settings)
+            assert not again.committed
+            assert again.version == first.version
+        assert sum("list-type" in seen.path for seen in faulty.seen if seen.fault) == 6
+        assert sum(seen.method == "PUT" for seen in faulty.seen if seen.fault) == 3
+    where = tables_delta.storage_options(runs.config(endpoint_url=s3_endpoint, region="us-east-1").storage)
+    table = DeltaTable(bucket, storage_options=where)
+    assert table.version() == 6
+    assert sorted(table.to_pyarrow_table()["id"].to_pylist()) == list(range(60))
+
+
+def test_a_store_that_always_breaks_off_is_said_to_be_unavailable(monkeypatch):
+    tries = []
+
+    def broken():
+        tries.append(1)
+        raise tables.BrokenOff("Error getting list response body")
+
+    monkeypatch.setattr(tables.time, "sleep", lambda seconds: None)
+    with pytest.raises(StorageUnavailable, match=r"the table: Error getting list.* command continues"):
+        tables.with_retries("the table", broken)
+    assert len(tries) == tables.COMMIT_TRIES
 
 
 @pytest.mark.s3
