@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from raydc.core.autoencoder import perceptron
 from raydc.core.nearest import SquaredDistances, cache_rows
+from raydc.core.nearest import block_rows as rows_at_once
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.predictor import Predictor, build_predictor
 from raydc.core.preprocess import Preprocess
@@ -97,7 +98,7 @@ class Model:
 
         Args:
             x: (N, D) numpy array or tensor of any float type; nothing is normalised beforehand.
-            block_rows: rows at once; peak memory about 4 * block_rows * (widest layer) bytes.
+            block_rows: most rows at once; peak memory about 4 * block_rows * (widest layer) bytes.
 
         Raises:
             ValueError: x is not two-dimensional or not D wide.
@@ -107,7 +108,7 @@ class Model:
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"expected rows of shape (N, {self.dim}), got {tuple(rows.shape)}")
         device = self.centers_KL.device
-        parts = [self._encode_block(block.to(device)) for block in rows.split(block_rows)]
+        parts = [self._encode_block(block.to(device)) for block in rows.split(rows_at_once(device, block_rows))]
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty((0, self.centers_KL.shape[1]), device=device)

@@ -1,5 +1,7 @@
 """Randomness as a pure function of (seed, row key): the same on any number of workers, in any order of arrival."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -31,6 +33,35 @@ def hash_keys(keys: Tensor, seed: int) -> Tensor:
 def uniform(keys: Tensor, seed: int) -> Tensor:
     """Return a float64 number in [0, 1) for each int64 key."""
     return _shift_right(hash_keys(keys, seed), 11).double() * 2.0**-53
+
+
+def permuted(keys: Tensor, size: int, seed: int) -> Tensor:
+    """Return the place of each key in a random order of the numbers below `size`: no two keys share one.
+
+    Each rank computes the places of its own keys alone.
+
+    Args:
+        keys: int64, each at least 0 and below `size`.
+        size: at most 2^62.
+        seed: another one gives another order.
+
+    Source: a Feistel network is a permutation whatever its round function (Luby, Rackoff, "How to construct
+    pseudorandom permutations", 1988); one of a few bits too many is applied until the number is below `size` again
+    (Black, Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+    """
+    half = max(1, math.ceil((size - 1).bit_length() / 2))
+    mask = (1 << half) - 1
+
+    def once(places: Tensor) -> Tensor:
+        left, right = places >> half, places & mask
+        for number in range(4):
+            left, right = right, left ^ (hash_keys(right, seed + number) & mask)
+        return (left << half) | right
+
+    places = once(keys)
+    while len(outside := torch.nonzero(places >= size)[:, 0]):
+        places[outside] = once(places[outside])
+    return places
 
 
 def normal(keys: Tensor, seed: int) -> Tensor:

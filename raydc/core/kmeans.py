@@ -16,6 +16,8 @@ _FAISS_ITERATIONS = 25
 
 _SAME_INERTIA = 1e-6
 
+_BLOCK_ROWS = 16384
+
 
 @dataclass(frozen=True)
 class LeafSums:
@@ -102,8 +104,8 @@ def start(
     n, dim = sample_ND.shape
     if n < num_leaves:
         raise ValueError(f"{num_leaves} leaves need at least as many rows, the sample has {n}")
-    shift = sample_ND.double().mean(dim=0).float()
-    rows = np.ascontiguousarray((sample_ND - shift).numpy(), np.float32)
+    shift = _offset(sample_ND)
+    rows = np.ascontiguousarray((sample_ND if shift is None else sample_ND - shift).numpy(), np.float32)
     weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N.numpy()
     best, least = None, math.inf
     for restart in range(num_restarts):
@@ -120,13 +122,27 @@ def start(
         )
         kmeans.train(rows, weights)
         centers = torch.from_numpy(np.array(kmeans.centroids))
-        squared = nearest(torch.from_numpy(rows), centers)[1][:, 0].double()
+        blocks = torch.from_numpy(rows).split(_BLOCK_ROWS)
+        squared = torch.cat([nearest(block, centers)[1][:, 0] for block in blocks]).double()
         inertia = float(squared.sum() if weights_N is None else squared @ weights_N.double())
         # Two starts that end with the same leaves, in another order, differ by rounding, which must not choose.
         if inertia < least * (1.0 - _SAME_INERTIA):
             best, least = centers, inertia
     assert best is not None
-    return best + shift
+    return best if shift is None else best + shift
+
+
+def _offset(z_ND: Tensor) -> Tensor | None:
+    """Return the (D,) mean of rows if it is longer than they are spread around it; else None.
+
+    FAISS takes |z|^2 - 2 z.c + |c|^2, which loses digits where rows share such an offset. Without it no copy is needed.
+    """
+    mean_D, square = torch.zeros(z_ND.shape[1], dtype=torch.float64), 0.0
+    for block in z_ND.split(_BLOCK_ROWS):
+        z = block.double()
+        mean_D += z.sum(dim=0) / len(z_ND)
+        square += float(z.square().sum()) / len(z_ND)
+    return mean_D.float() if 2.0 * float(mean_D @ mean_D) > square else None
 
 
 def lloyd(

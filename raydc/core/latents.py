@@ -15,7 +15,8 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.kmeans import KMeans, leaf_sums, lloyd, reseed, start
 from raydc.core.nearest import nearest
 from raydc.core.objectives.kernel import Kernel, calibrate
-from raydc.core.objectives.snapshot import encode
+from raydc.core.objectives.snapshot import compact, encode
+from raydc.core.rows import joined
 from raydc.core.trainer import Trainer
 from raydc.core.watch import mean_and_covariance, products
 
@@ -33,13 +34,13 @@ def latent_blocks(trainer: Trainer, encoder: nn.Module | None, arithmetic: str, 
     """
 
     def anew() -> Iterator[tuple[Tensor, Tensor]]:
-        for b in trainer.rows.blocks(trainer.settings.block_rows):
+        for b in trainer.rows.blocks(trainer.block_rows):
             yield encode(encoder, trainer.preprocess(b.x_ND), arithmetic), b.weights_N
 
     if encoder is None or not keep:
         return anew
-    kept = list(anew())
-    return lambda: iter(kept)
+    kept = [(compact(z), weights) for z, weights in anew()]
+    return lambda: ((z.float(), weights) for z, weights in kept)
 
 
 def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -52,13 +53,16 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     width = rows.dim if encoder is None else trainer.settings.latent_dim
     keys = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
     values, weights = [torch.empty((0, width), device=ranks.device)], [torch.empty(0, device=ranks.device)]
-    for batch in rows.blocks(trainer.settings.block_rows):
+    for batch in rows.blocks(trainer.block_rows):
         chosen = torch.from_numpy(sample_mask(batch.keys_N.cpu().numpy(), seed, fraction)).to(batch.x_ND.device)
         keys.append(batch.keys_N[chosen])
         weights.append(batch.weights_N[chosen])
         values.append(encode(encoder, trainer.preprocess(batch.x_ND[chosen]), trainer.arithmetic))
-    order = ranks.gather_rows(torch.cat(keys)).argsort()
-    return ranks.gather_rows(torch.cat(values))[order], ranks.gather_rows(torch.cat(weights))[order]
+    key_N, z_NL, weights_N = (ranks.gather_rows(joined(parts)) for parts in (keys, values, weights))
+    if bool((key_N[1:] >= key_N[:-1]).all()):
+        return z_NL, weights_N
+    order = key_N.argsort()
+    return z_NL[order], weights_N[order]
 
 
 def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> Tensor:

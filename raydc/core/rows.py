@@ -1,9 +1,11 @@
 """A rank's share of the rows: resident in memory, or streamed anew for each pass. Letters: N rows, D width.
 
-Which rank holds which row changes from run to run, so the batches do not depend on it: in an epoch of T steps a row
-belongs to step `hash(row key, seed of the epoch) mod T`, and a step's loss is divided by the global weight of the step.
+Which rank holds which row changes from run to run, so the batches do not depend on it: an epoch has a random order of
+the row keys, which each rank computes for its own rows, and its T steps are equal parts of that order. A step's loss is
+divided by the global weight of the step.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raydc.core.collectives import Ranks
-from raydc.core.hashing import hash_keys
+from raydc.core.hashing import hash_keys, permuted
 
 _MARGIN = 1.1
 """A worker may get somewhat more than its even share."""
@@ -69,6 +71,8 @@ class ResidentRows:
         self.dim = x_ND.shape[1]
         self.num_local = len(x_ND)
         self.num_rows = int(ranks.sum(torch.tensor([self.num_local])))
+        # Keys that are left out leave gaps, and steps of unequal sizes.
+        self._size = 1 + int(ranks.max(keys_N[-1:] if self.num_local else torch.tensor([0]))[0])
 
     @property
     def keys_N(self) -> Tensor:
@@ -116,9 +120,13 @@ class ResidentRows:
             yield self.take(torch.arange(start, min(start + block_rows, self.num_local)))
 
     def steps(self, batch_rows: int, epoch_seed: int) -> Iterator[Step]:
-        """Yield the steps of one epoch: the same number on every rank, every row in exactly one."""
+        """Yield the steps of one epoch: the same number on every rank, every row in exactly one.
+
+        Where the keys count the rows, all steps have as many rows, give or take one. The layers' kernels are made for a
+        number of rows, and odd ones are slower.
+        """
         num_steps = self.num_steps(batch_rows)
-        step_of_row = hash_keys(self._keys, epoch_seed).remainder(num_steps)
+        step_of_row = permuted(self._keys, self._size, epoch_seed) * num_steps // self._size
         order = step_of_row.argsort(stable=True)
         sizes = torch.bincount(step_of_row, minlength=num_steps).tolist()
         local = torch.zeros(num_steps, dtype=torch.float64).index_add_(0, step_of_row, self._weights.double())
@@ -227,6 +235,19 @@ class StreamedRows:
 
 
 Rows = ResidentRows | StreamedRows
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Return the rows of all parts, in their order, as one tensor; the list is emptied, so that none is held twice."""
+    rows = sum(len(part) for part in parts)
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    whole = torch.empty((rows, *parts[0].shape[1:]), dtype=dtype, device=parts[0].device)
+    # From the end: what a process took last it can give back to the system.
+    while parts:
+        part = parts.pop()
+        whole[rows - len(part) : rows] = part
+        rows -= len(part)
+    return whole
 
 
 def _mix(pool: list[Batch], seed: int) -> Batch:

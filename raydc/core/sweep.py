@@ -20,7 +20,7 @@ from raydc.core import checkpoint, metrics
 from raydc.core.agreement import Neighbours, agreement, nearest_neighbours
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import stream_seed
-from raydc.core.nearest import own_and_other
+from raydc.core.nearest import block_rows, own_and_other
 from raydc.core.objectives.dec import divergence, log_target
 from raydc.core.objectives.kernel import log_soft_assign
 from raydc.core.objectives.snapshot import encode
@@ -169,7 +169,7 @@ def _criteria(
 ) -> dict[str, Any]:
     """Return the criteria that are made from sums over all rows of all ranks."""
     ranks = Ranks(context.rank, context.world_size, context.device)
-    found, size = fitted.clustering, settings.block_rows
+    found, size = fitted.clustering, block_rows(ranks.device, settings.block_rows)
     shared, num_leaves = _shared_encoder(fitted, ranks.device), len(found.centers_KL)
 
     def points(source: Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -280,10 +280,10 @@ def _on_sample(
 
 
 def _labelled(
-    x_ND: Tensor, found: Clustering, shared: nn.Module | None, block_rows: int, device: torch.device
+    x_ND: Tensor, found: Clustering, shared: nn.Module | None, most_rows: int, device: torch.device
 ) -> tuple[npt.NDArray[np.int64], Tensor]:
     leaves, codes = [], []
-    for block in x_ND.split(block_rows):
+    for block in x_ND.split(block_rows(device, most_rows)):
         x = block.to(device)
         leaves.append(found.assign(encode(found.encoder, x, "float32"))[0].cpu())
         codes.append(encode(shared, x, "float32").cpu())

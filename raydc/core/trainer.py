@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydc.core.autoencoder import precision
 from raydc.core.collectives import Ranks
+from raydc.core.nearest import block_rows
 from raydc.core.preprocess import Preprocess
 from raydc.core.rows import Rows, Step
 from raydc.core.settings import FitSettings
@@ -47,6 +48,11 @@ class Trainer:
     ranks: Ranks
     arithmetic: str
     """`bf16` or `float32`, of the layers."""
+
+    @property
+    def block_rows(self) -> int:
+        """Rows to encode at once."""
+        return block_rows(self.ranks.device, self.settings.block_rows)
 
     def layers(self) -> AbstractContextManager[None]:
         """Return the context in which the layers compute in `arithmetic`."""

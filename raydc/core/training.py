@@ -158,7 +158,7 @@ class _Fit:
         """Refuse rows that the objective cannot take."""
         look = first_look(self.settings)
         if look is not None:
-            blocks = (self._minibatch(b, seed=0) for b in self.trainer.rows.blocks(self.settings.block_rows))
+            blocks = (self._minibatch(b, seed=0) for b in self.trainer.rows.blocks(self.trainer.block_rows))
             run_pass(look, blocks, self.ranks.sum)
 
     def pretrain(self) -> None:
@@ -175,9 +175,7 @@ class _Fit:
         state, settings, trainer = self.state, self.settings, self.trainer
         started = time.perf_counter()
         if state.autoencoder is not None:
-            baseline = sample_latents(trainer, None, settings.baseline_rows)
-            raw = faiss_start(trainer, baseline, stream_seed(settings.seed, 3))
-            state.baselines["raw_kmeans"] = Clustering(None, raw, calibrated(trainer, baseline, raw)[0])
+            state.baselines["raw_kmeans"] = self._raw_kmeans()
         encoder = state.autoencoder.encoder if state.autoencoder is not None else None
         blocks = latent_blocks(trainer, encoder, trainer.arithmetic)
         sample = sample_latents(trainer, encoder, settings.cluster.init_rows)
@@ -205,6 +203,12 @@ class _Fit:
         }
         self._save(entry)
 
+    def _raw_kmeans(self) -> Clustering:
+        """Return k-means on a sample of the preprocessed rows."""
+        sample = sample_latents(self.trainer, None, self.settings.baseline_rows)
+        centers = faiss_start(self.trainer, sample, stream_seed(self.settings.seed, 3))
+        return Clustering(None, centers, calibrated(self.trainer, sample, centers)[0])
+
     def refine(self) -> None:
         """Train on the objective until few rows change their leaf."""
         plan, state, trainer = self.settings.refine, self.state, self.trainer
@@ -229,7 +233,7 @@ class _Fit:
                 one = objective.refresh(epoch, step, num_steps)
                 if one is None:
                     return True
-                blocks = (self._minibatch(b, seed) for b in trainer.rows.blocks(self.settings.block_rows))
+                blocks = (self._minibatch(b, seed) for b in trainer.rows.blocks(trainer.block_rows))
                 seen.update(run_pass(one, blocks, self.ranks.sum))
                 state.converged = seen.get("changed", 1.0) < plan.tolerance
                 return not state.converged

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydc.core.hashing import hash_keys, sample_mask, stream_seed, uniform
+from raydc.core.hashing import hash_keys, permuted, sample_mask, stream_seed, uniform
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -29,6 +29,34 @@ def test_hashes_are_the_published_ones():
 @given(st.lists(INT64, min_size=1, max_size=20), st.integers(0, 2**63 - 1))
 def test_hashes_in_torch_equal_those_in_whole_numbers(keys, seed):
     assert hash_keys(torch.tensor(keys), seed).tolist() == [splitmix64(k, seed) for k in keys]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000, 4097])
+def test_a_permutation_gives_every_place_once_and_each_key_its_own_whatever_is_asked_with_it(size):
+    places = permuted(torch.arange(size), size, 5)
+    assert places.sort().values.tolist() == list(range(size))
+    some = torch.arange(size)[::3]
+    assert permuted(some, size, 5).tolist() == places[::3].tolist()
+
+
+def test_permutations_of_other_seeds_are_unlike_and_no_place_is_favoured():
+    size = 1000
+    places = torch.stack([permuted(torch.arange(size), size, stream_seed(seed)) for seed in range(200)]).double()
+    # The mean place of a key over 200 orders has a deviation of size / sqrt(12 * 200); 1000 keys stay within five.
+    assert float((places.mean(dim=0) - (size - 1) / 2).abs().max()) < 5 * size / (12 * 200) ** 0.5
+    # So has the correlation of two orders one of 1 / sqrt(size), and of the places of neighbouring keys.
+    correlations = torch.corrcoef(places)
+    assert float((correlations - torch.eye(200)).abs().max()) < 6 / size**0.5
+    steps = places[:, 1:] - places[:, :-1]
+    assert abs(float(steps.sign().mean())) < 0.01
+
+
+@given(st.integers(2, 2**40), st.integers(0, 2**62))
+def test_places_stay_below_any_size(size, seed):
+    keys = torch.linspace(0, size - 1, 50, dtype=torch.float64).long().unique()
+    places = permuted(keys, size, seed)
+    assert len(places.unique()) == len(keys)
+    assert bool(((places >= 0) & (places < size)).all())
 
 
 @given(st.lists(INT64, min_size=1, max_size=20), st.integers(0, 2**63 - 1))

@@ -82,6 +82,16 @@ def test_every_row_is_in_exactly_one_step_and_all_ranks_take_the_same_number(wor
     assert all(total == 1000.0 for _, _, total in results)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_steps_of_an_epoch_are_of_one_size(world_size):
+    sizes = run_ranks(world_size, sizes_of_an_epoch)
+    assert set(np.sum(sizes, axis=0)) <= {62, 63}
+
+
+def sizes_of_an_epoch(ranks):
+    return [len(step.batch) for step in make_rows(ranks, blobs()[0]).steps(64, epoch_seed=3)]
+
+
 def test_batches_do_not_depend_on_the_number_of_ranks():
     def of(ranks_rows):
         return [set(s.batch.keys_N.tolist()) for s in ranks_rows.steps(64, epoch_seed=3)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raydc.core.autoencoder import precision
 from raydc.core.objectives.kernel import Kernel, log_soft_assign
 from raydc.core.objectives.objective import Minibatch
+from raydc.core.rows import joined
 
 _PREFIX = "snapshot."
 
@@ -30,7 +31,7 @@ class Snapshot:
     """(K,) float64: f_j, the sum of w_i q_ij over all rows of all ranks."""
 
     z_NL: Tensor | None = None
-    """(N, L) float32 latents of this rank's resident rows."""
+    """(N, L) latents of this rank's resident rows, as `compact` keeps them."""
 
     leaves_N: Tensor | None = None
     """(N,) int64 hard assignment of this rank's resident rows."""
@@ -39,7 +40,7 @@ class Snapshot:
     def codes(self, batch: Minibatch, arithmetic: str) -> Tensor:
         """Return the (n, L) float32 latents of a batch under the snapshot's encoder."""
         if self.z_NL is not None and batch.positions_N is not None:
-            return self.z_NL[batch.positions_N]
+            return self.z_NL[batch.positions_N].float()
         return encode(self.encoder, batch.x_ND, arithmetic)
 
     @torch.no_grad()
@@ -71,6 +72,15 @@ def encode(encoder: nn.Module | None, x_ND: Tensor, arithmetic: str) -> Tensor:
         return x_ND
     with precision(x_ND.device, arithmetic):
         return encoder(x_ND).float()
+
+
+def compact(z_NL: Tensor) -> Tensor:
+    """Return latents in bf16 where they lose nothing by it, as those of layers that compute in bf16; else as they are.
+
+    To be kept for all rows they take half the memory.
+    """
+    half = z_NL.bfloat16()
+    return half if torch.equal(half.float(), z_NL) else z_NL
 
 
 class Refresh:
@@ -111,10 +121,12 @@ class Refresh:
         changed = weights
         if self._previous is not None:
             changed = weights * (self._previous.leaves(batch, self._kernel, self._arithmetic) != leaves)
+            # Its codes are as large as those that take their place, and its leaves are known.
+            self._previous.z_NL = None
         self._scalars += torch.stack([weights.sum(), changed.sum(), weights @ top.double()])
         self._resident = batch.positions_N is not None
         if self._resident:
-            self._kept_z.append(z)
+            self._kept_z.append(compact(z))
             self._kept_leaves.append(leaves)
 
     def sums(self) -> Tensor:
@@ -126,17 +138,10 @@ class Refresh:
         num_leaves = len(self._f)
         f, sizes, (count, changed, top) = sums[:num_leaves], sums[num_leaves:-3], sums[-3:].tolist()
         snapshot = Snapshot(copy.deepcopy(self._encoder).eval(), self._centers.clone(), f)
-        if self._previous is not None:
-            # Its codes are as large as those that take their place.
-            self._previous.z_NL = None
         if self._resident:
             empty = torch.empty((0, self._centers.shape[1]), device=f.device)
-            snapshot.z_NL = torch.cat(self._kept_z) if self._kept_z else empty
-            snapshot.leaves_N = (
-                torch.cat(self._kept_leaves)
-                if self._kept_leaves
-                else torch.empty(0, dtype=torch.int64, device=f.device)
-            )
+            snapshot.z_NL = joined(self._kept_z or [empty])
+            snapshot.leaves_N = joined(self._kept_leaves or [empty[:, 0].long()])
         self._keep(snapshot)
         return {
             "changed": changed / count,
