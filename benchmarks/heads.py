@@ -24,10 +24,10 @@ from benchmarks.methods import record
 from raydc.config import parse_config
 from raydc.core import metrics
 from raydc.core.collectives import Ranks
-from raydc.core.nearest import prepare_process
 from raydc.core.neighbours import Neighbours, Shard, prepare, search
 from raydc.core.partners import NeighbourPartners
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import prepare_process
 from raydc.core.rows import ResidentRows
 from raydc.core.training import Fitted, fit
 from raydc.stages.fit import fit_settings

@@ -25,8 +25,8 @@ from raydc.config import Config, digest, load_config
 from raydc.core import metrics
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import stream_seed, uniform
-from raydc.core.nearest import prepare_process
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import prepare_process
 from raydc.core.rows import Batch, ResidentRows
 from raydc.core.state import Clustering
 from raydc.core.training import Fitted, fit

@@ -23,7 +23,7 @@ def lloyd(data: str, start: str, iterations: int, threads: int) -> dict[str, Any
     import torch
 
     from raydc.core import kmeans
-    from raydc.core.nearest import prepare_process
+    from raydc.core.process import prepare_process
 
     prepare_process(threads)
     x, centers = torch.from_numpy(np.load(data)), torch.from_numpy(np.load(start))

@@ -25,10 +25,11 @@ from raydc.core.agreement import Neighbours, agreement, nearest_neighbours
 from raydc.core.classical import DETERMINISTIC, METHODS
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import sample_mask, stream_seed
-from raydc.core.nearest import own_and_other, prepare_process
+from raydc.core.nearest import own_and_other
 from raydc.core.objectives.build import uses_autoencoder
 from raydc.core.objectives.snapshot import encode
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import prepare_process
 from raydc.core.rows import Batch, ResidentRows
 from raydc.core.selection import calinski_harabasz
 from raydc.core.tally import Tally

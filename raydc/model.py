@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from raydc.core.autoencoder import perceptron
 from raydc.core.nearest import SquaredDistances, cache_rows
-from raydc.core.nearest import block_rows as rows_at_once
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.predictor import Predictor, build_predictor
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import block_rows as rows_at_once
 from raydc.errors import DataError
 from raydc.lake import Lake, join
 from raydc.schema import FORMAT_VERSION

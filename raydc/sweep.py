@@ -20,8 +20,8 @@ from raydc import cluster
 from raydc.config import Config
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import sample_mask, stream_seed
-from raydc.core.nearest import prepare_process
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import prepare_process
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.selection import recommend
 from raydc.core.sweep import Sample, SweepSettings, sweep

@@ -138,7 +138,7 @@ def _offset(z_ND: Tensor) -> Tensor | None:
     FAISS takes |z|^2 - 2 z.c + |c|^2, which loses digits where rows share such an offset. Without it no copy is needed.
     """
     mean_D, square = torch.zeros(z_ND.shape[1], dtype=torch.float64), 0.0
-    for block in z_ND.split(_BLOCK_ROWS):
+    for block in z_ND.split(cache_rows(z_ND)):
         z = block.double()
         mean_D += z.sum(dim=0) / len(z_ND)
         square += float(z.square().sum()) / len(z_ND)

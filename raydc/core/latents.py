@@ -16,9 +16,12 @@ from raydc.core.kmeans import KMeans, leaf_sums, lloyd, reseed, start
 from raydc.core.nearest import nearest
 from raydc.core.objectives.kernel import Kernel, calibrate
 from raydc.core.objectives.snapshot import compact, encode
-from raydc.core.rows import joined
+from raydc.core.rows import RowStore, joined
 from raydc.core.trainer import Trainer
 from raydc.core.watch import mean_and_covariance, products
+
+_MARGIN = 1.1
+"""A random sample may be somewhat larger than it was meant to be."""
 
 Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -52,13 +55,15 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     fraction, seed = num_rows / max(rows.num_rows, 1), stream_seed(trainer.settings.seed, 6)
     width = rows.dim if encoder is None else trainer.settings.latent_dim
     keys = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
-    values, weights = [torch.empty((0, width), device=ranks.device)], [torch.empty(0, device=ranks.device)]
+    weights = [torch.empty(0, device=ranks.device)]
+    share = int(_MARGIN * min(num_rows, rows.num_rows) / ranks.world_size)
+    values = RowStore(width, torch.float32, share, ranks.device)
     for batch in rows.blocks(trainer.block_rows):
         chosen = torch.from_numpy(sample_mask(batch.keys_N.cpu().numpy(), seed, fraction)).to(batch.x_ND.device)
         keys.append(batch.keys_N[chosen])
         weights.append(batch.weights_N[chosen])
-        values.append(encode(encoder, trainer.preprocess(batch.x_ND[chosen]), trainer.arithmetic))
-    key_N, z_NL, weights_N = (ranks.gather_rows(joined(parts)) for parts in (keys, values, weights))
+        values.add(encode(encoder, trainer.preprocess(batch.x_ND[chosen]), trainer.arithmetic))
+    key_N, z_NL, weights_N = (ranks.gather_rows(x) for x in (joined(keys), values.take(), joined(weights)))
     if bool((key_N[1:] >= key_N[:-1]).all()):
         return z_NL, weights_N
     order = key_N.argsort()

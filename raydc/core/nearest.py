@@ -5,9 +5,6 @@ rows and centres from which the mean of the centres was subtracted: |z|^2 - 2 z.
 share a large offset.
 """
 
-import ctypes
-import os
-
 import numpy as np
 import torch
 
@@ -21,41 +18,6 @@ _CACHE_NUMBERS = 2**18
 """One or two MiB, what a core has of the second cache."""
 
 _LEAST_ROWS = 16
-
-_CPU_BLOCK_ROWS = 2048
-
-_KERNELS = "16384"
-
-_MALLOC = {-1: 128 * 2**20, -2: 32 * 2**20, -3: 32 * 2**20}
-"""mallopt's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (malloc.h): bytes above which freed memory at the end of
-the heap is given back, of which the heap grows at once, and from which a piece has memory of its own."""
-
-
-def prepare_process(num_threads: int) -> None:
-    """Let torch and FAISS compute on this many threads, and treat denormal numbers as zero, in the present process.
-
-    Late in training the moments of the optimiser and the small gradients of the KL become denormal, which a CPU
-    multiplies up to a hundred times slower; as numbers below 1e-38 they carry nothing.
-
-    What a step or a block of rows frees, the next one takes again: given back to the system each time, its pages cost
-    more time than the arithmetic on them.
-
-    oneDNN compiles a kernel for each layer and number of rows. Its cache of 1024 is too small for the layers of two
-    networks and the sizes of all their batches, which would be compiled anew again and again.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)
-    _keep_freed_memory()
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(num_threads)
-    faiss.omp_set_num_threads(num_threads)
-
-
-def _keep_freed_memory() -> None:
-    # Settings of glibc's malloc, which other systems do not have; those of the environment stay.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
-        for option, size in _MALLOC.items():
-            mallopt(option, size)
 
 
 def nearest(z_ND: Tensor, centers_KD: Tensor, *, num: int = 1, block_rows: int = 16384) -> tuple[Tensor, Tensor]:
@@ -134,14 +96,6 @@ def cache_rows(x_ND: Tensor, width: int | None = None) -> int:
     if x_ND.device.type != "cpu":
         return max(1, len(x_ND))
     return min(8192, max(64, _CACHE_NUMBERS // max(x_ND.shape[1] if width is None else width, 1)))
-
-
-def block_rows(device: torch.device, most: int) -> int:
-    """Return how many rows to put through a network at once, at most `most`.
-
-    On a CPU 2048 are as fast as any number, and the memory of one block serves the next one.
-    """
-    return min(most, _CPU_BLOCK_ROWS) if device.type == "cpu" else most
 
 
 def squared_distances(z_ND: Tensor, centers_KD: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import hash_keys, permuted
 
+_CPU = torch.device("cpu")
+
 _MARGIN = 1.1
 """A worker may get somewhat more than its even share."""
 
@@ -96,17 +98,17 @@ class ResidentRows:
             ranks: of all workers.
             expected_rows: about how many there will be.
         """
-        store = _Store(dim, dtype, int(_MARGIN * expected_rows))
+        store = RowStore(dim, dtype, int(_MARGIN * expected_rows))
         keys, weights, neighbours = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], []
         for chunk in chunks:
             if not len(chunk):
                 continue
-            store.add(chunk.x_ND)
+            store.add(chunk.x_ND.to(dtype))
             keys.append(chunk.keys_N)
             weights.append(chunk.weights_N)
             if chunk.neighbours_NM is not None:
                 neighbours.append(chunk.neighbours_NM)
-        x, arrived = store.rows(), torch.cat(keys)
+        x, arrived = store.take(), torch.cat(keys)
         order = arrived.argsort(stable=True)
         if ranks.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(ranks.device)
@@ -148,31 +150,35 @@ class ResidentRows:
         return Batch(self._keys[rows].to(device), x, self._weights[rows].to(device), rows.to(device))
 
 
-class _Store:
-    """Rows in the order in which they arrive, in memory that is taken as it fills."""
+class RowStore:
+    """Rows in the order in which they are added, in memory that is taken as it fills."""
 
-    def __init__(self, dim: int, dtype: torch.dtype, expected_rows: int) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype, expected_rows: int, device: torch.device = _CPU) -> None:
+        """Make room for the rows that are expected; for more, room is made as they come."""
         # Memory that was never written to costs nothing.
-        self._pieces = [torch.empty((max(expected_rows, 1), dim), dtype=dtype)]
+        self._pieces = [torch.empty((max(expected_rows, 1), dim), dtype=dtype, device=device)]
         self._filled = [0]
 
     def add(self, x_ND: Tensor) -> None:
         """Copy some rows."""
         while len(x_ND):
             piece, start = self._pieces[-1], self._filled[-1]
-            taken = min(len(x_ND), len(piece) - start)
+            # Of a type that the piece cannot hold, the rows begin another one.
+            fits = torch.promote_types(piece.dtype, x_ND.dtype) == piece.dtype
+            taken = min(len(x_ND), len(piece) - start) if fits else 0
             piece[start : start + taken] = x_ND[:taken]
             self._filled[-1] += taken
             x_ND = x_ND[taken:]
             if len(x_ND):
                 more = max(len(x_ND), sum(self._filled) // 2)
-                self._pieces.append(torch.empty((more, piece.shape[1]), dtype=piece.dtype))
+                self._pieces.append(torch.empty((more, piece.shape[1]), dtype=x_ND.dtype, device=piece.device))
                 self._filled.append(0)
 
-    def rows(self) -> Tensor:
-        """Return all rows as one tensor; they are copied if there were more than expected."""
+    def take(self) -> Tensor:
+        """Return all rows as one tensor and keep none; they are copied if there were more than expected."""
         parts = [piece[:n] for piece, n in zip(self._pieces, self._filled, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._pieces, self._filled = [], []
+        return parts[0] if len(parts) == 1 else joined(parts)
 
 
 class StreamedRows:

@@ -20,11 +20,12 @@ from raydc.core import checkpoint, metrics
 from raydc.core.agreement import Neighbours, agreement, nearest_neighbours
 from raydc.core.collectives import Ranks
 from raydc.core.hashing import stream_seed
-from raydc.core.nearest import block_rows, own_and_other
+from raydc.core.nearest import own_and_other
 from raydc.core.objectives.dec import divergence, log_target
 from raydc.core.objectives.kernel import log_soft_assign
 from raydc.core.objectives.snapshot import encode
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import block_rows
 from raydc.core.rows import Rows
 from raydc.core.selection import Loss, calinski_harabasz, generalisability, stability
 from raydc.core.settings import FitSettings

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydc.core.autoencoder import precision
 from raydc.core.collectives import Ranks
-from raydc.core.nearest import block_rows
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import block_rows
 from raydc.core.rows import Rows, Step
 from raydc.core.settings import FitSettings
 from raydc.core.watch import SpaceWatch

@@ -31,6 +31,7 @@ from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, run_pass
 from raydc.core.preprocess import Preprocess
 from raydc.core.pretraining import pretrain_layers, pretrain_whole
+from raydc.core.process import release_memory
 from raydc.core.rows import Batch, Rows, Step
 from raydc.core.settings import FitSettings, RefineSettings
 from raydc.core.state import Clustering, State, restore, to_checkpoint
@@ -176,6 +177,7 @@ class _Fit:
         started = time.perf_counter()
         if state.autoencoder is not None:
             state.baselines["raw_kmeans"] = self._raw_kmeans()
+            release_memory()
         encoder = state.autoencoder.encoder if state.autoencoder is not None else None
         blocks = latent_blocks(trainer, encoder, trainer.arithmetic)
         sample = sample_latents(trainer, encoder, settings.cluster.init_rows)
@@ -201,6 +203,8 @@ class _Fit:
             "target_top_q": settings.refine.target_top_q,
             "seconds": time.perf_counter() - started,
         }
+        del sample, blocks
+        release_memory()
         self._save(entry)
 
     def _raw_kmeans(self) -> Clustering:
@@ -273,6 +277,7 @@ class _Fit:
     def finish(self) -> Fitted:
         """Return the clustering with the statistics of all rows under it."""
         state = self.state
+        release_memory()
         clustering = self._clustering()
         twice = clustering.predictor is not None
         blocks = latent_blocks(self.trainer, clustering.encoder, "float32", keep=twice)

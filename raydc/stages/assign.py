@@ -16,7 +16,7 @@ from ray.data import ActorPoolStrategy
 from raydc.advice import remedy
 from raydc.config import Config
 from raydc.core.agreement import agreement, gain, nearest_neighbours
-from raydc.core.nearest import prepare_process
+from raydc.core.process import prepare_process
 from raydc.errors import DataError, StageError
 from raydc.labelling import Labelling, Statistics, label_slice
 from raydc.lake import Lake

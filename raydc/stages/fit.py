@@ -25,9 +25,9 @@ from raydc.cluster import in_one_line, root_cause, watched
 from raydc.config import Config
 from raydc.core.autoencoder import choose_precision
 from raydc.core.collectives import Ranks
-from raydc.core.nearest import prepare_process
 from raydc.core.partners import NeighbourPartners
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import prepare_process, release_memory
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.settings import (
     ClusterSettings,
@@ -342,6 +342,9 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
         return StreamedRows(stream, job.spec.dim, ranks, expected_rows=job.expected_rows, pool_rows=pool)
     share = math.ceil(job.expected_rows / ranks.world_size)
     rows = ResidentRows.collect(stream(), job.spec.dim, dtype, ranks, expected_rows=share)
+    # What the blocks took on their way.
+    pa.default_memory_pool().release_unused()
+    release_memory()
     if ranks.rank == 0:
         job.board.post.remote(
             f"{rows.num_rows:,} rows resident on {ranks.world_size} worker(s), {ranks.device}, "

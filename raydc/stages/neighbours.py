@@ -21,9 +21,9 @@ import torch
 from raydc.cluster import in_one_line, root_cause
 from raydc.config import Config, NeighboursConfig
 from raydc.core.hashing import sample_mask, stream_seed
-from raydc.core.nearest import prepare_process
 from raydc.core.neighbours import Neighbours, Shard, cell_centers, nearest_cells, num_hits, prepare, search
 from raydc.core.preprocess import Preprocess
+from raydc.core.process import prepare_process
 from raydc.errors import DataError, StageError
 from raydc.lake import Lake
 from raydc.rundir import RunDir

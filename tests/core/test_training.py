@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from raydc.core.collectives import Ranks
+from raydc.core.objectives.snapshot import compact
 from raydc.core.preprocess import Preprocess
 from raydc.core.pretraining import learning_rate
-from raydc.core.rows import Batch, ResidentRows
+from raydc.core.rows import Batch, ResidentRows, RowStore
 from raydc.core.training import fit
 from tests.core.ranks import (
     SETTINGS,
@@ -219,3 +220,31 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert rates[0] == pytest.approx(0.2) and max(rates) == pytest.approx(2.0) and rates[10] == max(rates)
     assert rates[-1] < 0.001
     assert learning_rate(replace(plan, schedule="constant"), 150, 200) == 2.0
+
+
+def test_a_store_grows_and_loses_nothing_when_a_wider_type_comes_in():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(n, 3, generator=generator).bfloat16() for n in (5, 1, 9)]
+    parts.append(torch.randn(4, 3, generator=generator))
+    parts.append(torch.randn(6, 3, generator=generator).bfloat16())
+    for expected in (0, 4, 100):
+        store = RowStore(3, torch.bfloat16, expected)
+        for part in parts:
+            store.add(part)
+        assert torch.equal(store.take(), torch.cat(parts))
+    only = RowStore(3, torch.bfloat16, 0)
+    for part in parts[:3]:
+        only.add(part)
+    assert only.take().dtype == torch.bfloat16
+
+
+def test_codes_are_kept_in_half_the_memory_where_that_loses_nothing():
+    z = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    assert compact(z) is z
+    rounded = z.bfloat16().float()
+    kept = compact(rounded)
+    assert kept.dtype == torch.bfloat16
+    assert torch.equal(kept.float(), rounded)
+    broken = rounded.clone()
+    broken[0, 0] = torch.nan
+    assert compact(broken) is broken

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raydc.core.nearest import squared_distances
+from raydc.core.nearest import cache_rows, squared_distances
+
+_BLOCK_ROWS = 2048
 
 ALPHAS = (1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0, 255.0, 511.0, 1023.0)
 
@@ -104,7 +106,7 @@ def calibrate(
     """
     if not len(z_ND):
         raise ValueError("calibration needs at least one row")
-    squared = squared_distances(z_ND, centers_KD).double()
+    squared = torch.cat([squared_distances(z, centers_KD) for z in z_ND.split(_BLOCK_ROWS)])
     weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N.double()
     width = float(squared.min(dim=1).values.mean()) or 1.0
     best = Kernel(alpha or ALPHAS[-1], width)
@@ -116,17 +118,28 @@ def calibrate(
             if reached < target_top_q:
                 continue
             break
-        low, high = narrowest, 1e9 * width
-        for _ in range(100):
-            middle = (low * high) ** 0.5
-            above = _mean_top_q(squared, candidate, middle, weights) > target_top_q
-            low, high = (middle, high) if above else (low, middle)
-        best = Kernel(candidate, (low * high) ** 0.5)
+        best = Kernel(candidate, _widened(squared, candidate, narrowest, 1e9 * width, target_top_q, weights))
         break
     return best, _mean_top_q(squared, best.alpha, best.scale, weights)
 
 
+def _widened(
+    squared_NK: Tensor, alpha: float, narrowest: float, widest: float, target_top_q: float, weights_N: Tensor | None
+) -> float:
+    """Return the scale between two at which the mean largest q is the target; the widest one if it is above there."""
+    import scipy.optimize  # It takes a while, and a kernel is calibrated once or twice in a run.
+
+    def excess(log_scale: float) -> float:
+        return _mean_top_q(squared_NK, alpha, math.exp(log_scale), weights_N) - target_top_q
+
+    low, high = math.log(narrowest), math.log(widest)
+    if excess(high) >= 0.0:
+        return widest
+    return math.exp(scipy.optimize.brentq(excess, low, high, xtol=1e-7)) if excess(low) > 0.0 else narrowest
+
+
 def _mean_top_q(squared_NK: Tensor, alpha: float, scale: float, weights_N: Tensor | None) -> float:
-    logits = -(alpha + 1.0) / 2.0 * torch.log1p(squared_NK / (alpha * scale))
-    top = torch.softmax(logits, dim=1).max(dim=1).values
+    # Block by block: the numbers of all rows would go through memory, and out of it again, at each of a dozen steps.
+    blocks = squared_NK.split(cache_rows(squared_NK))
+    top = torch.cat([top_soft_assign(block.clone(), Kernel(alpha, scale)) for block in blocks]).double()
     return float(top.mean() if weights_N is None else top @ weights_N / weights_N.sum())

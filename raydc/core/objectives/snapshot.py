@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raydc.core.autoencoder import precision
 from raydc.core.objectives.kernel import Kernel, log_soft_assign
 from raydc.core.objectives.objective import Minibatch
-from raydc.core.rows import joined
+from raydc.core.rows import RowStore, joined
 
 _PREFIX = "snapshot."
 
@@ -105,7 +105,7 @@ class Refresh:
         self._sizes = torch.zeros_like(self._f)
         # Weights of the rows, of the changed ones, and of the largest q.
         self._scalars = torch.zeros(3, dtype=torch.float64, device=centers_KL.device)
-        self._kept_z: list[Tensor] = []
+        self._kept_z: RowStore | None = None
         self._kept_leaves: list[Tensor] = []
         self._resident = True
 
@@ -126,7 +126,12 @@ class Refresh:
         self._scalars += torch.stack([weights.sum(), changed.sum(), weights @ top.double()])
         self._resident = batch.positions_N is not None
         if self._resident:
-            self._kept_z.append(compact(z))
+            z = compact(z)
+            if self._kept_z is None:
+                known = self._previous.leaves_N if self._previous is not None else None
+                expected = 0 if known is None else len(known)
+                self._kept_z = RowStore(z.shape[1], z.dtype, expected, z.device)
+            self._kept_z.add(z)
             self._kept_leaves.append(leaves)
 
     def sums(self) -> Tensor:
@@ -140,7 +145,7 @@ class Refresh:
         snapshot = Snapshot(copy.deepcopy(self._encoder).eval(), self._centers.clone(), f)
         if self._resident:
             empty = torch.empty((0, self._centers.shape[1]), device=f.device)
-            snapshot.z_NL = joined(self._kept_z or [empty])
+            snapshot.z_NL = empty if self._kept_z is None else self._kept_z.take()
             snapshot.leaves_N = joined(self._kept_leaves or [empty[:, 0].long()])
         self._keep(snapshot)
         return {
