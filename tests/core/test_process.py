@@ -39,7 +39,7 @@ def test_the_memory_of_a_block_serves_the_next_one():
 
     # 48 MiB in each of 20 blocks: 12,288 pages, each of which the system clears again if it was given back.
     pages = 48 * 2**20 // resource.getpagesize()
-    assert faults("prepared") < pages
+    assert faults("prepared") < 3 * pages
 
 
 def test_memory_can_be_given_back_at_any_time():
