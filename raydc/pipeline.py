@@ -9,6 +9,7 @@ from typing import Any
 
 from raydc import cluster, tables
 from raydc.config import Config
+from raydc.core.process import release_memory
 from raydc.errors import StageError
 from raydc.lake import Lake
 from raydc.lease import acquire
@@ -130,6 +131,7 @@ def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, An
         seconds = time.perf_counter() - started
         folder.mark_done(stage.name, settings[stage.name], seconds, metrics)
         log.info("%s: done in %.1f s", stage.name, seconds)
+        release_memory()
         if stage.name == "profile":
             for line in make_plan(config, profile.load(folder)).lines():
                 log.info("plan: %s", line)

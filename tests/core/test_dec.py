@@ -177,6 +177,24 @@ def test_the_kernel_is_calibrated_where_alpha_one_has_no_signal():
     assert reached == pytest.approx(float(top), abs=1e-3)
 
 
+@pytest.mark.parametrize("target", [0.15, 0.3, 0.8])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_calibrated_kernel_reaches_the_target_by_the_logarithms_in_float64(target, weighted):
+    generator = torch.Generator().manual_seed(1)
+    z, centers = torch.randn(3000, 10, generator=generator), torch.randn(10, 10, generator=generator)
+    weights = torch.rand(3000, generator=generator) + 0.1 if weighted else torch.ones(3000)
+    kernel, reached = calibrate(z, centers, target_top_q=target, weights_N=weights)
+    top = log_soft_assign(z.double(), centers.double(), kernel).exp().max(dim=1).values
+    assert float(top @ weights.double() / weights.sum()) == pytest.approx(target, abs=1e-5)
+    assert reached == pytest.approx(target, abs=1e-6)
+
+
+def test_a_single_leaf_has_a_similarity_of_1_whatever_the_kernel():
+    z, centers = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3)
+    kernel, reached = calibrate(z, centers, target_top_q=0.5)
+    assert reached == 1.0 and kernel.scale > 0
+
+
 def test_a_fixed_alpha_that_cannot_reach_the_target_gets_no_singular_kernel():
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(300, 8, generator=generator)
