@@ -30,7 +30,8 @@ NOTES = {
     "mnist": [
         "`sae_kmeans` and `dec_layerwise` take 20 epochs for each pair of layers and 30 for the whole, 110 in all, and "
         "end below 30 of the whole alone. DEC's paper takes 50,000 steps for each pair and 100,000 for the whole at "
-        "batches of 256 (183 and 366 epochs), ten times as many: about seventeen hours of a core for five seeds, which were not spent."
+        "batches of 256 (183 and 366 epochs), ten times as many: about seventeen hours of a core for five seeds, which "
+        "were not spent."
     ]
 }
 """What is to be said of the figures of a data set."""
