@@ -53,7 +53,7 @@ METHODS: dict[str, list[str]] = {
 """What each method sets beside the settings of the job."""
 
 OWN: dict[tuple[str, str], list[str]] = {
-    ("mnist", "vade"): ["vade.likelihood=bernoulli", "refine.num_epochs=40", "refine.learning_rate=2.0e-3"],
+    ("mnist", "vade"): ["vade.likelihood=bernoulli", "refine.num_epochs=60", "refine.learning_rate=2.0e-3"],
     ("digits", "vade"): ["vade.kl_weight=20", "refine.num_epochs=25", "refine.learning_rate=1.0e-3"],
     ("mnist", "dcn"): ["refine.num_epochs=10"],
     ("mnist", "distillation"): ["refine.num_epochs=5", "refine.learning_rate=1.0e-3"],
