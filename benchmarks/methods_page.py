@@ -32,11 +32,11 @@ NOTES = {
         "end below 30 of the whole alone. DEC's paper takes 50,000 steps for each pair and 100,000 for the whole at "
         "batches of 256 (183 and 366 epochs), ten times as many: about seventeen hours of a core for five seeds, which "
         "were not spent.",
-        "`vade` gets better for as long as it was looked at: mean ACC over the five seeds .842, .844, .863, .874, .888, "
-        ".898 and .904 after 1, 10, 20, 30, 40, 50 and 60 epochs (seed 1, the worst, falls from .820 to .750 before it "
-        "rises to .828). Its authors train for 300. An earlier set of five, of 40 epochs, had a mean of .850: which way "
-        "a seed goes is chance, and five of them leave a standard error of .03. Three fits shared two cores here, which "
-        "the seconds of `vade` show.",
+        "`vade` gets better for as long as it was looked at: mean ACC over the five seeds .842, .844, .863, .874, "
+        ".888, .898 and .904 after 1, 10, 20, 30, 40, 50 and 60 epochs (seed 1, the worst, falls from .820 to .750 "
+        "before it rises to .828). Its authors train for 300. An earlier set of five, of 40 epochs, had a mean of "
+        ".850: which way a seed goes is chance, and five of them leave a standard error of .03. Three fits shared "
+        "two cores here, which the seconds of `vade` show.",
     ]
 }
 """What is to be said of the figures of a data set."""
