@@ -16,7 +16,7 @@ from raydc.core.kmeans import KMeans, leaf_sums, lloyd, reseed, start
 from raydc.core.nearest import nearest
 from raydc.core.objectives.kernel import Kernel, calibrate
 from raydc.core.objectives.snapshot import compact, encode
-from raydc.core.rows import RowStore, joined
+from raydc.core.rows import ResidentRows, RowStore
 from raydc.core.trainer import Trainer
 from raydc.core.watch import mean_and_covariance, products
 
@@ -42,8 +42,19 @@ def latent_blocks(trainer: Trainer, encoder: nn.Module | None, arithmetic: str, 
 
     if encoder is None or not keep:
         return anew
-    kept = [(compact(z), weights) for z, weights in anew()]
-    return lambda: ((z.float(), weights) for z, weights in kept)
+    codes: RowStore | None = None
+    kept_weights = RowStore([], torch.float32, 0, trainer.ranks.device)
+    for z, weights in anew():
+        z = compact(z)
+        # As many as the rank has of them; streamed rows are not known beforehand.
+        expected = len(trainer.rows.keys_N) if isinstance(trainer.rows, ResidentRows) else 0
+        codes = codes or RowStore(z.shape[1:], z.dtype, expected, z.device)
+        codes.add(z)
+        kept_weights.add(weights)
+    if codes is None:
+        return lambda: iter(())
+    z_NL, weights_N, size = codes.take(), kept_weights.take(), trainer.block_rows
+    return lambda: ((z.float(), w) for z, w in zip(z_NL.split(size), weights_N.split(size), strict=True))
 
 
 def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -54,16 +65,16 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     ranks, rows = trainer.ranks, trainer.rows
     fraction, seed = num_rows / max(rows.num_rows, 1), stream_seed(trainer.settings.seed, 6)
     width = rows.dim if encoder is None else trainer.settings.latent_dim
-    keys = [torch.empty(0, dtype=torch.int64, device=ranks.device)]
-    weights = [torch.empty(0, device=ranks.device)]
     share = int(_MARGIN * min(num_rows, rows.num_rows) / ranks.world_size)
-    values = RowStore(width, torch.float32, share, ranks.device)
+    keys = RowStore([], torch.int64, share, ranks.device)
+    values = RowStore([width], torch.float32, share, ranks.device)
+    weights = RowStore([], torch.float32, share, ranks.device)
     for batch in rows.blocks(trainer.block_rows):
         chosen = torch.from_numpy(sample_mask(batch.keys_N.cpu().numpy(), seed, fraction)).to(batch.x_ND.device)
-        keys.append(batch.keys_N[chosen])
-        weights.append(batch.weights_N[chosen])
+        keys.add(batch.keys_N[chosen])
+        weights.add(batch.weights_N[chosen])
         values.add(encode(encoder, trainer.preprocess(batch.x_ND[chosen]), trainer.arithmetic))
-    key_N, z_NL, weights_N = (ranks.gather_rows(x) for x in (joined(keys), values.take(), joined(weights)))
+    key_N, z_NL, weights_N = (ranks.gather_rows(store.take()) for store in (keys, values, weights))
     if bool((key_N[1:] >= key_N[:-1]).all()):
         return z_NL, weights_N
     order = key_N.argsort()

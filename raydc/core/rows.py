@@ -7,7 +7,7 @@ divided by the global weight of the step.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,7 @@ class ResidentRows:
             ranks: of all workers.
             expected_rows: about how many there will be.
         """
-        store = RowStore(dim, dtype, int(_MARGIN * expected_rows))
+        store = RowStore([dim], dtype, int(_MARGIN * expected_rows))
         keys, weights, neighbours = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)], []
         for chunk in chunks:
             if not len(chunk):
@@ -151,12 +151,16 @@ class ResidentRows:
 
 
 class RowStore:
-    """Rows in the order in which they are added, in memory that is taken as it fills."""
+    """Rows in the order in which they are added, in memory that is taken as it fills.
 
-    def __init__(self, dim: int, dtype: torch.dtype, expected_rows: int, device: torch.device = _CPU) -> None:
-        """Make room for the rows that are expected; for more, room is made as they come."""
+    Kept one by one instead, small pieces would lie between the large ones that a pass frees, and these could not be
+    used again: a pass over the rows would take several times the memory of what is kept.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, expected_rows: int, device: torch.device = _CPU):
+        """Make room for the rows that are expected, each of a shape; for more, room is made as they come."""
         # Memory that was never written to costs nothing.
-        self._pieces = [torch.empty((max(expected_rows, 1), dim), dtype=dtype, device=device)]
+        self._pieces = [torch.empty((max(expected_rows, 1), *shape), dtype=dtype, device=device)]
         self._filled = [0]
 
     def add(self, x_ND: Tensor) -> None:
@@ -171,7 +175,7 @@ class RowStore:
             x_ND = x_ND[taken:]
             if len(x_ND):
                 more = max(len(x_ND), sum(self._filled) // 2)
-                self._pieces.append(torch.empty((more, piece.shape[1]), dtype=x_ND.dtype, device=piece.device))
+                self._pieces.append(torch.empty((more, *piece.shape[1:]), dtype=x_ND.dtype, device=piece.device))
                 self._filled.append(0)
 
     def take(self) -> Tensor:

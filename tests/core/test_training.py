@@ -228,11 +228,11 @@ def test_a_store_grows_and_loses_nothing_when_a_wider_type_comes_in():
     parts.append(torch.randn(4, 3, generator=generator))
     parts.append(torch.randn(6, 3, generator=generator).bfloat16())
     for expected in (0, 4, 100):
-        store = RowStore(3, torch.bfloat16, expected)
+        store = RowStore([3], torch.bfloat16, expected)
         for part in parts:
             store.add(part)
         assert torch.equal(store.take(), torch.cat(parts))
-    only = RowStore(3, torch.bfloat16, 0)
+    only = RowStore([3], torch.bfloat16, 0)
     for part in parts[:3]:
         only.add(part)
     assert only.take().dtype == torch.bfloat16

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raydc.core.autoencoder import precision
 from raydc.core.objectives.kernel import Kernel, log_soft_assign
 from raydc.core.objectives.objective import Minibatch
-from raydc.core.rows import RowStore, joined
+from raydc.core.rows import RowStore
 
 _PREFIX = "snapshot."
 
@@ -106,7 +106,7 @@ class Refresh:
         # Weights of the rows, of the changed ones, and of the largest q.
         self._scalars = torch.zeros(3, dtype=torch.float64, device=centers_KL.device)
         self._kept_z: RowStore | None = None
-        self._kept_leaves: list[Tensor] = []
+        self._kept_leaves: RowStore | None = None
         self._resident = True
 
     def add(self, batch: Minibatch) -> None:
@@ -127,12 +127,13 @@ class Refresh:
         self._resident = batch.positions_N is not None
         if self._resident:
             z = compact(z)
-            if self._kept_z is None:
+            if self._kept_z is None or self._kept_leaves is None:
                 known = self._previous.leaves_N if self._previous is not None else None
                 expected = 0 if known is None else len(known)
-                self._kept_z = RowStore(z.shape[1], z.dtype, expected, z.device)
+                self._kept_z = RowStore(z.shape[1:], z.dtype, expected, z.device)
+                self._kept_leaves = RowStore([], leaves.dtype, expected, z.device)
             self._kept_z.add(z)
-            self._kept_leaves.append(leaves)
+            self._kept_leaves.add(leaves)
 
     def sums(self) -> Tensor:
         """Return f, the sizes of the leaves and the three scalars as one tensor."""
@@ -146,7 +147,7 @@ class Refresh:
         if self._resident:
             empty = torch.empty((0, self._centers.shape[1]), device=f.device)
             snapshot.z_NL = empty if self._kept_z is None else self._kept_z.take()
-            snapshot.leaves_N = joined(self._kept_leaves or [empty[:, 0].long()])
+            snapshot.leaves_N = empty[:, 0].long() if self._kept_leaves is None else self._kept_leaves.take()
         self._keep(snapshot)
         return {
             "changed": changed / count,
