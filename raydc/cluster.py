@@ -88,8 +88,8 @@ def _start_local(config: Config) -> None:
     # Train's controller fetches a report every two seconds by default, and a worker waits for that before its next
     # epoch: most of the time of a small job.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # A process that looks for nodes about to be taken away, of which there are none, and gauges for a dashboard that is
-    # not there: each costs a second of a small job's start, and wakes up a hundred times a second beside the training.
+    # A process that looks for nodes about to be taken away, of which there are none: it costs a second of a small job's
+    # start, and wakes up a hundred times a second beside the training. And gauges for a dashboard that is not there.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     # Train workers keep their CPUs for the whole fit; Ray Data needs a whole spare one or it waits for ever.
