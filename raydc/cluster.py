@@ -8,6 +8,7 @@ group that is restarted after one returns at once.
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from raydc.secrets import masked
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
+_READERS = ("iter_threaded", "StreamingExecutor")
 
 
 @ray.remote(num_cpus=0)
@@ -74,7 +76,20 @@ def connected(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
+        await_readers()
         ray.shutdown()
+
+
+def await_readers(seconds: float = 30.0) -> None:
+    """Wait until the threads in which Ray Data reads ahead and schedules have ended, at most for some seconds.
+
+    One that speaks to Ray after `ray.shutdown` ends the process there and then, with exit code 1, and the error that
+    stopped the run would not be told.
+    """
+    deadline = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread.name.startswith(_READERS):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _start_local(config: Config) -> None:

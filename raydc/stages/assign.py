@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,17 +134,19 @@ def label_all(
     started = logged = time.monotonic()
     expected = sum(s.num_rows for s in slices)
     check = run.check_owner if run is not None else None
-    for done, statistics in enumerate(_labelled(config, load, slices, check), 1):
-        total.merge(statistics, num_exemplars)
-        now = time.monotonic()
-        rate = total.rows / (now - started)
-        left = (expected - total.rows) / max(rate, 1e-9)
-        line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s, {left:.0f} s left"
-        if run is not None:
-            run.tell(line)
-        if now - logged > _LOG_SECONDS:
-            logged = now
-            log.info("assign: %s", line)
+    # Closed at once when something stops the loop: an error's traceback would keep the actors and their readers alive.
+    with closing(_labelled(config, load, slices, check)) as labelled:
+        for done, statistics in enumerate(labelled, 1):
+            total.merge(statistics, num_exemplars)
+            now = time.monotonic()
+            rate = total.rows / (now - started)
+            left = (expected - total.rows) / max(rate, 1e-9)
+            line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s, {left:.0f} s left"
+            if run is not None:
+                run.tell(line)
+            if now - logged > _LOG_SECONDS:
+                logged = now
+                log.info("assign: %s", line)
     if not total.rows == total.labels + total.rejects == expected:
         raise StageError(
             f"assign: {expected} rows in, but {total.labels} labels and {total.rejects} rejects out. The input changed "
@@ -154,7 +157,7 @@ def label_all(
 
 def _labelled(
     config: Config, load: Callable[[], Labelling], slices: list[Slice], check: Callable[[], None] | None
-) -> Iterable[Statistics]:
+) -> Generator[Statistics]:
     section = config.assign
     slots = _free_slots(config)
     actors = min(section.num_actors or slots, max(len(slices), 1))
@@ -193,13 +196,14 @@ def _labelled(
     )
     # A lost actor or node is retried by Ray; a lost slice is done again whole, and a complete one is skipped.
     try:
-        for row in dataset.iter_rows():
-            if row["kind"] == DataError.__name__:
-                raise DataError(f"assign: {row['failure']}")
-            if row["kind"] is not None:
-                told = f"{row['kind']}: {row['failure']}"
-                raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
-            yield Statistics.from_bytes(row["statistics"])
+        with closing(cast(Generator[dict[str, Any]], iter(dataset.iter_rows()))) as rows:
+            for row in rows:
+                if row["kind"] == DataError.__name__:
+                    raise DataError(f"assign: {row['failure']}")
+                if row["kind"] is not None:
+                    told = f"{row['kind']}: {row['failure']}"
+                    raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
+                yield Statistics.from_bytes(row["statistics"])
     except ray.exceptions.RayError as error:
         told = f"{type(error).__name__}: {error}"
         raise StageError(
