@@ -353,7 +353,6 @@ def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any
     stop = threading.Event()
 
     def sample() -> None:
-        # Adding up a process's pages takes the time of those that compute.
         while not stop.wait(2.0):
             if stop_after is not None and _is_done(stop_after):
                 process.terminate()
@@ -361,7 +360,9 @@ def watched(command: list[str], stop_after: Path | None = None) -> dict[str, Any
             for one in _family(process.pid):
                 try:
                     kind = "driver" if one.pid == process.pid else _kind(one.cmdline())
-                    peaks[kind] = max(peaks.get(kind, 0.0), one.memory_full_info().uss / 2**20)
+                    # What the kernel counts anyhow: to walk through a process's pages holds that process up.
+                    memory = one.memory_info()
+                    peaks[kind] = max(peaks.get(kind, 0.0), (memory.rss - memory.shared) / 2**20)
                 except psutil.Error:
                     continue
 
