@@ -163,8 +163,7 @@ def read(folder: str) -> dict:
 
 
 def ray_alone() -> dict:
-    """Return the seconds of a bare ray.init, an empty TorchTrainer.fit and the shutdown, imports included."""
-    started = time.perf_counter()
+    """Do a bare ray.init, an empty TorchTrainer.fit and the shutdown; return when it entered its loop, and left fit."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
     from ray.train import ScalingConfig
@@ -175,14 +174,9 @@ def ray_alone() -> dict:
     TorchTrainer(_touch, train_loop_config={"path": str(entered)}, scaling_config=ScalingConfig(num_workers=1)).fit()
     first = entered.stat().st_mtime
     entered.unlink()
-    ended = time.perf_counter()
+    ended = time.time()
     ray.shutdown()
-    now = time.time()
-    return {
-        "to_first_epoch": time.perf_counter() - started - (now - first),
-        "after_fit": time.perf_counter() - ended,
-        "seconds": [time.perf_counter() - started],
-    }
+    return {"entered": first, "fitted": ended}
 
 
 def _touch(config: dict[str, Any]) -> None:
