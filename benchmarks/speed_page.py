@@ -39,6 +39,8 @@ _INTRODUCTION = [
     "|---|---|---|---|---|---|---|---|---|",
 ]
 
+_MEMORY = """MiB of memory that a process has for itself, the largest of its kind; `process`: all that was resident in it."""
+
 _REASONS = """
 - An epoch beside the bare loop: in one process without Ray ours takes as long as the loop (autoencoder on MNIST, two
   threads: 5.95 s and 5.7 s). In a job a dozen processes of Ray stand beside the training worker, and each wakes up a
@@ -46,9 +48,9 @@ _REASONS = """
   layer's two threads wait for the one that is interrupted.
 - Start-up: the processes of Ray Train and Ray Data start one after the other, and import for 1.2 to 3.3 CPU seconds
   each: the controller 3.0, the autoscaling coordinator 1.3, the placement group cleaner 1.5, the synchronisation actor
-  1.4, the training worker 3.3, the dataset manager 1.6, the split coordinator 1.7, the reader 1.6, the statistics
-  actor 1.2. A bare TorchTrainer has no dataset and imports neither FAISS nor raydc.
-- After the last label: the page. Three maps by t-SNE and seventeen drawings.
+  1.4, the training worker 3.3, the dataset manager 1.6, the reader 1.6, the statistics actor 1.2, and with several
+  workers the split coordinator 1.7. A bare TorchTrainer has no dataset and imports neither FAISS nor raydc.
+- After the last label: the page. Two maps by t-SNE, and seventeen drawings of them and of the rest.
 
 Looked at on two cores of an AMD EPYC, Ray 2.60.0, 2026-11-27."""
 """What was found by looking at processes and threads."""
@@ -63,7 +65,7 @@ def page(book: Sequence[Entry]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## What was wanted", "", *verdicts(book)]
     lines += ["", "## Where the rest goes", "", *_REASONS.strip().splitlines()]
-    lines += ["", "## Peak memory", "", "MiB of memory that a process has for itself, the largest of its kind.", ""]
+    lines += ["", "## Peak memory", "", _MEMORY, ""]
     for e in book:
         peaks = "; ".join(f"{who}: {', '.join(f'{k} {v}' for k, v in p.items())}" for who, p in e["peaks"].items())
         lines.append(f"- {e['work']}, {e['size']}: {peaks}")
