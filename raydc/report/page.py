@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,15 +86,6 @@ class Map:
 
 
 @dataclass(frozen=True)
-class MapRows:
-    """The row sample of the maps."""
-
-    rows: pa.Table
-    spaces: list[npt.NDArray[np.floating]]
-    """(N, L) rows before refinement and, where it changed them, after it."""
-
-
-@dataclass(frozen=True)
 class CardGroup:
     """Leaves of one group of the coarsest level."""
 
@@ -106,9 +96,10 @@ class CardGroup:
 def build(data: RunData) -> Page:
     """Return the page and its figures; the same input gives the same bytes."""
     legend = colours.of_leaves(data.num_leaves, dict(data.levels))
-    found_map, training = draw_maps_and_training(data, legend)
+    found_map = draw_map(data, legend)
     legend = found_map.leaf_colours or legend
     rows_K = data.leaves["rows"].to_numpy()
+    training = draw_training(data.metrics, data.tolerance)
     sizes = figures.leaf_sizes(rows_K, legend)
     tree = draw_tree(data, legend) if len(data.merges) else None
     grouping = _grouping(data)
@@ -166,39 +157,18 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def draw_maps_and_training(data: RunData, leaf_legend: Legend) -> tuple[Map, list[Drawing]]:
-    """Return the maps and the figures of the training, which are drawn while t-SNE, in C, leaves Python to others."""
-    sample = rows_to_map(data)
-    if isinstance(sample, str):
-        return Map(note=sample), draw_training(data.metrics, data.tolerance)
-    with ThreadPoolExecutor(1) as beside:
-        points = beside.submit(project_all, sample.spaces, seed=data.seed)
-        training = draw_training(data.metrics, data.tolerance)
-    return draw_map(sample, points.result(), leaf_legend), training
-
-
-def rows_to_map(data: RunData) -> MapRows | str:
-    """Return the row sample in the spaces before and after refinement, or why there is none to draw."""
+def draw_map(data: RunData, leaf_legend: Legend) -> Map:
+    """Return the maps of the row sample before and after refinement, by leaf and, where labels are known, by label."""
     if data.map_rows is None or data.map_rows.num_rows < LEAST_ROWS:
-        return f"The run kept fewer than {LEAST_ROWS} rows to draw, so there is no map."
+        return Map(note=f"The run kept fewer than {LEAST_ROWS} rows to draw, so there is no map.")
     before, after = matrix(data.map_rows["before"]), matrix(data.map_rows["after"])
     finite = np.isfinite(before).all(axis=1) & np.isfinite(after).all(axis=1)
     if finite.sum() < LEAST_ROWS:
-        return "The codes of the sampled rows are not finite, so there is no map."
+        return Map(note="The codes of the sampled rows are not finite, so there is no map.")
+    rows = data.map_rows.filter(pa.array(finite))
     before, after = before[finite], after[finite]
     refined = before.shape != after.shape or not np.allclose(before, after, rtol=1e-4, atol=1e-6)
-    return MapRows(data.map_rows.filter(pa.array(finite)), [before, after] if refined else [before])
 
-
-def draw_map(sample: MapRows, points: Sequence[npt.NDArray[np.float64]], leaf_legend: Legend) -> Map:
-    """Return the maps of the row sample by leaf and, where labels are known, by label.
-
-    Args:
-        sample: the rows.
-        points: (N, 2) their places in each of the sample's spaces.
-        leaf_legend: (K,) colours of the leaves.
-    """
-    rows, refined = sample.rows, len(sample.spaces) == 2
     by_leaf = leaf_legend.taken(rows["leaf"].to_numpy())
     legends = [by_leaf]
     labels = rows["label"].to_pylist() if "label" in rows.column_names else []
@@ -206,6 +176,7 @@ def draw_map(sample: MapRows, points: Sequence[npt.NDArray[np.float64]], leaf_le
         by_label = colours.of_labels([None if label is None else str(label) for label in labels])
         by_leaf = colours.matched(by_leaf, by_label)
         legends = [by_leaf, by_label]
+    points = project_all([before, after] if refined else [before], seed=data.seed)
     titles = ["before refinement", "after refinement"] if refined else ["the clustering space"]
     panels = [
         [Panel(f"map_{way}_{place}", title, p, legend) for place, (title, p) in enumerate(zip(titles, points))]
@@ -215,7 +186,7 @@ def draw_map(sample: MapRows, points: Sequence[npt.NDArray[np.float64]], leaf_le
     return Map(
         lines=[(line[0].legend, [figures.map_panel(panel) for panel in line]) for line in panels],
         titles=titles,
-        note=_map_note(rows.num_rows, refined, len(legends) == 2),
+        note=_map_note(len(after), refined, len(legends) == 2),
         leaf_colours=matched,
         # Side by side where there is one map for each way to colour.
         sheet=figures.map_sheet(panels if refined else [[line[0] for line in panels]]),

@@ -56,9 +56,6 @@ class EverySlice(DataConfig):
         **kwargs: Any,
     ) -> list[dict[str, Any]]:
         """Return one iterator per worker and dataset."""
-        if world_size == 1:
-            # Nothing to split, and so no process of Ray Data's that would do it.
-            return [{name: dataset.iterator() for name, dataset in datasets.items()}]
         output: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
             splits = dataset.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
