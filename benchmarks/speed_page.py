@@ -39,7 +39,7 @@ _INTRODUCTION = [
     "|---|---|---|---|---|---|---|---|---|",
 ]
 
-_MEMORY = """MiB of memory that a process has for itself, the largest of its kind; `process`: all that was resident in it."""
+_MEMORY = "MiB of memory that a process has for itself, the largest of its kind; `process`: all that it had resident."
 
 _REASONS = """
 - An epoch beside the bare loop: in one process without Ray ours takes as long as the loop (autoencoder on MNIST, two
@@ -48,8 +48,8 @@ _REASONS = """
   layer's two threads wait for the one that is interrupted.
 - Start-up: the processes of Ray Train and Ray Data start one after the other, and import for 1.2 to 3.3 CPU seconds
   each: the controller 3.0, the autoscaling coordinator 1.3, the placement group cleaner 1.5, the synchronisation actor
-  1.4, the training worker 3.3, the dataset manager 1.6, the reader 1.6, the statistics actor 1.2, and with several
-  workers the split coordinator 1.7. A bare TorchTrainer has no dataset and imports neither FAISS nor raydc.
+  1.4, the training worker 3.3, the dataset manager 1.6, the split coordinator 1.7, the reader 1.6, the statistics
+  actor 1.2. A bare TorchTrainer has no dataset and imports neither FAISS nor raydc.
 - After the last label: the page. Two maps by t-SNE, and seventeen drawings of them and of the rest.
 
 Looked at on two cores of an AMD EPYC, Ray 2.60.0, 2026-11-27."""
