@@ -185,9 +185,7 @@ def start_up(options: argparse.Namespace) -> list[dict[str, Any]]:
     found = in_turn(options.repeats, ours=ours, limit=limit)
     entries = []
     for key, work in (("to_first_epoch", "from the command to the first epoch"), ("after_fit", "from the last label")):
-        part = {
-            n: {"median": statistics.median(r[key] for r in runs["runs"]), **_peaks(runs)} for n, runs in found.items()
-        }
+        part = {n: {"median": statistics.median(r[key] for r in runs["runs"])} for n, runs in found.items()}
         entries.append(entry_of(work, "digits", "s", part))
     return entries
 

@@ -16,7 +16,7 @@ from raydc.core.kmeans import KMeans, leaf_sums, lloyd, reseed, start
 from raydc.core.nearest import nearest
 from raydc.core.objectives.kernel import Kernel, calibrate
 from raydc.core.objectives.snapshot import compact, encode
-from raydc.core.rows import ResidentRows, RowStore
+from raydc.core.rows import RowStore
 from raydc.core.trainer import Trainer
 from raydc.core.watch import mean_and_covariance, products
 
@@ -46,9 +46,7 @@ def latent_blocks(trainer: Trainer, encoder: nn.Module | None, arithmetic: str, 
     kept_weights = RowStore([], torch.float32, 0, trainer.ranks.device)
     for z, weights in anew():
         z = compact(z)
-        # As many as the rank has of them; streamed rows are not known beforehand.
-        expected = len(trainer.rows.keys_N) if isinstance(trainer.rows, ResidentRows) else 0
-        codes = codes or RowStore(z.shape[1:], z.dtype, expected, z.device)
+        codes = codes or RowStore(z.shape[1:], z.dtype, trainer.rows.num_local, z.device)
         codes.add(z)
         kept_weights.add(weights)
     if codes is None:

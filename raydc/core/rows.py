@@ -201,6 +201,8 @@ class StreamedRows:
         """
         self._open, self._ranks, self._pool_rows = open_stream, ranks, pool_rows
         self.dim, self.num_rows = dim, expected_rows
+        self.num_local = 0
+        """Not known beforehand."""
 
     def blocks(self, block_rows: int) -> Iterator[Batch]:
         """Yield every row of this rank's present share once."""

@@ -218,6 +218,7 @@ class _Fit:
         plan, state, trainer = self.settings.refine, self.state, self.trainer
         objective = state.objective
         assert objective is not None
+        objective.num_local = trainer.rows.num_local
         module = trainer.distributed(objective)
         optimizer = _refine_optimizer(plan, objective)
         rates = [group["lr"] for group in optimizer.param_groups]

@@ -127,7 +127,9 @@ class Dec(Objective):
         if step not in {num_steps * r // times for r in range(times)}:
             return None
         assert self.encoder is not None
-        return Refresh(self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic)
+        return Refresh(
+            self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic, self.num_local
+        )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `kl`."""

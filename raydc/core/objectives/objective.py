@@ -142,6 +142,9 @@ class Objective(nn.Module):
     sample_rows = 0
     """Rows of the sample that `start` gets, about."""
 
+    num_local = 0
+    """Rows that a pass meets on this rank, where that is known; for what it keeps of them. Set by the fit."""
+
     needs_partners = False
     """Whether each row comes with a second one (`Minibatch.partners`)."""
 

@@ -97,10 +97,15 @@ class Refresh:
         previous: Snapshot | None,
         keep: Callable[[Snapshot], None],
         arithmetic: str,
+        expected_rows: int = 0,
     ) -> None:
-        """Make a pass under `encoder` and centres; `keep` is given the snapshot at its end."""
+        """Make a pass under `encoder` and centres; `keep` is given the snapshot at its end.
+
+        `expected_rows` are about as many as there will be to keep; 0 if that is not known.
+        """
         self._encoder, self._centers, self._kernel = encoder, centers_KL.detach(), kernel
         self._previous, self._keep, self._arithmetic = previous, keep, arithmetic
+        self._expected_rows = expected_rows
         self._f = torch.zeros(len(centers_KL), dtype=torch.float64, device=centers_KL.device)
         self._sizes = torch.zeros_like(self._f)
         # Weights of the rows, of the changed ones, and of the largest q.
@@ -128,10 +133,8 @@ class Refresh:
         if self._resident:
             z = compact(z)
             if self._kept_z is None or self._kept_leaves is None:
-                known = self._previous.leaves_N if self._previous is not None else None
-                expected = 0 if known is None else len(known)
-                self._kept_z = RowStore(z.shape[1:], z.dtype, expected, z.device)
-                self._kept_leaves = RowStore([], leaves.dtype, expected, z.device)
+                self._kept_z = RowStore(z.shape[1:], z.dtype, self._expected_rows, z.device)
+                self._kept_leaves = RowStore([], leaves.dtype, self._expected_rows, z.device)
             self._kept_z.add(z)
             self._kept_leaves.add(leaves)
 
