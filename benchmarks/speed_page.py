@@ -43,16 +43,23 @@ _MEMORY = "MiB of memory that a process has for itself, the largest of its kind;
 
 _REASONS = """
 - An epoch beside the bare loop: in one process without Ray ours takes as long as the loop (autoencoder on MNIST, two
-  threads: 5.95 s and 5.7 s). In a job a dozen processes of Ray stand beside the training worker, and each wakes up a
-  hundred times a second to look for signals: 0.8 % of a core each, 15 % of one with the raylet and the agents. A
-  layer's two threads wait for the one that is interrupted.
+  threads: 6.0 to 6.2 s, the loop 5.6 to 6.1). The same process beside a job whose training worker is stopped takes 6.7
+  to 7.9 s: a dozen processes of Ray stand there, and each wakes up a hundred times a second to look for signals, 0.7
+  to 1.7 % of a core each, 14 % of one in all. A layer's two threads wait for the one that is interrupted.
+- Lloyd: the screening by bf16 needs a processor that multiplies in tiles (AMX); without one it is the search in
+  float32 that scikit-learn and FAISS do as well. On two cores of an Intel Xeon with AMX: 1.33 s, FAISS 1.37,
+  scikit-learn 1.53.
 - Start-up: the processes of Ray Train and Ray Data start one after the other, and import for 1.2 to 3.3 CPU seconds
   each: the controller 3.0, the autoscaling coordinator 1.3, the placement group cleaner 1.5, the synchronisation actor
   1.4, the training worker 3.3, the dataset manager 1.6, the split coordinator 1.7, the reader 1.6, the statistics
-  actor 1.2. A bare TorchTrainer has no dataset and imports neither FAISS nor raydc.
+  actor 1.2. A bare TorchTrainer has no dataset and imports neither FAISS nor raydc. Without the split coordinator, or
+  with one environment for all, which lets Ray start processes ahead, it took as long.
 - After the last label: the page. Two maps by t-SNE, and seventeen drawings of them and of the rest.
+- The training worker beyond its shard, of 320,000 rows: 430 MiB in pretraining; 800 with what k-means and the baseline
+  leave; the codes of all rows, 256 numbers in bf16, 156 (625 of 1.28 million rows); a step of 4,096 rows against
+  1,000 leaves 350. A sample of 100,000 raw rows takes 293 for a while, one of 200,000 codes 195.
 
-Looked at on two cores of an AMD EPYC, Ray 2.60.0, 2026-11-27."""
+Looked at on two cores of an AMD EPYC, Ray 2.60.0, 2026-11-28."""
 """What was found by looking at processes and threads."""
 
 

@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("Interrupted. The same command with the same --run-id continues.", file=sys.stderr)
         sys.exit(130)
     finally:
-        # At its end Python looks for cycles once more, through all that torch, Ray and others have loaded: a second.
-        gc.freeze()
+        if arguments is None:
+            # The process ends here, and Python would look for cycles in all that torch and Ray have loaded: a second.
+            gc.freeze()
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,12 +251,11 @@ def _demo(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Load modules without looking for cycles meanwhile, nor later among what they hold: a fifth of the time."""
+    """Load modules without looking for cycles meanwhile, of which there are none: a fifth of the time."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 
