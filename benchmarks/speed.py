@@ -179,7 +179,6 @@ def start_up(options: argparse.Namespace) -> list[dict[str, Any]]:
             "to_first_epoch": seen["entered"] - started,
             "after_fit": ended - seen["fitted"],
             "seconds": [ended - started],
-            "peak_mib": seen["peak_mib"],
         }
 
     found = in_turn(options.repeats, ours=ours, limit=limit)
@@ -278,10 +277,6 @@ def in_turn(repeats: int, **runs: Run) -> dict[str, dict[str, Any]]:
         }
         for name, results in found.items()
     }
-
-
-def _peaks(runs: dict[str, Any]) -> dict[str, Any]:
-    return {"peaks": runs["peaks"]}
 
 
 def bare(name: str, **arguments: Any) -> dict[str, Any]:

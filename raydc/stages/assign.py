@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -196,14 +196,13 @@ def _labelled(
     )
     # A lost actor or node is retried by Ray; a lost slice is done again whole, and a complete one is skipped.
     try:
-        with closing(cast(Generator[dict[str, Any]], iter(dataset.iter_rows()))) as rows:
-            for row in rows:
-                if row["kind"] == DataError.__name__:
-                    raise DataError(f"assign: {row['failure']}")
-                if row["kind"] is not None:
-                    told = f"{row['kind']}: {row['failure']}"
-                    raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
-                yield Statistics.from_bytes(row["statistics"])
+        for row in dataset.iter_rows():
+            if row["kind"] == DataError.__name__:
+                raise DataError(f"assign: {row['failure']}")
+            if row["kind"] is not None:
+                told = f"{row['kind']}: {row['failure']}"
+                raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
+            yield Statistics.from_bytes(row["statistics"])
     except ray.exceptions.RayError as error:
         told = f"{type(error).__name__}: {error}"
         raise StageError(
