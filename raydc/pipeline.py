@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from raydc import cluster, tables
 from raydc.config import Config
 from raydc.core.process import release_memory
@@ -131,6 +133,7 @@ def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, An
         seconds = time.perf_counter() - started
         folder.mark_done(stage.name, settings[stage.name], seconds, metrics)
         log.info("%s: done in %.1f s", stage.name, seconds)
+        pa.default_memory_pool().release_unused()
         release_memory()
         if stage.name == "profile":
             for line in make_plan(config, profile.load(folder)).lines():

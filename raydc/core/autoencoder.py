@@ -32,14 +32,13 @@ class Perceptron(nn.Sequential):
     """Layers one after the other.
 
     The batches are made by hash, so their sizes differ, and on a CPU in bf16 every layer is compiled anew for every
-    size. There a batch is trained on with rows of zeros after it, up to two whole tiles of the matrix unit, whose
-    answers nobody sees: a few sizes in place of a hundred.
+    size, which takes milliseconds and stays in memory. There rows of zeros follow a batch, up to two whole tiles of the
+    matrix unit, whose answers nobody sees: a few sizes in place of a hundred.
     """
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Return the (N, L) answer of the last layer."""
-        cpu = x_ND.device.type == "cpu"
-        missing = -len(x_ND) % _TILE_ROWS if cpu and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") else 0
+        missing = -len(x_ND) % _TILE_ROWS if x_ND.device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
         if not missing:
             return super().forward(x_ND)
         return super().forward(nn.functional.pad(x_ND, (0, 0, 0, missing)))[: len(x_ND)]

@@ -27,7 +27,9 @@ Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 def latent_blocks(trainer: Trainer, encoder: nn.Module | None, arithmetic: str, *, keep: bool = True) -> Blocks:
-    """Return a source of (z, weights) blocks: codes are kept in memory, or made anew each time; plain rows always are.
+    """Return a source of (z, weights) blocks: codes are made in the first whole pass, and kept in memory for the next.
+
+    Plain rows are made anew each time.
 
     Args:
         trainer: for the rows.
@@ -42,17 +44,26 @@ def latent_blocks(trainer: Trainer, encoder: nn.Module | None, arithmetic: str, 
 
     if encoder is None or not keep:
         return anew
-    codes: RowStore | None = None
-    kept_weights = RowStore([], torch.float32, 0, trainer.ranks.device)
-    for z, weights in anew():
-        z = compact(z)
-        codes = codes or RowStore(z.shape[1:], z.dtype, trainer.rows.num_local, z.device)
-        codes.add(z)
-        kept_weights.add(weights)
-    if codes is None:
-        return lambda: iter(())
-    z_NL, weights_N, size = codes.take(), kept_weights.take(), trainer.block_rows
-    return lambda: ((z.float(), w) for z, w in zip(z_NL.split(size), weights_N.split(size), strict=True))
+    whole: list[tuple[Tensor, Tensor]] = []
+
+    def kept() -> Iterator[tuple[Tensor, Tensor]]:
+        if not whole:
+            codes: RowStore | None = None
+            kept_weights = RowStore([], torch.float32, trainer.rows.num_local, trainer.ranks.device)
+            for z, weights in anew():
+                half = compact(z)
+                codes = codes or RowStore(z.shape[1:], half.dtype, trainer.rows.num_local, z.device)
+                codes.add(half)
+                kept_weights.add(weights)
+                yield z, weights
+            if codes is not None:
+                whole.append((codes.take(), kept_weights.take()))
+            return
+        (z_NL, weights_N), size = whole[0], trainer.block_rows
+        for z, weights in zip(z_NL.split(size), weights_N.split(size), strict=True):
+            yield z.float(), weights
+
+    return kept
 
 
 def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> tuple[Tensor, Tensor]:

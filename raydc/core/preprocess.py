@@ -96,9 +96,8 @@ class Preprocess:
         here = self._on(x_ND.device)
         x = x_ND.float()
         if self.method == "l2":
-            x = torch.cat(
-                [torch.nn.functional.normalize(x[:, a:b], dim=1, eps=1e-30) for a, b, _ in self.blocks], dim=1
-            )
+            parts = [torch.nn.functional.normalize(x[:, a:b], dim=1, eps=1e-30) for a, b, _ in self.blocks]
+            x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if here.mean_D is not None:
             x = x - here.mean_D
         if here.scale_D is not None:

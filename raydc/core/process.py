@@ -9,11 +9,11 @@ import torch
 # torch before faiss: the other order gives the two libraries separate thread settings.
 import faiss  # isort: skip
 
-_CPU_BLOCK_ROWS = 2048
+_CPU_BLOCK_ROWS = 1024
 
 _KERNELS = "16384"
 
-_MALLOC = {-1: 128 * 2**20, -2: 32 * 2**20, -3: 32 * 2**20}
+_MALLOC = {-1: 128 * 2**20, -2: 8 * 2**20, -3: 12 * 2**20}
 """mallopt's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (malloc.h): bytes above which freed memory at the end of
 the heap is given back, of which the heap grows at once, and from which a piece has memory of its own."""
 
@@ -52,7 +52,7 @@ def _keep_freed_memory() -> None:
 def block_rows(device: torch.device, most: int) -> int:
     """Return how many rows to put through a network at once, at most `most`.
 
-    On a CPU 2048 are as fast as any number, and the memory of one block serves the next one.
+    On a CPU 1024 are as fast as any number, and the memory of one block serves the next one.
     """
     return min(most, _CPU_BLOCK_ROWS) if device.type == "cpu" else most
 

@@ -133,6 +133,8 @@ class ResidentRows:
         sizes = torch.bincount(step_of_row, minlength=num_steps).tolist()
         local = torch.zeros(num_steps, dtype=torch.float64).index_add_(0, step_of_row, self._weights.double())
         totals = self._ranks.sum(local).to(self._ranks.device)
+        # Not for the whole epoch.
+        del step_of_row
         for rows, total in zip(order.split(sizes), totals, strict=True):
             # A step that got no row on any rank has nothing to learn from, and every rank sees that alike.
             if total > 0:

@@ -175,6 +175,8 @@ class _Fit:
         """Find the centres by k-means, the baselines, and the kernel."""
         state, settings, trainer = self.state, self.settings, self.trainer
         started = time.perf_counter()
+        # Its moments take twice the memory of the weights.
+        state.optimizer = {}
         if state.autoencoder is not None:
             state.baselines["raw_kmeans"] = self._raw_kmeans()
             release_memory()
@@ -190,7 +192,7 @@ class _Fit:
         state.objective = self._objective()
         if state.objective is not None:
             state.objective.start(shared_sample(trainer, encoder, state.objective.sample_rows))
-        state.phase, state.epoch, state.optimizer = ("refine" if state.objective is not None else "done"), 0, {}
+        state.phase, state.epoch = ("refine" if state.objective is not None else "done"), 0
         entry = {
             "phase": "kmeans",
             "epoch": 0,
@@ -231,6 +233,7 @@ class _Fit:
                 group["lr"] = rate * objective.rate_factor(epoch)
             seed = stream_seed(self.settings.seed, 7, epoch)
             seen: dict[str, Any] = {}
+            met: list[Minibatch] = []
             if objective.reclusters(epoch):
                 objective.take_centers(*self._reclustered(objective, "lloyd"))
 
@@ -240,21 +243,24 @@ class _Fit:
                     return True
                 blocks = (self._minibatch(b, seed) for b in trainer.rows.blocks(trainer.block_rows))
                 seen.update(run_pass(one, blocks, self.ranks.sum))
+                # The steps need it in other sizes.
+                release_memory()
                 state.converged = seen.get("changed", 1.0) < plan.tolerance
                 return not state.converged
 
-            def loss_of(step: Step, seed: int = seed) -> dict[str, Tensor]:
+            def loss_of(step: Step, seed: int = seed, met: list[Minibatch] = met) -> dict[str, Tensor]:
                 batch = self._minibatch(step.batch, seed, step.total_weight)
+                # Without partners: they were exchanged for the loss, and cost most of a step's communication.
+                met[:] = [replace(batch, partners=None)]
                 with torch.no_grad():
                     sums = objective.batch_sums(batch)
                 batch = batch if sums is None else replace(batch, sums=self.ranks.sum(sums))
                 with trainer.layers():
                     return module(batch)
 
-            def after(step: Step, seed: int = seed) -> None:
+            def after(step: Step, met: list[Minibatch] = met) -> None:
                 with torch.no_grad():
-                    # Without partners: they were exchanged for the loss, and cost most of a step's communication.
-                    sums = objective.step_sums(self._minibatch(step.batch, seed, step.total_weight, paired=False))
+                    sums = objective.step_sums(met.pop())
                     objective.after_step(None if sums is None else self.ranks.sum(sums))
 
             steps = trainer.rows.steps(plan.batch_rows, stream_seed(self.settings.seed, 5, epoch))
@@ -320,12 +326,9 @@ class _Fit:
             raise ValueError(f"the objective {self.settings.objective} takes rows in pairs, but none were given")
         return objective.to(self.ranks.device)
 
-    def _minibatch(
-        self, batch: Batch, seed: int, total_weight: Tensor | None = None, *, paired: bool = True
-    ) -> Minibatch:
+    def _minibatch(self, batch: Batch, seed: int, total_weight: Tensor | None = None) -> Minibatch:
         partners = None
-        paired = paired and total_weight is not None
-        if paired and self.state.objective is not None and self.state.objective.needs_partners:
+        if total_weight is not None and self.state.objective is not None and self.state.objective.needs_partners:
             assert self.partners is not None
             partners = self._minibatch(self.partners(batch, seed), seed)
         x = self.trainer.preprocess(batch.x_ND)

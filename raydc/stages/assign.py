@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -90,10 +92,11 @@ def neighbour_agreement(config: Config, near_rows: pa.Table | None) -> dict[str,
     section = config.evaluate
     if near_rows is None or near_rows.num_rows <= section.num_neighbours:
         return None
-    rows = near_rows.sort_by("key").combine_chunks()
-    x = rows["x"].combine_chunks().flatten().to_numpy().reshape(rows.num_rows, -1)
+    order = np.argsort(near_rows["key"].to_numpy(), kind="stable")
+    x = _in_order(near_rows["x"], order)
     near = nearest_neighbours(x, num=section.num_neighbours, max_queries=section.neighbour_queries)
-    methods = {name: agreement(rows[name].to_numpy(), near) for name in rows.column_names if name not in ("key", "x")}
+    names = [name for name in near_rows.column_names if name not in ("key", "x")]
+    methods = {name: agreement(near_rows[name].to_numpy()[order], near) for name in names}
     raw = methods["raw_kmeans"]
     found = {}
     for name, own in methods.items():
@@ -102,12 +105,23 @@ def neighbour_agreement(config: Config, near_rows: pa.Table | None) -> dict[str,
         del values["score_Q"]
         found[name] = values | {"gain": difference, "standard_error": error}
     return {
-        "rows": rows.num_rows,
+        "rows": near_rows.num_rows,
         "queries": len(near.queries_Q),
         "num_neighbours": section.num_neighbours,
         "num_leaves": config.cluster.num_leaves,
         "methods": found,
     }
+
+
+def _in_order(lists: pa.ChunkedArray, order_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Return lists of one length as (N, D), row order_N[i] at i; each is copied once, to where it belongs."""
+    place_N = np.empty_like(order_N)
+    place_N[order_N] = np.arange(len(order_N))
+    x_ND, first = np.empty((len(lists), lists.type.list_size), np.float32), 0
+    for chunk in lists.chunks:
+        x_ND[place_N[first : first + len(chunk)]] = chunk.flatten().to_numpy().reshape(len(chunk), -1)
+        first += len(chunk)
+    return x_ND
 
 
 def label_all(

@@ -1,5 +1,7 @@
 """DEC and IDEC: the target, the divergence and its gradient, the kernel."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from raydc.core.autoencoder import Autoencoder
 from raydc.core.nearest import SquaredDistances, squared_distances
-from raydc.core.objectives.dec import Dec, Target, divergence, log_target
+from raydc.core.objectives.dec import Dec, Target, divergence, log_target, summed_divergence
 from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.kernel import Kernel, calibrate, log_soft_assign, top_soft_assign
 from raydc.core.objectives.objective import Minibatch, run_pass
@@ -45,7 +47,7 @@ def streamed_target(ranks, x, centers, streamed):
     run_pass(dec.refresh(0, 0, 8), (minibatch(b) for b in rows.blocks(128)), ranks.sum)
     targets = {}
     for step in rows.steps(64, epoch_seed=1):
-        p = dec.log_target(minibatch(step.batch)).exp()
+        p = dec.log_target(minibatch(step.batch))(slice(None)).exp()
         targets |= dict(zip(step.batch.keys_N.tolist(), p.numpy(), strict=True))
     return targets, dec.snapshot.frequencies_K.numpy()
 
@@ -76,13 +78,47 @@ def test_the_gradient_of_the_divergence_is_the_closed_form():
     kernel = Kernel(alpha=2.5, scale=1.3)
     log_q = log_soft_assign(z, c, kernel)
     log_p = log_target(log_q.detach(), log_q.detach().exp().sum(0))
-    divergence(log_p, log_q).sum().backward()
+    summed_divergence(z, c, torch.ones(20, dtype=torch.float64), kernel, log_p.__getitem__).backward()
     unit = kernel.alpha * kernel.scale
     pull = (log_p.exp() - log_q.exp()) / (1 + squared_distances(z, c) / unit)
     apart = z[:, None, :] - c[None, :, :]
     factor = (kernel.alpha + 1) / unit
     torch.testing.assert_close(z.grad, factor * (pull[:, :, None] * apart).sum(1), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(c.grad, -factor * (pull[:, :, None] * apart).sum(0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_the_summed_divergence_in_blocks_is_that_of_the_whole_batch(monkeypatch, offset):
+    monkeypatch.setattr("raydc.core.objectives.dec._BLOCK_NUMBERS", 100)
+    monkeypatch.setattr("raydc.core.objectives.dec._LEAST_BLOCK_ROWS", 3)
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn(50, 6, generator=generator) + offset
+    c = torch.randn(9, 6, generator=generator) + offset
+    weights = torch.rand(50, generator=generator)
+    log_p = torch.log_softmax(torch.randn(50, 9, generator=generator, dtype=torch.float64), dim=1)
+    asked = []
+
+    def log_p_of(rows):
+        asked.append(rows)
+        return log_p[rows].float()
+
+    ours_z, ours_c = z.clone().requires_grad_(), c.clone().requires_grad_()
+    ours = summed_divergence(ours_z, ours_c, weights, KERNEL, log_p_of)
+    (3.0 * ours).backward()
+    assert len(asked) == 5
+    z, c = z.double().requires_grad_(), c.double().requires_grad_()
+    expected = (weights.double() * divergence(log_p, log_soft_assign(z, c, KERNEL))).sum()
+    (3.0 * expected).backward()
+    assert float(ours.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    torch.testing.assert_close(ours_z.grad.double(), z.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours_c.grad.double(), c.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_summed_divergence_keeps_nothing_of_rows_times_leaves():
+    z, c = torch.randn(40, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    log_p = torch.log_softmax(torch.randn(40, 7), dim=1)
+    total = summed_divergence(z, c, torch.ones(40), KERNEL, log_p.__getitem__)
+    assert [tuple(kept.shape) for kept in total.grad_fn.saved_tensors] == [(40, 3), (7, 3)]
 
 
 def test_the_divergence_is_zero_where_the_two_are_equal_and_positive_elsewhere():
@@ -106,7 +142,7 @@ def test_the_losses_and_their_gradients_are_those_computed_by_hand_in_float64():
     dec = Dec(net.encoder, centers, KERNEL)
     idec = Idec(net.encoder, net.decoder, centers, KERNEL, gamma=0.3)
     for model, expected, layers in ((dec, kl, encoder), (idec, reconstruction + 0.3 * kl, encoder + decoder)):
-        ours = model.loss(x, w, p.log().float())["loss"]
+        ours = model.loss(x, w, p.log().float().__getitem__)["loss"]
         assert float(ours.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
         trained = [*(t for m in linear for t in (m.weight, m.bias)), model.centers]
@@ -120,7 +156,8 @@ def test_the_gradient_of_the_divergence_passes_finite_differences():
     z = torch.randn(8, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     c = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     log_p = torch.log_softmax(torch.randn(8, 4, generator=generator, dtype=torch.float64), dim=1)
-    assert torch.autograd.gradcheck(lambda z, c: divergence(log_p, log_soft_assign(z, c, KERNEL)), (z, c))
+    weights = torch.rand(8, generator=generator, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z, c: summed_divergence(z, c, weights, KERNEL, log_p.__getitem__), (z, c))
 
 
 def test_idec_with_gamma_zero_is_the_autoencoder():
@@ -130,7 +167,7 @@ def test_idec_with_gamma_zero_is_the_autoencoder():
     weights = torch.rand(64)
     idec = Idec(autoencoder.encoder, autoencoder.decoder, torch.randn(4, 3), KERNEL, gamma=0.0)
     log_p = torch.log_softmax(torch.randn(64, 4), dim=1)
-    ours = idec.loss(x, weights, log_p)
+    ours = idec.loss(x, weights, log_p.__getitem__)
     gradients = torch.autograd.grad(ours["loss"], list(autoencoder.parameters()) + [idec.centers])
     plain = Reconstruction(autoencoder)(x, weights, x)
     expected = torch.autograd.grad(plain["loss"], list(autoencoder.parameters()))
@@ -145,10 +182,12 @@ def test_gamma_multiplies_the_divergence_only():
     autoencoder = Autoencoder(12, (16,), 3)
     x, weights = torch.from_numpy(blobs(64)[0]), torch.ones(64)
     centers, log_p = torch.randn(4, 3), torch.log_softmax(torch.randn(64, 4), dim=1)
-    sums = Idec(autoencoder.encoder, autoencoder.decoder, centers, KERNEL, gamma=0.3).loss(x, weights, log_p)
+    sums = Idec(autoencoder.encoder, autoencoder.decoder, centers, KERNEL, gamma=0.3).loss(
+        x, weights, log_p.__getitem__
+    )
     assert float(sums["loss"].detach()) == pytest.approx(float(sums["reconstruction"]) + 0.3 * float(sums["kl"]))
     assert float(sums["kl"]) == pytest.approx(
-        float(Dec(autoencoder.encoder, centers, KERNEL).loss(x, weights, log_p)["kl"])
+        float(Dec(autoencoder.encoder, centers, KERNEL).loss(x, weights, log_p.__getitem__)["kl"])
     )
 
 
@@ -161,6 +200,17 @@ def test_a_constant_of_norm_100_on_every_row_leaves_q_unchanged():
     here = log_soft_assign(z, centers, kernel).exp()
     there = log_soft_assign(z + offset, centers + offset, kernel).exp()
     assert (here - there).abs().max() < 1e-4
+
+
+def test_calibration_leaves_no_distances_behind():
+    z, centers = torch.randn(333, 4), torch.randn(7, 4)
+    gc.disable()
+    try:
+        calibrate(z, centers, target_top_q=0.5)
+        left = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == (333, 7)]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_the_kernel_is_calibrated_where_alpha_one_has_no_signal():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from raydc.core.autoencoder import perceptron, precision
 from raydc.core.collectives import Ranks
 from raydc.core.objectives.snapshot import compact
 from raydc.core.preprocess import Preprocess
@@ -207,6 +208,20 @@ def test_the_refinement_stops_when_few_rows_change_their_leaf():
     # The first refresh has nothing to compare with; the second, half an epoch later, is below the tolerance.
     assert [h["epoch"] for h in history if h["phase"] == "refine"] == [0]
     assert history[-1]["changed"] < 0.99 and history[-1]["steps"] < 16
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_layers_meet_few_sizes_of_batches_in_bf16(learning):
+    encoder = perceptron([5, 8, 3])
+    sizes = []
+    encoder[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    x = torch.randn(70, 5)
+    with torch.set_grad_enabled(learning), precision(torch.device("cpu"), "bf16"):
+        answers = [encoder(x[:n]) for n in (0, 1, 31, 32, 33, 70)]
+    assert sizes == [0, 32, 32, 32, 64, 96]
+    assert [len(z) for z in answers] == [0, 1, 31, 32, 33, 70]
+    for z in answers[1:]:
+        torch.testing.assert_close(z.float(), encoder(x[: len(z)]), rtol=0.05, atol=0.02)
 
 
 def test_bf16_training_ends_near_float32(on_one_rank):

@@ -1,5 +1,7 @@
 """Improved Deep Embedded Clustering (IDEC): DEC that keeps its decoder. Letters: N rows, K leaves, D width."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from raydc.core.objectives.dec import PAPER_TARGET, Dec, Target
@@ -48,11 +50,11 @@ class Idec(Dec):
             arithmetic=parts.arithmetic,
         )
 
-    def loss(self, x_ND: Tensor, weights_N: Tensor, log_p_NK: Tensor) -> dict[str, Tensor]:
+    def loss(self, x_ND: Tensor, weights_N: Tensor, log_p_of: Callable[[slice], Tensor]) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its parts `reconstruction` and `kl`."""
         assert self.encoder is not None
         z = self.encoder(x_ND)
-        kl = (weights_N * self._divergence(z, log_p_NK)).sum()
+        kl = self._divergence(z, weights_N, log_p_of)
         reconstruction = (weights_N * squared_error(x_ND, self.decoder(z))).sum()
         loss = reconstruction + self.gamma * kl
         return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.detach()}

@@ -45,9 +45,12 @@ def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
 
     Source: Xie, Girshick, Farhadi, arXiv:1511.06335, eq. 1.
     """
-    logits = (
-        -(kernel.alpha + 1.0) / 2.0 * torch.log1p(squared_distances(z_ND, centers_KD) / (kernel.alpha * kernel.scale))
-    )
+    return log_similarity(squared_distances(z_ND, centers_KD), kernel)
+
+
+def log_similarity(squared_NK: Tensor, kernel: Kernel) -> Tensor:
+    """Return what `log_soft_assign` does, (N, K), of rows at these squared distances from the centres."""
+    logits = -(kernel.alpha + 1.0) / 2.0 * torch.log1p(squared_NK / (kernel.alpha * kernel.scale))
     return torch.log_softmax(logits, dim=1)
 
 
@@ -106,7 +109,10 @@ def calibrate(
     """
     if not len(z_ND):
         raise ValueError("calibration needs at least one row")
-    squared = torch.cat([squared_distances(z, centers_KD) for z in z_ND.split(_BLOCK_ROWS)])
+    # Written to its place: joined from blocks, it would be held twice for a moment.
+    squared = z_ND.new_empty(len(z_ND), len(centers_KD))
+    for z, block in zip(z_ND.split(_BLOCK_ROWS), squared.split(_BLOCK_ROWS), strict=True):
+        block.copy_(squared_distances(z, centers_KD))
     weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N.double()
     width = float(squared.min(dim=1).values.mean()) or 1.0
     best = Kernel(alpha or ALPHAS[-1], width)
@@ -129,13 +135,20 @@ def _widened(
     """Return the scale between two at which the mean largest q is the target; the widest one if it is above there."""
     import scipy.optimize  # It takes a while, and a kernel is calibrated once or twice in a run.
 
+    held = [squared_NK]
+
     def excess(log_scale: float) -> float:
-        return _mean_top_q(squared_NK, alpha, math.exp(log_scale), weights_N) - target_top_q
+        return _mean_top_q(held[0], alpha, math.exp(log_scale), weights_N) - target_top_q
 
     low, high = math.log(narrowest), math.log(widest)
     if excess(high) >= 0.0:
         return widest
-    return math.exp(scipy.optimize.brentq(excess, low, high, xtol=1e-7)) if excess(low) > 0.0 else narrowest
+    if excess(low) <= 0.0:
+        return narrowest
+    found = scipy.optimize.brentq(excess, low, high, xtol=1e-7)
+    # SciPy leaves a circle of references behind that holds the function, and would hold the distances.
+    held.clear()
+    return math.exp(found)
 
 
 def _mean_top_q(squared_NK: Tensor, alpha: float, scale: float, weights_N: Tensor | None) -> float:
