@@ -53,14 +53,15 @@ class Board:
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[None]:
+def connected(config: Config) -> Iterator[Callable[[], None]]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine for as long as the block lasts.
 
-    A process that is connected already stays as it is.
+    Yields what may be called when nothing in the block needs the cluster any more: it is left, which takes a second,
+    beside what follows. A process that is connected already stays as it is.
     """
     if ray.is_initialized():
         _quiet_data()
-        yield
+        yield lambda: None
         return
     address = config.ray.address
     if address == "auto":
@@ -73,11 +74,24 @@ def connected(config: Config) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StageError(f"ray: cannot reach the cluster at {address!r}: {error}") from None
     _quiet_data()
+    leaving = threading.Thread(target=_leave)
+
+    def leave() -> None:
+        if leaving.ident is None:
+            leaving.start()
+
     try:
-        yield
+        yield leave
     finally:
-        await_readers()
-        ray.shutdown()
+        if leaving.ident is None:
+            _leave()
+        else:
+            leaving.join()
+
+
+def _leave() -> None:
+    await_readers()
+    ray.shutdown()
 
 
 def await_readers(seconds: float = 30.0) -> None:

@@ -836,10 +836,11 @@ class Config(Section):
     def row_bytes(self, dim: int, itemsize: int) -> int:
         """Return what a resident row of `dim` numbers of `itemsize` bytes takes in a training worker.
 
-        The row, its key, place and weight, the keys of its neighbours, and two float32 codes where there are codes.
+        The row, its key, place and weight, the keys of its neighbours; and where there are codes, a float32 code, which
+        k-means and refinement keep one after the other, and a leaf.
         """
         neighbours = self.neighbours.num if self.needs_neighbours else 0
-        codes = 2 * 4 * self.autoencoder.latent_dim if self.learns else 0
+        codes = 4 * self.autoencoder.latent_dim + 8 if self.learns else 0
         return dim * itemsize + 20 + 8 * neighbours + codes
 
     def settings(self, stage: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,9 @@ class Stage:
     repeatable: bool = False
     """Other settings of its own do it again instead of being refused, because no stage rests on it."""
 
+    on_cluster: bool = True
+    """Whether it has work for the cluster, beside what the driver does."""
+
 
 STAGES = (
     Stage("profile", profile.run, ("profile.json",)),
@@ -50,9 +54,9 @@ STAGES = (
         assign.run,
         ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet", "agreement.json"),
     ),
-    Stage("evaluate", evaluate.run, ("metrics.json", "leaves.parquet")),
-    Stage("report", report.run, ("report",)),
-    Stage("publish", publish.run, (MANIFEST,), repeatable=True),
+    Stage("evaluate", evaluate.run, ("metrics.json", "leaves.parquet"), on_cluster=False),
+    Stage("report", report.run, ("report",), on_cluster=False),
+    Stage("publish", publish.run, (MANIFEST,), repeatable=True, on_cluster=False),
 )
 
 
@@ -107,15 +111,20 @@ def run(config: Config, run_id: str) -> RunDir:
         lease.release("stopped by SIGTERM")
         log.error("%s: stopped by SIGTERM; `%s` continues", folder.progress.get("stage"), resume_command(folder))
 
+    left = [stage for stage, is_done in zip(stages_of(config), done, strict=True) if not is_done]
+    needed = any(stage.on_cluster for stage in left)
+    joined = cluster.connected(config) if needed else nullcontext(lambda: None)
     # Twice, because joining a cluster installs Ray's own handler.
-    with lease, stoppable(lease), cluster.connected(config), stoppable(lease, give_back):
-        _run_stages(config, folder, settings)
+    with lease, stoppable(lease), joined as leave, stoppable(lease, give_back):
+        _run_stages(config, folder, settings, leave)
     return folder
 
 
-def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> None:
+def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]], leave: Callable[[], None]) -> None:
     folder.write_header(config)
     for stage in stages_of(config):
+        if not stage.on_cluster:
+            leave()
         if folder.is_done(stage.name, settings[stage.name], repeatable=stage.repeatable):
             log.info(_SKIPPED, stage.name)
             continue

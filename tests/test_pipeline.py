@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raydc import pipeline
+from raydc import cluster, pipeline
 from raydc.cli import main
 from raydc.config import parse_config
 from raydc.errors import DataError, StageError
@@ -149,6 +149,16 @@ def test_a_finished_run_is_not_done_again(on_one_worker, digits, output, caplog)
         f"{stage.name}: done earlier, skipped" for stage in pipeline.stages_of(settings(digits, output))
     ]
     assert Path(on_one_worker.uri("labels", "part-00000.parquet")).stat().st_mtime_ns == before
+
+
+def test_a_run_that_lacks_only_its_report_joins_no_cluster(on_one_worker, digits, output, monkeypatch):
+    page, marker = (Path(on_one_worker.uri(name)) for name in ("report/index.html", "stages/report.json"))
+    before = page.read_bytes()
+    marker.unlink()
+    page.unlink()
+    monkeypatch.setattr(cluster, "connected", lambda config: pytest.fail("joined a cluster"))
+    pipeline.run(settings(digits, output), "one")
+    assert page.read_bytes() == before and marker.exists()
 
 
 def test_another_number_of_workers_is_the_same_run_but_other_settings_are_not(on_one_worker, digits, output):

@@ -66,11 +66,26 @@ def latent_blocks(trainer: Trainer, encoder: nn.Module | None, arithmetic: str, 
     return kept
 
 
-def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return about `num_rows` latents of all ranks and their weights, on rank 0 (CPU), in the order of the keys.
+@dataclass
+class Sample:
+    """Some latents of all ranks, on rank 0 (CPU), in the order of the keys; no rows on the other ranks."""
 
-    Preprocessed rows where there is no encoder; no rows on the other ranks.
-    """
+    z_NL: Tensor
+    weights_N: Tensor
+
+    def thin(self, num_leaves: int) -> None:
+        """Keep as many rows as a calibration takes, evenly spread: the start of k-means needs more, nothing after it.
+
+        The bound keeps the (rows, K) distances small.
+        """
+        most = max(256, 20_000_000 // num_leaves)
+        if len(self.z_NL) > most:
+            kept = torch.from_numpy(np.linspace(0, len(self.z_NL) - 1, most).astype(np.int64))
+            self.z_NL, self.weights_N = self.z_NL[kept], self.weights_N[kept]
+
+
+def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> Sample:
+    """Return a sample of about `num_rows` latents; of preprocessed rows where there is no encoder."""
     ranks, rows = trainer.ranks, trainer.rows
     fraction, seed = num_rows / max(rows.num_rows, 1), stream_seed(trainer.settings.seed, 6)
     width = rows.dim if encoder is None else trainer.settings.latent_dim
@@ -85,9 +100,9 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
         values.add(encode(encoder, trainer.preprocess(batch.x_ND[chosen]), trainer.arithmetic))
     key_N, z_NL, weights_N = (ranks.gather_rows(store.take()) for store in (keys, values, weights))
     if bool((key_N[1:] >= key_N[:-1]).all()):
-        return z_NL, weights_N
+        return Sample(z_NL, weights_N)
     order = key_N.argsort()
-    return z_NL[order], weights_N[order]
+    return Sample(z_NL[order], weights_N[order])
 
 
 def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> Tensor:
@@ -96,29 +111,29 @@ def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) ->
     if not num_rows:
         width = trainer.rows.dim if encoder is None else trainer.settings.latent_dim
         return torch.empty((0, width), device=ranks.device)
-    sample, _ = sample_latents(trainer, encoder, num_rows)
+    sample = sample_latents(trainer, encoder, num_rows).z_NL
     size = int(ranks.broadcast(torch.tensor([len(sample)]))[0])
     return ranks.broadcast(sample if ranks.rank == 0 else sample.new_empty((size, sample.shape[1]))).to(ranks.device)
 
 
-def faiss_start(trainer: Trainer, sample: tuple[Tensor, Tensor], seed: int) -> Tensor:
+def faiss_start(trainer: Trainer, sample: Sample, seed: int) -> Tensor:
     """Return the (K, L) centres of FAISS k-means on rank 0's sample, on every rank (CPU).
 
     Raises:
         ValueError: the sample has fewer rows than there are leaves.
     """
     ranks, plan = trainer.ranks, trainer.settings.cluster
-    z_NL, weights_N = sample
-    size = int(ranks.broadcast(torch.tensor([len(z_NL)]))[0])
+    size = int(ranks.broadcast(torch.tensor([len(sample.z_NL)]))[0])
     if size < plan.num_leaves:
         raise ValueError(
             f"the k-means start has a sample of {size} rows for {plan.num_leaves} leaves. "
             "Raise cluster.init_rows and evaluate.baseline_rows."
         )
     if ranks.rank == 0:
-        centers = start(z_NL, plan.num_leaves, num_restarts=plan.num_restarts, seed=seed, weights_N=weights_N)
+        restarts, weights_N = plan.num_restarts, sample.weights_N
+        centers = start(sample.z_NL, plan.num_leaves, num_restarts=restarts, seed=seed, weights_N=weights_N)
     else:
-        centers = torch.empty(plan.num_leaves, z_NL.shape[1])
+        centers = torch.empty(plan.num_leaves, sample.z_NL.shape[1])
     return ranks.broadcast(centers)
 
 
@@ -140,21 +155,24 @@ def run_lloyd(
     )
 
 
-def cluster(trainer: Trainer, blocks: Blocks, sample: tuple[Tensor, Tensor], generator: torch.Generator) -> KMeans:
+def cluster(trainer: Trainer, blocks: Blocks, sample: Sample, generator: torch.Generator) -> KMeans:
     """Return the k-means of all rows of all ranks, among the codes or among their directions; centres are codes.
 
     Args:
         trainer: for the settings and the ranks.
         blocks: gives this rank's codes and weights, anew at each call.
-        sample: what `sample_latents` gave, for the FAISS start.
+        sample: for the FAISS start; thinned after it.
         generator: CPU generator in the same state on all ranks.
     """
     seed = stream_seed(trainer.settings.seed, 4)
     if trainer.settings.cluster.space == "codes":
-        return run_lloyd(trainer, blocks, faiss_start(trainer, sample, seed), generator)
+        first = faiss_start(trainer, sample, seed)
+        sample.thin(len(first))
+        return run_lloyd(trainer, blocks, first, generator)
     ranks = trainer.ranks
-    turned = Directions.of(blocks(), sample[0].shape[1], ranks)
-    first = faiss_start(trainer, (turned(sample[0]), sample[1]), seed)
+    turned = Directions.of(blocks(), sample.z_NL.shape[1], ranks)
+    first = faiss_start(trainer, Sample(turned(sample.z_NL), sample.weights_N), seed)
+    sample.thin(len(first))
     found = run_lloyd(trainer, lambda: ((turned(z), weights) for z, weights in blocks()), first, generator)
 
     def assign(z_NL: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,22 +220,22 @@ class Directions:
         return nn.functional.normalize(whitened, dim=1)
 
 
-def calibrated(trainer: Trainer, sample: tuple[Tensor, Tensor], centers_KL: Tensor) -> tuple[Kernel, float]:
-    """Return the kernel that goes with centres, by rank 0's sample, and its mean largest q; the same on every rank."""
+def calibrated(trainer: Trainer, sample: Sample, centers_KL: Tensor) -> tuple[Kernel, float]:
+    """Return the kernel that goes with centres, by rank 0's sample, and its mean largest q; the same on every rank.
+
+    The sample is thinned.
+    """
     ranks, plan = trainer.ranks, trainer.settings.refine
-    z_NL, weights_N = sample
+    sample.thin(len(centers_KL))
     numbers = torch.zeros(3, dtype=torch.float64)
     if ranks.rank == 0:
-        # The first rows by key are a random sample already; the bound keeps the (rows, K) distances small.
-        most = max(256, 20_000_000 // len(centers_KL))
-        spread = torch.from_numpy(np.linspace(0, len(z_NL) - 1, min(most, len(z_NL))).astype(np.int64))
         kernel, top_q = calibrate(
-            z_NL[spread],
+            sample.z_NL,
             centers_KL.cpu(),
             target_top_q=plan.target_top_q,
             alpha=None if plan.alpha == "auto" else float(plan.alpha),
             scale=None if plan.scale == "auto" else float(plan.scale),
-            weights_N=weights_N[spread],
+            weights_N=sample.weights_N,
         )
         numbers = torch.tensor([kernel.alpha, kernel.scale, top_q], dtype=torch.float64)
     alpha, scale, top_q = ranks.broadcast(numbers).tolist()

@@ -233,6 +233,8 @@ class _Fit:
                 group["lr"] = rate * objective.rate_factor(epoch)
             seed = stream_seed(self.settings.seed, 7, epoch)
             seen: dict[str, Any] = {}
+            # The rows of the present step, without partners: they were exchanged for the loss, and cost most of a
+            # step's communication.
             met: list[Minibatch] = []
             if objective.reclusters(epoch):
                 objective.take_centers(*self._reclustered(objective, "lloyd"))
@@ -250,8 +252,8 @@ class _Fit:
 
             def loss_of(step: Step, seed: int = seed, met: list[Minibatch] = met) -> dict[str, Tensor]:
                 batch = self._minibatch(step.batch, seed, step.total_weight)
-                # Without partners: they were exchanged for the loss, and cost most of a step's communication.
-                met[:] = [replace(batch, partners=None)]
+                if objective.looks_back:
+                    met[:] = [replace(batch, partners=None)]
                 with torch.no_grad():
                     sums = objective.batch_sums(batch)
                 batch = batch if sums is None else replace(batch, sums=self.ranks.sum(sums))
@@ -260,7 +262,7 @@ class _Fit:
 
             def after(step: Step, met: list[Minibatch] = met) -> None:
                 with torch.no_grad():
-                    sums = objective.step_sums(met.pop())
+                    sums = objective.step_sums(met.pop()) if objective.looks_back else None
                     objective.after_step(None if sums is None else self.ranks.sum(sums))
 
             steps = trainer.rows.steps(plan.batch_rows, stream_seed(self.settings.seed, 5, epoch))
@@ -343,6 +345,7 @@ class _Fit:
         centers = objective.centers.detach()
         if how == "kmeans":
             centers = faiss_start(trainer, sample, stream_seed(self.settings.seed, 4))
+        sample.thin(len(centers))
         blocks = latent_blocks(trainer, objective.encoder, trainer.arithmetic)
         found = run_lloyd(trainer, blocks, centers, self.state.generator).centers_KD
         return found, calibrated(trainer, sample, found)[0]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from raydc.core.collectives import Ranks
-from raydc.core.latents import Directions, cluster
+from raydc.core.latents import Directions, Sample, cluster
 from tests.core.ranks import SETTINGS, fit_blobs, order_of_leaves, run_ranks, shard
 
 TURNED = replace(SETTINGS, cluster=replace(SETTINGS.cluster, space="directions"))
@@ -63,7 +63,7 @@ def test_groups_along_a_narrow_axis_are_found_and_the_centres_are_means_of_the_c
     def found_in(space):
         plan = replace(SETTINGS.cluster, num_leaves=2, num_restarts=5, space=space)
         trainer = SimpleNamespace(settings=replace(SETTINGS, cluster=plan), ranks=Ranks())
-        return cluster(trainer, lambda: iter([(z, weights)]), (z, weights), torch.Generator())
+        return cluster(trainer, lambda: iter([(z, weights)]), Sample(z, weights), torch.Generator())
 
     plain, turned = found_in("codes"), found_in("directions")
     assert abs(float(plain.centers_KD[0, 0] - plain.centers_KD[1, 0])) > 10

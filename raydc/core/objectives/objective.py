@@ -177,6 +177,11 @@ class Objective(nn.Module):
         """Return numbers of this rank's rows of the step, to be added up over the ranks before the loss."""
         return None
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it has a `step_sums`; the rows of a step need not be kept for one that has none."""
+        return type(self).step_sums is not Objective.step_sums
+
     def step_sums(self, batch: Minibatch) -> Tensor | None:
         """Return numbers of this rank's rows of the step under the weights just stepped, to be added up."""
         return None
