@@ -109,7 +109,7 @@ def test_memory_falls_with_workers_and_with_streaming():
 
     one, four = worker_bytes(), worker_bytes(num_workers=4)
     assert one > 10**6 * 768 * 4
-    assert one - four == pytest.approx(0.75 * 10**6 * (768 * 4 + 20 + 32))
+    assert one - four == pytest.approx(0.75 * 10**6 * (768 * 4 + 20 + 24))
     # Without a network there are no codes to keep.
     plain = worker_bytes(objective="kmeans"), worker_bytes(objective="kmeans", num_workers=4)
     assert plain[0] - plain[1] == pytest.approx(0.75 * 10**6 * (768 * 4 + 20))
