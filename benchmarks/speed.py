@@ -211,7 +211,9 @@ def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
 def pipeline_kmeans(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The whole job with k-means on the rows and no network; at the smallest size beside EVoC, which chooses its K."""
     work, small = "the whole job, k-means on the rows", options.num_rows // 16
-    other = peer("evoc", folder=str(planted.write(BUILD / f"planted-{small}", small)), threads=THREADS)
+    rows = str(planted.write(BUILD / f"planted-{small}", small))
+    # Its first run on a machine compiles for half a minute, and keeps what it compiled.
+    other = [peer("evoc", folder=rows, threads=THREADS) for _ in range(2)][-1]
     beside = {"median": other["seconds"][0], "peaks": {"process": other["peak_mib"]}}
     entry, _ = _whole_job(work, small, {"fit.objective": "kmeans"}, ("EVoC", beside))
     large, _ = _whole_job(work, options.num_rows, {"fit.objective": "kmeans"})

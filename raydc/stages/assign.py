@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy
 from raydc.advice import remedy
 from raydc.config import Config
 from raydc.core.agreement import agreement, gain, nearest_neighbours
-from raydc.core.process import prepare_process
+from raydc.core.process import prepare_process, release_memory
 from raydc.errors import DataError, StageError
 from raydc.labelling import Labelling, Statistics, label_slice
 from raydc.lake import Lake
@@ -48,7 +48,10 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, run)
     _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
     _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
-    if (found := neighbour_agreement(config, total.near_rows)) is not None:
+    # What the slices took on their way.
+    pa.default_memory_pool().release_unused()
+    release_memory()
+    if (found := neighbour_agreement(config, total)) is not None:
         run.lake.write_json(run.uri("agreement.json"), found)
     counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
     run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
@@ -82,21 +85,24 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labell
     )
 
 
-def neighbour_agreement(config: Config, near_rows: pa.Table | None) -> dict[str, Any] | None:
+def neighbour_agreement(config: Config, total: Statistics) -> dict[str, Any] | None:
     """Return how each method's partition agrees with the nearest neighbours of raw rows; None without a sample of them.
 
     Args:
         config: for the number of neighbours and of queries.
-        near_rows: key, x and the leaf by each method.
+        total: of all slices; its `near_rows` are taken away, since a copy of them in order takes their place.
     """
     section = config.evaluate
+    near_rows, total.near_rows = total.near_rows, None
     if near_rows is None or near_rows.num_rows <= section.num_neighbours:
         return None
     order = np.argsort(near_rows["key"].to_numpy(), kind="stable")
-    x = _in_order(near_rows["x"], order)
-    near = nearest_neighbours(x, num=section.num_neighbours, max_queries=section.neighbour_queries)
     names = [name for name in near_rows.column_names if name not in ("key", "x")]
-    methods = {name: agreement(near_rows[name].to_numpy()[order], near) for name in names}
+    leaves = {name: near_rows[name].to_numpy()[order] for name in names}
+    x = _in_order(near_rows["x"], order)
+    del near_rows
+    near = nearest_neighbours(x, num=section.num_neighbours, max_queries=section.neighbour_queries)
+    methods = {name: agreement(leaf, near) for name, leaf in leaves.items()}
     raw = methods["raw_kmeans"]
     found = {}
     for name, own in methods.items():
@@ -105,7 +111,7 @@ def neighbour_agreement(config: Config, near_rows: pa.Table | None) -> dict[str,
         del values["score_Q"]
         found[name] = values | {"gain": difference, "standard_error": error}
     return {
-        "rows": near_rows.num_rows,
+        "rows": len(x),
         "queries": len(near.queries_Q),
         "num_neighbours": section.num_neighbours,
         "num_leaves": config.cluster.num_leaves,

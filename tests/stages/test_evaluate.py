@@ -8,6 +8,7 @@ import pytest
 
 from raydc import summary
 from raydc.core import metrics
+from raydc.labelling import Statistics
 from raydc.stages import evaluate, publish
 from raydc.stages.assign import neighbour_agreement
 from tests import shards
@@ -143,9 +144,10 @@ def test_without_labels_the_neighbours_tell_a_space_that_wins_from_one_that_lose
             "raw_kmeans": leaf if scatter else across,
         }
     )
-    found = neighbour_agreement(config, rows)
+    found = neighbour_agreement(config, Statistics(near_rows=rows))
     # In whatever order the slices end.
-    assert neighbour_agreement(config, pa.concat_tables([rows.slice(150), rows.slice(0, 150)])) == found
+    turned = Statistics(near_rows=pa.concat_tables([rows.slice(150), rows.slice(0, 150)]))
+    assert neighbour_agreement(config, turned) == found and turned.near_rows is None
     run.lake.write_json(run.uri("agreement.json"), found)
     evaluate.run(config, run)
     body = run.lake.read_json(run.uri("metrics.json"))
