@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=rows, help="rows of linkage or speed; all by default")
     parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each side of a row")
     parser.add_argument("--num-rows", type=int, default=1_280_000, help="speed: rows of the largest input; device")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", metavar="ROWS", help="speed: of pipeline, inputs of these sizes"
+    )
     parser.add_argument("--device", default="cuda", help="device: cuda, or cpu to see that it runs")
     parser.add_argument("--only", nargs="+", metavar="FAULT/STAGE", help="faults: these, * stands for anything")
     parser.add_argument("--afresh", action="store_true", help="faults: forget the injections that are in the table")

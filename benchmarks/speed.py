@@ -195,7 +195,7 @@ def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
     From them the seconds per million rows of an epoch and of the assign stage. One run of each.
     """
     entries = []
-    for num_rows in (options.num_rows // 16, options.num_rows // 4, options.num_rows):
+    for num_rows in options.sizes or (options.num_rows // 16, options.num_rows // 4, options.num_rows):
         # As many steps of pretraining at each size.
         epochs = _IMAGENET["pretrain.num_epochs"] * (options.num_rows // num_rows)
         whole, stages = _whole_job("the whole job", num_rows, {"pretrain.num_epochs": epochs})
