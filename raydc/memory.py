@@ -1,8 +1,12 @@
-"""How much memory a process can still take."""
+"""How much memory a process can still take, and what it gives back."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import pyarrow as pa
+
+from raydc.core.process import release_memory
 
 _ROOT = Path("/")
 
@@ -16,6 +20,12 @@ def available_bytes(root: Path = _ROOT) -> int:
         root: folder in which proc/ and sys/ are looked up.
     """
     return max(0, min([_of_machine(root), *_of_container(root / "sys/fs/cgroup")]))
+
+
+def give_back() -> None:
+    """Give back to the system what Arrow's pool and malloc keep of what was freed."""
+    pa.default_memory_pool().release_unused()
+    release_memory()
 
 
 def _of_machine(root: Path) -> int:

@@ -8,14 +8,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from raydc import cluster, tables
 from raydc.config import Config
-from raydc.core.process import release_memory
 from raydc.errors import StageError
 from raydc.lake import Lake
 from raydc.lease import acquire
+from raydc.memory import give_back
 from raydc.plan import make_plan
 from raydc.rundir import RunDir, now
 from raydc.schema import MANIFEST
@@ -142,8 +140,7 @@ def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, An
         seconds = time.perf_counter() - started
         folder.mark_done(stage.name, settings[stage.name], seconds, metrics)
         log.info("%s: done in %.1f s", stage.name, seconds)
-        pa.default_memory_pool().release_unused()
-        release_memory()
+        give_back()
         if stage.name == "profile":
             for line in make_plan(config, profile.load(folder)).lines():
                 log.info("plan: %s", line)

@@ -19,10 +19,11 @@ from ray.data import ActorPoolStrategy
 from raydc.advice import remedy
 from raydc.config import Config
 from raydc.core.agreement import agreement, gain, nearest_neighbours
-from raydc.core.process import prepare_process, release_memory
+from raydc.core.process import prepare_process
 from raydc.errors import DataError, StageError
 from raydc.labelling import Labelling, Statistics, label_slice
 from raydc.lake import Lake
+from raydc.memory import give_back
 from raydc.model import Model
 from raydc.rundir import RunDir
 from raydc.secrets import masked
@@ -49,8 +50,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
     _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
     # What the slices took on their way.
-    pa.default_memory_pool().release_unused()
-    release_memory()
+    give_back()
     if (found := neighbour_agreement(config, total)) is not None:
         run.lake.write_json(run.uri("agreement.json"), found)
     counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)

@@ -27,7 +27,7 @@ from raydc.core.autoencoder import choose_precision
 from raydc.core.collectives import Ranks
 from raydc.core.partners import NeighbourPartners
 from raydc.core.preprocess import Preprocess
-from raydc.core.process import prepare_process, release_memory
+from raydc.core.process import prepare_process
 from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.settings import (
     ClusterSettings,
@@ -44,7 +44,7 @@ from raydc.core.training import Fitted, fit
 from raydc.core.watch import WatchSettings, signs
 from raydc.errors import DataError, StageError
 from raydc.lease import LeaseLost
-from raydc.memory import available_bytes
+from raydc.memory import available_bytes, give_back
 from raydc.model import Model
 from raydc.rundir import RunDir
 from raydc.slices import InputSpec
@@ -343,8 +343,7 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
     share = math.ceil(job.expected_rows / ranks.world_size)
     rows = ResidentRows.collect(stream(), job.spec.dim, dtype, ranks, expected_rows=share)
     # What the blocks took on their way.
-    pa.default_memory_pool().release_unused()
-    release_memory()
+    give_back()
     if ranks.rank == 0:
         job.board.post.remote(
             f"{rows.num_rows:,} rows resident on {ranks.world_size} worker(s), {ranks.device}, "
