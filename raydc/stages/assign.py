@@ -34,6 +34,7 @@ from raydc.stages import profile as profiling
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 10.0
+_FULL_POOL = 0.75
 _CONTINUES = "Complete slices are kept; the same command continues."
 _RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), ("failure", pa.string())])
 
@@ -205,12 +206,17 @@ def _labelled(
                 return {"kind": type(error).__name__, "failure": f"slice {row['name']}: {error}"}
 
     items = [asdict(s) for s in slices]
+    # Ray Data's own measure of a pool that may grow counts on tasks that wait at an actor; here none does.
+    ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = _FULL_POOL
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Labeller,
         batch_size=1,
         batch_format="pyarrow",
         # As many as there is room for start at once: Ray Data would add one after the other. One is enough to go on.
-        compute=ActorPoolStrategy(min_size=1, max_size=actors, initial_size=min(slots, actors)),
+        # One slice each: a second one would wait at a busy actor while another has none.
+        compute=ActorPoolStrategy(
+            min_size=1, max_size=actors, initial_size=min(slots, actors), max_tasks_in_flight_per_actor=1
+        ),
         num_cpus=section.cpus_per_actor,
         num_gpus=1 if section.use_gpu else None,
     )

@@ -1,5 +1,6 @@
-"""The end of a labelling that fails: its error is told, and nothing of Ray Data lives on to break the driver's end."""
+"""The actors of a labelling: how the slices are shared among them, and that nothing lives on when one fails."""
 
+import os
 import threading
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from raydc import cluster
 from raydc.errors import DataError
 from raydc.labelling import Labelling
 from raydc.lake import Lake
+from raydc.stages import assign
 from raydc.stages.assign import label_all
 from raydc.stages.profile import profile_input
 from tests import shards
@@ -39,3 +41,27 @@ def test_no_reader_outlives_a_labelling_that_fails(ray_cluster, tmp_path):
     assert caught.tb is not None
     cluster.await_readers()
     assert readers() == []
+
+
+def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp_path, monkeypatch):
+    for number in range(2):
+        x, _ = shards.near_corners(50, seed=number)
+        shards.write(tmp_path / "in" / f"part-{number:02}.parquet", shards.rows(x, 50 * number))
+    config = shards.settings(tmp_path / "in", assign={"num_actors": 2})
+    profile = profile_input(config, Lake())
+    seen = tmp_path / "actors"
+    seen.mkdir()
+
+    def load() -> Labelling:
+        # Whoever has a slice keeps it until another actor has one too, or for so long that none will.
+        (seen / str(os.getpid())).touch()
+        give_up = time.monotonic() + 60
+        while len(list(seen.iterdir())) < 2 and time.monotonic() < give_up:
+            time.sleep(0.1)
+        return Labelling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
+
+    # Room for one at the start.
+    monkeypatch.setattr(assign, "_free_slots", lambda config: 1)
+    total = label_all(config, load, profile.slices, 3)
+    assert total.labels == sum(s.num_rows for s in profile.slices)
+    assert len(list(seen.iterdir())) == 2
