@@ -182,7 +182,7 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     leaves = leaf_statistics(run)
     weights, means, sse = (leaves[name] for name in ("weights", "means", "sse"))
-    table, _ = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz"))).tallies["leaf"].table()
+    table, _ = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz"))).tallies["leaf"].classes.table()
     cells = {"method": "minibatch", "cell_size": 50, "top_size": 50}
     found = {
         "exact": agglomerate(means, weights, sse, method="exact").merges,

@@ -190,7 +190,7 @@ def _scores(
     for block in torch.arange(len(rows)).split(8192):
         own, other = own_and_other(rows[block], centers.float(), ids[block])
         tally.add(place[block.numpy()], own.numpy(), other.numpy(), None if classes is None else classes[block.numpy()])
-    table, known = tally.table()
+    table, known = tally.classes.table()
     inside = metrics.internal(tally, centers.numpy()) if len(names) > 1 else {}
     return {
         **({k: v for k, v in metrics.external(table).items() if k in _SCORES} if known else {}),

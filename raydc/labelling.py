@@ -149,15 +149,15 @@ class Statistics:
         return cls(rows, labels, rejects, tallies, **tables)
 
 
-def label_slice(job: Labelling, part: Slice) -> Statistics:
-    """Label one slice and return its statistics; a slice that is complete already is not done again.
+def label_slice(job: Labelling, part: Slice) -> bytes:
+    """Label one slice and return its `Statistics` as they are stored; a slice that is complete is not done again.
 
     Raises:
         DataError: a bad row or unreadable bytes that the settings do not let pass.
     """
     uri = job.statistics_uri(part)
     if job.lake.exists(uri):
-        return Statistics.from_bytes(job.lake.read_bytes(uri))
+        return job.lake.read_bytes(uri)
     statistics = Statistics()
     rejects: list[pa.Table] = []
     schema = labels_schema(job.spec.arrow_id_type, list(job.model.levels))
@@ -189,8 +189,9 @@ def label_slice(job: Labelling, part: Slice) -> Statistics:
         statistics.rejects = len(table)
         with job.lake.staged(join(job.output, "rejects", part.name)) as path:
             pq.write_table(table.cast(rejects_schema(job.spec.arrow_id_type)), path)
-    job.lake.write_bytes(uri, statistics.to_bytes())
-    return statistics
+    stored = statistics.to_bytes()
+    job.lake.write_bytes(uri, stored)
+    return stored
 
 
 def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:

@@ -97,5 +97,5 @@ def label_all(job: Labelling, slices: Iterable[Slice]) -> Statistics:
     """Return the sum of the statistics of all slices, labelled one by one in this process."""
     total = Statistics()
     for part in slices:
-        total.merge(label_slice(job, part), job.num_exemplars)
+        total.merge(Statistics.from_bytes(label_slice(job, part)), job.num_exemplars)
     return total

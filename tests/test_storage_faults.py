@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydc.errors import DataError, StageError
-from raydc.labelling import Labelling, label_slice
+from raydc.labelling import Labelling, Statistics, label_slice
 from raydc.lake import Lake, is_staged
 from raydc.slices import Column, InputSpec, plan_slices, read_footers
 from tests import shards
@@ -114,7 +114,7 @@ def test_a_full_disk_names_its_folder_and_the_run_goes_on_when_there_is_room(tmp
     (tiny / "ballast").unlink()
     # 60,000 rows of labels need more than one MiB: give it a disk of its own size, in the same place.
     subprocess.run(["mount", "-o", "remount,size=16m", str(tiny)], check=True)
-    assert label_slice(job, part).labels == 60_000
+    assert Statistics.from_bytes(label_slice(job, part)).labels == 60_000
     assert pq.read_metadata(tiny / "labels" / "a.parquet").num_rows == 60_000
 
 

@@ -1,4 +1,9 @@
-"""Metrics of a partition from its statistics alone. Letters: K groups, C classes, L width of the clustering space."""
+"""Metrics of a partition from its statistics alone.
+
+Letters: K groups, C classes, P pairs of a group and a class that have rows, L width of the clustering space.
+"""
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,33 +18,46 @@ _MANY = 300.0
 _BLOCK_CELLS = 2**16
 
 
-def external(table_KC: npt.NDArray[np.int64]) -> dict[str, float]:
+def external(table_KC: Any) -> dict[str, float]:
     """Return acc, nmi, ami, ari and purity of a partition against known classes.
 
-    acc is the share of rows in the best one-to-one matching of groups and classes (Hungarian method); nmi and ami are
-    normalised by the arithmetic mean of the entropies, as in scikit-learn; purity is sum_k max_c n_kc / N.
+    acc is the share of rows in the best one-to-one matching of groups and classes; nmi and ami are normalised by the
+    arithmetic mean of the entropies, as in scikit-learn; purity is sum_k max_c n_kc / N. Only the pairs of a group and
+    a class that have rows cost anything.
 
     Args:
-        table_KC: (K, C) counts.
+        table_KC: (K, C) counts, an array or a sparse array of SciPy.
 
     Raises:
         ValueError: the table has no rows or no classes.
     """
-    if table_KC.size == 0 or table_KC.sum() == 0:
-        raise ValueError("the table counts no row of a known class")
-    import scipy.optimize  # It takes a while, and a run needs it only at its end.
+    import scipy.sparse  # It takes a while, and a run needs it only at its end.
 
-    table = table_KC[table_KC.sum(axis=1) > 0][:, table_KC.sum(axis=0) > 0]
-    total = int(table.sum())
-    groups, classes = scipy.optimize.linear_sum_assignment(table, maximize=True)
-    nmi, ami = _mutual_information(table, total)
+    table = scipy.sparse.csr_array(table_KC).astype(np.int64)
+    table.eliminate_zeros()
+    if not table.nnz:
+        raise ValueError("the table counts no row of a known class")
+    group_P, class_P = (np.unique(places, return_inverse=True)[1] for places in table.nonzero())
+    rows_P = table.data
+    groups, classes = _sums(group_P, rows_P), _sums(class_P, rows_P)
+    most = np.zeros_like(groups)
+    np.maximum.at(most, group_P, rows_P)
+    total = int(rows_P.sum())
+    nmi, ami = _mutual_information(group_P, class_P, rows_P, groups, classes)
     return {
-        "acc": float(table[groups, classes].sum() / total),
+        "acc": _matched(group_P, class_P, rows_P) / total,
         "nmi": nmi,
         "ami": ami,
-        "ari": _adjusted_rand(table),
-        "purity": float(table.max(axis=1).sum() / total),
+        "ari": _adjusted_rand(rows_P, groups, classes),
+        "purity": int(most.sum()) / total,
     }
+
+
+def counted(group_N: npt.NDArray[np.integer], class_N: npt.NDArray[np.integer]) -> Any:
+    """Return the table of rows whose group and class are given, a scipy.sparse.csr_array of int64."""
+    import scipy.sparse
+
+    return scipy.sparse.csr_array((np.ones(len(group_N), np.int64), (group_N, class_N)))
 
 
 def internal(tally: Tally, centers_KL: npt.NDArray[np.floating] | None = None) -> dict[str, float | int | None]:
@@ -87,15 +105,47 @@ def davies_bouldin(tally: Tally, centers_KL: npt.NDArray[np.floating]) -> float 
     return float(np.concatenate(worst).mean())
 
 
-def _mutual_information(table: npt.NDArray[np.int64], total: int) -> tuple[float, float]:
-    groups, classes = table.sum(axis=1), table.sum(axis=0)
+def _sums(place_P: npt.NDArray[np.int64], rows_P: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    sums = np.zeros(int(place_P.max()) + 1, np.int64)
+    np.add.at(sums, place_P, rows_P)
+    return sums
+
+
+def _matched(group_P: npt.NDArray[np.int64], class_P: npt.NDArray[np.int64], rows_P: npt.NDArray[np.int64]) -> int:
+    """Return the rows in the best one-to-one matching of groups and classes.
+
+    Beside the classes every group has a column of its own, which stands for no class: so there is a matching that holds
+    all groups, which the algorithm asks for. One more in every cell keeps these columns' zeros.
+
+    Source: Jonker, Volgenant, "A shortest augmenting path algorithm for dense and sparse linear assignment problems",
+    Computing 1987, in SciPy.
+    """
+    import scipy.sparse.csgraph
+
+    if group_P.max() > class_P.max():
+        group_P, class_P = class_P, group_P
+    alone = np.arange(group_P.max() + 1)
+    columns = int(class_P.max()) + 1
+    weights = np.concatenate([rows_P + 1.0, np.ones(len(alone))])
+    places = np.concatenate([group_P, alone]), np.concatenate([class_P, columns + alone])
+    table = scipy.sparse.csr_array((weights, places), shape=(len(alone), columns + len(alone)))
+    found = scipy.sparse.csgraph.min_weight_full_bipartite_matching(table, maximize=True)
+    return int(table[found].sum()) - len(alone)
+
+
+def _mutual_information(
+    group_P: npt.NDArray[np.int64],
+    class_P: npt.NDArray[np.int64],
+    rows_P: npt.NDArray[np.int64],
+    groups: npt.NDArray[np.int64],
+    classes: npt.NDArray[np.int64],
+) -> tuple[float, float]:
     # Groups and classes agree; of rows that are all alone the formula would make 0 / 0.
-    if len(groups) == len(classes) == np.count_nonzero(table):
+    if len(groups) == len(classes) == len(rows_P):
         return 1.0, 1.0
-    g, c = np.nonzero(table)
-    n = table[g, c].astype(np.float64)
+    total, n = int(rows_P.sum()), rows_P.astype(np.float64)
     # In float64 and by logarithms: the product of two margins leaves int64 at a few billion rows.
-    information = np.log(n) + np.log(total) - np.log(groups[g]) - np.log(classes[c])
+    information = np.log(n) + np.log(total) - np.log(groups[group_P]) - np.log(classes[class_P])
     mi = max(0.0, float((n / total) @ information))
     mean = (_entropy(groups, total) + _entropy(classes, total)) / 2
     expected = _expected_information(groups, classes, total)
@@ -161,14 +211,15 @@ def _entropy(counts: npt.NDArray[np.int64], total: int) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _adjusted_rand(table: npt.NDArray[np.int64]) -> float:
+def _adjusted_rand(
+    rows_P: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], classes: npt.NDArray[np.int64]
+) -> float:
     # In float64: the number of pairs leaves int64 at a few billion rows.
     def pairs(counts: npt.NDArray[np.int64]) -> float:
         n = counts.astype(np.float64)
         return float((n * (n - 1) / 2).sum())
 
-    both, groups, classes = pairs(table), pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
-    everything = pairs(table.sum(keepdims=True))
-    expected = groups * classes / everything if everything else 0.0
-    most = (groups + classes) / 2
+    both, of_groups, of_classes, everything = (pairs(n) for n in (rows_P, groups, classes, groups.sum(keepdims=True)))
+    expected = of_groups * of_classes / everything if everything else 0.0
+    most = (of_groups + of_classes) / 2
     return 1.0 if most == expected else (both - expected) / (most - expected)

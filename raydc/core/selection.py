@@ -19,7 +19,7 @@ from torch import Tensor
 
 from raydc.core.hashing import stream_seed, uniform
 from raydc.core.kmeans import start
-from raydc.core.metrics import external
+from raydc.core.metrics import counted, external
 from raydc.core.nearest import nearest
 from raydc.core.tally import Tally
 
@@ -113,9 +113,7 @@ def stability(code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int) 
             first = stream_seed(seed, 2, repeat, part) % 2**31
             centers = start(rows.contiguous(), num_leaves, num_restarts=_RESTARTS, seed=first)
             leaves.append(nearest(code_NL, centers)[0][:, 0].numpy())
-        table = np.zeros((num_leaves, num_leaves), np.int64)
-        np.add.at(table, tuple(leaves), 1)
-        found.append(external(table)["ari"])
+        found.append(external(counted(*leaves))["ari"])
     error = float(np.std(found, ddof=1) / np.sqrt(num_repeats)) if num_repeats > 1 else 0.0
     return float(np.mean(found)), error
 

@@ -1,6 +1,6 @@
 """Sufficient statistics of labelled rows: additive, so that each slice counts for itself and sums are exact.
 
-Letters: N rows, K groups of one partition (the leaves, or a level of the tree), C classes.
+Letters: N rows, K groups of one partition (the leaves, or a level of the tree).
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-NUM_BINS = 50
+from raydc.core.contingency import Contingency
+
+_SUMS = ("rows", "distance", "squared", "silhouette")
 
 
 @dataclass
@@ -27,13 +29,14 @@ class Tally:
     silhouette_K: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     """Sum of simplified silhouettes, (b - a) / max(a, b) with a the distance to the own centre and b to the next."""
 
-    classes: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-    """(K,) rows of each known class in each group."""
+    classes: Contingency = field(init=False)
+    """Rows of each known class in each group."""
 
     def __post_init__(self) -> None:
-        for name, dtype in (("rows_K", np.int64), ("distance_K", float), ("squared_K", float), ("silhouette_K", float)):
-            if not len(getattr(self, name)):
-                setattr(self, name, np.zeros(self.num_groups, dtype))
+        self.classes = Contingency(self.num_groups)
+        for name in _SUMS:
+            if not len(getattr(self, f"{name}_K")):
+                setattr(self, f"{name}_K", np.zeros(self.num_groups, np.int64 if name == "rows" else np.float64))
 
     @property
     def num_rows(self) -> int:
@@ -63,50 +66,30 @@ class Tally:
         self.distance_K += np.bincount(group_N, a, minlength=k)
         self.squared_K += np.bincount(group_N, a * a, minlength=k)
         self.silhouette_K += np.bincount(group_N, silhouette, minlength=k)
-        if classes_N is None:
-            return
-        names, of_row = np.unique(classes_N, return_inverse=True)
-        table = np.bincount(of_row * k + group_N, minlength=len(names) * k).reshape(len(names), k)
-        for name, counts in zip(names.tolist(), table, strict=True):
-            if name != "":
-                self.classes[name] = self.classes.get(name, 0) + counts
+        if classes_N is not None:
+            self.classes.add(group_N, classes_N)
 
     def merge(self, other: "Tally") -> None:
         """Add the rows of another tally of the same partition."""
-        for name in ("rows_K", "distance_K", "squared_K", "silhouette_K"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name, counts in other.classes.items():
-            self.classes[name] = self.classes.get(name, 0) + counts
-
-    def table(self) -> tuple[npt.NDArray[np.int64], list[str]]:
-        """Return the (K, C) counts of classes in groups and the class names in order."""
-        names = sorted(self.classes)
-        if not names:
-            return np.zeros((self.num_groups, 0), np.int64), []
-        return np.stack([self.classes[n] for n in names], axis=1), names
+        for name in _SUMS:
+            setattr(self, f"{name}_K", getattr(self, f"{name}_K") + getattr(other, f"{name}_K"))
+        self.classes.merge(other.classes)
 
     def to_arrays(self, prefix: str) -> dict[str, npt.NDArray[Any]]:
         """Return plain arrays, named below `prefix`."""
-        table, names = self.table()
-        body = {
-            "rows": self.rows_K,
-            "distance": self.distance_K,
-            "squared": self.squared_K,
-            "silhouette": self.silhouette_K,
-            "table": table,
-            "classes": np.array(names, dtype=np.str_),
+        body = {name: getattr(self, f"{name}_K") for name in _SUMS} | {
+            "classes": np.array(self.classes.names, dtype=np.str_),
+            "class_pairs": self.classes.pair_P,
+            "class_rows": self.classes.rows_P,
         }
         return {f"{prefix}.{name}": array for name, array in body.items()}
 
     @classmethod
     def from_arrays(cls, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> "Tally":
         """Return the tally that `to_arrays` wrote."""
-        table, names = arrays[f"{prefix}.table"], arrays[f"{prefix}.classes"].tolist()
-        return cls(
-            len(arrays[f"{prefix}.rows"]),
-            arrays[f"{prefix}.rows"],
-            arrays[f"{prefix}.distance"],
-            arrays[f"{prefix}.squared"],
-            arrays[f"{prefix}.silhouette"],
-            {name: table[:, i] for i, name in enumerate(names)},
-        )
+        rows, distance, squared, silhouette = (arrays[f"{prefix}.{name}"] for name in _SUMS)
+        tally = cls(len(rows), rows, distance, squared, silhouette)
+        names, pairs, counts = (arrays[f"{prefix}.{name}"] for name in ("classes", "class_pairs", "class_rows"))
+        # A copy, since merging adds in place.
+        tally.classes = Contingency(len(rows), names.tolist(), pairs, counts.copy())
+        return tally

@@ -200,7 +200,7 @@ def _labelled(
                     self.job = _on_gpu(load()) if section.use_gpu else load()
                 if check is not None:
                     check()
-                return {"statistics": label_slice(self.job, Slice.from_row(row)).to_bytes()}
+                return {"statistics": label_slice(self.job, Slice.from_row(row))}
             except Exception as error:
                 log.exception("slice %s", row["name"])
                 return {"kind": type(error).__name__, "failure": f"slice {row['name']}: {error}"}

@@ -65,10 +65,10 @@ def _repeated_ids(marker: dict[str, Any] | None) -> int | None:
 
 
 def _quality(statistics: Statistics, model: Model, linkage: npt.NDArray[np.float64]) -> dict[str, Any] | None:
-    table, names = statistics.tallies["leaf"].table()
+    table, names = statistics.tallies["leaf"].classes.table()
     if not names:
         return None
-    levels = {str(k): metrics.external(statistics.tallies[level_column(k)].table()[0]) for k in model.levels}
+    levels = {str(k): metrics.external(statistics.tallies[level_column(k)].classes.table()[0]) for k in model.levels}
     purity = dendrogram_purity(linkage, table) if len(linkage) else float(metrics.external(table)["purity"])
     return {"leaf": metrics.external(table), "levels": levels, "dendrogram_purity": purity}
 
@@ -89,7 +89,7 @@ def _baselines(statistics: Statistics, run: RunDir) -> dict[str, Any]:
         tally = statistics.tallies.get(name)
         if tally is None or not tally.num_rows:
             continue
-        table, classes = tally.table()
+        table, classes = tally.classes.table()
         uri = run.uri("model") if name == "learned" else run.uri("fit", "baselines", name)
         centers = Model.load(uri, run.lake).centers_KL.double().numpy()
         found[name] = {"rows": tally.num_rows, **(metrics.external(table) if classes else {})}
@@ -145,16 +145,17 @@ def _write_medoids(run: RunDir, leaves: dict[str, npt.NDArray[np.float64]], link
 
 
 def _leaf_table(tally: Tally, model: Model) -> pa.Table:
-    table, names = tally.table()
+    table, names = tally.classes.table()
     rows = tally.rows_K
     some = np.maximum(rows, 1)
     k = tally.num_groups
     majority: list[str | None] = [None] * k
     share: list[float | None] = [None] * k
     if names:
-        best = table.argmax(axis=1)
-        majority = [names[b] if n else None for b, n in zip(best, rows, strict=True)]
-        share = [float(table[i, b] / n) if n else None for i, (b, n) in enumerate(zip(best, rows, strict=True))]
+        best, most = table.argmax(axis=1), table.max(axis=1).toarray()
+        # A leaf none of whose rows has a known class has no majority.
+        majority = [names[b] if n else None for b, n in zip(best.tolist(), most.tolist(), strict=True)]
+        share = [n / all_rows if n else None for n, all_rows in zip(most.tolist(), rows.tolist(), strict=True)]
     return pa.table(
         {
             "leaf": np.arange(k, dtype=np.int32),

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_array
 from sklearn.metrics import (
     adjusted_mutual_info_score,
     adjusted_rand_score,
@@ -71,6 +73,28 @@ def test_acc_is_the_best_of_all_matchings(num_groups, num_classes):
     square[:num_groups, :num_classes] = table
     best = max(sum(square[g, c] for g, c in enumerate(order)) for order in itertools.permutations(range(5)))
     assert external(table)["acc"] == pytest.approx(best / 100)
+
+
+@pytest.mark.parametrize(("num_groups", "num_classes"), [(60, 60), (200, 30), (30, 200)])
+@pytest.mark.parametrize("num_rows", [50, 5_000, 500_000])
+def test_acc_is_that_of_a_table_of_all_pairs(num_groups, num_classes, num_rows):
+    table = random_table(num_groups, num_classes, num_rows)
+    best = table[linear_sum_assignment(table, maximize=True)].sum()
+    assert external(table)["acc"] == best / num_rows
+    assert external(csr_array(table)) == external(table)
+
+
+def test_many_groups_and_classes_cost_what_their_pairs_cost():
+    # As a table of all pairs these take 1.6 GB, and the matching hours.
+    generator = np.random.default_rng(0)
+    group = np.repeat(np.arange(10_000), 30)
+    of_class = np.where(generator.random(len(group)) < 0.7, 2 * group, generator.integers(0, 20_000, len(group)))
+    ones = np.ones(len(group), np.int64)
+    found = external(csr_array((ones, (group, of_class)), shape=(10_000, 20_000)))
+    assert found["acc"] == pytest.approx((of_class == 2 * group).mean(), abs=1e-3)
+    assert found["purity"] >= found["acc"]
+    assert found["nmi"] == pytest.approx(normalized_mutual_info_score(of_class, group), abs=1e-10)
+    assert found["ari"] == pytest.approx(adjusted_rand_score(of_class, group), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def assert_same(first: Tally, second: Tally) -> None:
     assert np.array_equal(first.rows_K, second.rows_K)
     for name in ("distance_K", "squared_K", "silhouette_K"):
         np.testing.assert_allclose(getattr(first, name), getattr(second, name), rtol=1e-12)
-    assert first.table()[1] == second.table()[1]
-    assert np.array_equal(first.table()[0], second.table()[0])
+    assert first.classes.table()[1] == second.classes.table()[1]
+    assert np.array_equal(first.classes.table()[0].toarray(), second.classes.table()[0].toarray())
 
 
 def test_rows_are_counted_by_hand():
@@ -37,17 +37,17 @@ def test_rows_are_counted_by_hand():
     assert tally.squared_K.tolist() == [10, 0, 4]
     # (2-1)/2 + (1-3)/3 and (4-2)/4 + 0: a row on two centres at once has silhouette 0.
     np.testing.assert_allclose(tally.silhouette_K, [1 / 2 - 2 / 3, 0, 1 / 2])
-    table, names = tally.table()
+    table, names = tally.classes.table()
     assert names == ["a", "b"]
-    assert table.tolist() == [[0, 2], [0, 0], [1, 0]]
+    assert table.toarray().tolist() == [[0, 2], [0, 0], [1, 0]]
 
 
 def test_without_classes_the_table_has_no_columns():
     tally = Tally(3)
     tally.add(LEAF, OWN, OTHER, None)
-    assert tally.table()[0].shape == (3, 0)
+    assert tally.classes.table()[0].shape == (3, 0)
     tally.add(LEAF, OWN, OTHER, np.array(["", "", "", ""]))
-    assert tally.table()[1] == []
+    assert tally.classes.table()[1] == []
     assert tally.num_rows == 8
 
 
@@ -80,12 +80,33 @@ def test_a_tally_is_whole_after_its_way_through_arrays():
     assert_same(back, tally)
     back.merge(tally)
     assert back.num_rows == 100
-    assert Tally.from_arrays("x", Tally(2).to_arrays("x")).table()[0].shape == (2, 0)
+    assert Tally.from_arrays("x", Tally(2).to_arrays("x")).classes.table()[0].shape == (2, 0)
 
 
 def test_counts_go_beyond_int32():
-    tally = Tally(2, rows_K=np.array([2**31, 1]), classes={"a": np.array([2**31, 0])})
-    tally.add(np.array([0]), OWN[:1], OTHER[:1], CLASSES[:1])
-    tally.merge(Tally(2, rows_K=np.array([2**40, 0]), classes={"a": np.array([2**40, 0])}))
-    assert tally.rows_K.tolist() == [2**40 + 2**31 + 1, 1]
-    assert tally.table()[0].tolist() == [[2**40 + 2**31, 1], [0, 0]]
+    tally = Tally(2)
+    tally.add(LEAF[:1], OWN[:1], OTHER[:1], CLASSES[:1])
+    for _ in range(33):
+        tally.merge(Tally.from_arrays("leaf", tally.to_arrays("leaf")))
+    assert tally.rows_K.tolist() == [2**33, 0]
+    assert tally.classes.table()[0].toarray().tolist() == [[2**33], [0]]
+
+
+def test_classes_cost_what_their_pairs_cost_however_many_they_are():
+    generator = np.random.default_rng(0)
+    num, groups = 20_000, 10_000
+    group, of_class = generator.integers(0, groups, num), generator.integers(0, 50_000, num).astype(str)
+    tally = Tally(groups)
+    for rows in np.array_split(np.arange(num), 4):
+        part = Tally(groups)
+        part.add(group[rows], *np.ones((2, len(rows)), np.float32), of_class[rows])
+        tally.merge(part)
+    table, names = tally.classes.table()
+    # As an array it would be four gigabytes.
+    assert table.shape == (groups, len(names)) and len(names) == len(np.unique(of_class))
+    assert sum(a.nbytes for a in tally.to_arrays("leaf").values()) < 2**20
+    counted = np.unique(np.char.add(np.char.add(group.astype(str), "/"), of_class), return_counts=True)
+    place, name = table.nonzero()
+    assert {f"{g}/{names[c]}": int(n) for g, c, n in zip(place, name, table.data, strict=True)} == dict(
+        zip(counted[0].tolist(), counted[1].tolist(), strict=True)
+    )

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, is_valid_linkage, leaves_list, linkage
+from scipy.sparse import csr_array
 
 from raydc.core import tree
 
@@ -187,6 +188,16 @@ def test_dendrogram_purity_is_the_mean_over_all_pairs(seed):
     np.add.at(table_KC, (leaf_N, class_N), 1)
     for Z in (random_tree(13, seed), chain(13)):
         assert tree.dendrogram_purity(Z, table_KC) == pytest.approx(purity_by_definition(Z, leaf_N, class_N), rel=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_dendrogram_purity_of_some_classes_at_a_time_is_that_of_all(monkeypatch, width):
+    table_KC = np.random.default_rng(0).poisson(0.5, (40, 7))
+    for Z in (random_tree(40), chain(40)):
+        at_once = tree.dendrogram_purity(Z, table_KC)
+        with monkeypatch.context() as patch:
+            patch.setattr(tree, "_PURITY_CELLS", 40 * width)
+            assert tree.dendrogram_purity(Z, csr_array(table_KC)) == pytest.approx(at_once, rel=1e-12)
 
 
 def test_dendrogram_purity_by_hand():

@@ -19,11 +19,14 @@ from raydc.stages import profile as profiling
 from tests import shards
 
 
-def fill(folder: Path, num: int = 100, *, num_bad: int = 0) -> np.ndarray:
-    """Write rows beside the corners into two files and an empty one; return the corner of each good row."""
+def fill(folder: Path, num: int = 100, *, num_bad: int = 0, unknown_corner: int | None = None) -> np.ndarray:
+    """Write rows beside the corners into two files and an empty one; return the corner of each good row.
+
+    The rows beside one corner may be of unknown class.
+    """
     x, leaf = shards.near_corners(num)
     x[:num_bad] = np.nan
-    label = pa.array([f"corner {k}" for k in leaf])
+    label = pa.array([None if k == unknown_corner else f"corner {k}" for k in leaf], pa.string())
     for number, rows in enumerate(np.array_split(np.arange(num), 2)):
         table = shards.rows(x[rows], first_id=int(rows[0]), label=label.take(pa.array(rows)))
         shards.write(folder / f"part-{number}.parquet", table)

@@ -75,6 +75,16 @@ def test_the_table_of_leaves_tells_size_and_majority(tmp_path):
     assert leaves["majority_share"] == [1.0] * 4
 
 
+def test_a_leaf_without_a_known_class_has_no_majority(tmp_path):
+    fill(tmp_path / "in", unknown_corner=2)
+    config, run = labelled_run(tmp_path)
+    evaluate.run(config, run)
+    leaves = pq.read_table(run.uri("leaves.parquet")).to_pydict()
+    assert min(leaves["rows"]) > 0
+    assert sorted(leaves["majority_label"], key=str) == [None, "corner 0", "corner 1", "corner 3"]
+    assert sorted(leaves["majority_share"], key=str) == [1.0, 1.0, 1.0, None]
+
+
 def test_metrics_are_the_same_bytes_when_computed_again(tmp_path):
     fill(tmp_path / "in")
     config, run = labelled_run(tmp_path)
