@@ -196,9 +196,12 @@ def pipeline(options: argparse.Namespace) -> list[dict[str, Any]]:
     """
     entries = []
     for num_rows in options.sizes or (options.num_rows // 16, options.num_rows // 4, options.num_rows):
-        # As many steps of pretraining at each size.
-        epochs = _IMAGENET["pretrain.num_epochs"] * (options.num_rows // num_rows)
-        whole, stages = _whole_job("the whole job", num_rows, {"pretrain.num_epochs": epochs})
+        # As many steps of pretraining at each size, and as many rows for the baselines: those of the smallest.
+        settings = {
+            "pretrain.num_epochs": _IMAGENET["pretrain.num_epochs"] * (options.num_rows // num_rows),
+            "evaluate.baseline_rows": options.num_rows // 16,
+        }
+        whole, stages = _whole_job("the whole job", num_rows, settings)
         entries.append(whole)
         epochs = [h["seconds"] for h in stages["fit"]["metrics"]["history"] if h["phase"] == "pretrain"]
         for work, seconds in (("pretraining epoch", min(epochs)), ("assign stage", stages["assign"]["seconds"])):

@@ -1,6 +1,7 @@
 """assign: label every row of every slice, in actors that Ray Data schedules; rows in = labels + rejects, checked."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -242,11 +243,14 @@ def _on_gpu(job: Labelling) -> Labelling:
 
 
 def _free_slots(config: Config) -> int:
-    resources = ray.cluster_resources()
-    per_actor = (
-        resources.get("GPU", 1) if config.assign.use_gpu else resources.get("CPU", 1) // config.assign.cpus_per_actor
-    )
-    return max(1, int(per_actor))
+    resources, section = ray.cluster_resources(), config.assign
+    if section.use_gpu:
+        return max(1, int(resources.get("GPU", 1)))
+    cpus = resources.get("CPU", 1)
+    if config.ray.num_cpus is None and len([n for n in ray.nodes() if n["Alive"]]) == 1:
+        # This machine alone: a local cluster may count more CPUs than it has, so that training leaves one for Ray Data.
+        cpus = min(cpus, os.cpu_count() or 1)
+    return max(1, int(cpus // section.cpus_per_actor))
 
 
 def _write_table(lake: Lake, uri: str, table: pa.Table | None) -> None:

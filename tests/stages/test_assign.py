@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,3 +66,12 @@ def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp
     total = label_all(config, load, profile.slices, 3)
     assert total.labels == sum(s.num_rows for s in profile.slices)
     assert len(list(seen.iterdir())) == 2
+
+
+def test_actors_start_for_the_cores_that_a_single_machine_has(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    settings = partial(shards.settings, tmp_path)
+    assert assign._free_slots(settings()) == 3
+    assert assign._free_slots(settings(assign={"cpus_per_actor": 2})) == 1
+    # A number that was asked for is a number that was meant.
+    assert assign._free_slots(settings(ray={"num_cpus": 5})) == 5
