@@ -85,7 +85,7 @@ def test_acc_is_that_of_a_table_of_all_pairs(num_groups, num_classes, num_rows):
 
 
 def test_many_groups_and_classes_cost_what_their_pairs_cost():
-    # As a table of all pairs these take 1.6 GB, and the matching hours.
+    # As a table of all pairs these take 1.6 GB.
     generator = np.random.default_rng(0)
     group = np.repeat(np.arange(10_000), 30)
     of_class = np.where(generator.random(len(group)) < 0.7, 2 * group, generator.integers(0, 20_000, len(group)))
