@@ -237,14 +237,13 @@ def _read(name: str, config: Config, smallest_share: float) -> Data:
 
 
 def _scores(data: Data, found: Clustering) -> dict[str, float]:
-    names, of_row = np.unique(data.classes, return_inverse=True)
+    of_row = np.unique(data.classes, return_inverse=True)[1]
     leaves = []
     with torch.no_grad():
         for batch in data.rows.blocks(8192):
             x = data.preprocess(batch.x_ND)
             leaves.append(found.assign(x if found.encoder is None else found.encoder(x))[0].numpy())
-    table = np.zeros((len(found.centers_KL), len(names)), np.int64)
-    np.add.at(table, (np.concatenate(leaves), of_row), 1)
+    table = metrics.counted(np.concatenate(leaves), of_row)
     return {k: round(v, 4) for k, v in metrics.external(table).items() if k in ("acc", "nmi", "ari")}
 
 

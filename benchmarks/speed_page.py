@@ -48,8 +48,8 @@ _REASONS = """
   to 1.7 % of a core each, 14 % of one in all. A layer's two threads wait for the one that is interrupted.
 - The bare loop beside ClustPy: of the 22 ms of its step the products take 16, at 80 % of the 400 GFLOP/s that this
   processor reaches in bf16; AdamW takes 1.7, and the ways between float32 and bf16 2.0.
-- The assign stage: 4.4 to 5.4 s until the first actor has its model, of which 2.6 are what it imports, two beside each
-  other; then the baselines on their sample, of which each size has as many rows, and the neighbours, 0.6 s.
+- The assign stage: 4.4 s until the first of two actors has its model, of which 2.6 of the processor are what it
+  imports; then the baselines on their sample, of which each size has as many rows, and the neighbours, 0.6 s.
 - Lloyd: the screening by bf16 needs a processor that multiplies in tiles (AMX); without one it is the search in
   float32 that scikit-learn and FAISS do as well. On two cores of an Intel Xeon with AMX: 1.33 s, FAISS 1.37,
   scikit-learn 1.53.

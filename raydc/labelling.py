@@ -153,11 +153,13 @@ def label_slice(job: Labelling, part: Slice) -> bytes:
     """Label one slice and return its `Statistics` as they are stored; a slice that is complete is not done again.
 
     Raises:
-        DataError: a bad row or unreadable bytes that the settings do not let pass.
+        DataError: a bad row or unreadable bytes that the settings do not let pass, or damaged statistics.
     """
     uri = job.statistics_uri(part)
     if job.lake.exists(uri):
-        return job.lake.read_bytes(uri)
+        stored = job.lake.read_bytes(uri)
+        Statistics.from_bytes(stored)  # Whoever reads them here can name the slice.
+        return stored
     statistics = Statistics()
     rejects: list[pa.Table] = []
     schema = labels_schema(job.spec.arrow_id_type, list(job.model.levels))

@@ -185,6 +185,15 @@ def test_a_slice_that_was_interrupted_before_its_statistics_is_done_again_whole(
     assert {p: p.read_bytes() for p in whole} == whole
 
 
+def test_damaged_statistics_of_a_complete_slice_are_refused_where_the_slice_is_known(tmp_path):
+    fill(tmp_path / "in")
+    part = slices(tmp_path / "in")[0]
+    label_slice(job(tmp_path / "out"), part)
+    Path(job(tmp_path / "out").statistics_uri(part)).write_bytes(b"no statistics")
+    with pytest.raises(DataError, match="statistics of the labels: damaged"):
+        label_slice(job(tmp_path / "out"), part)
+
+
 def test_the_same_job_writes_the_same_bytes_whatever_the_block_size(tmp_path):
     fill(tmp_path / "in")
     spoil(tmp_path / "in" / "part-1.parquet", {3: None})

@@ -1,6 +1,6 @@
 """Metrics of a partition from its statistics alone.
 
-Letters: K groups, C classes, P pairs of a group and a class that have rows, L width of the clustering space.
+Letters: K groups, C classes, L width of the clustering space.
 """
 
 from typing import Any
@@ -37,19 +37,15 @@ def external(table_KC: Any) -> dict[str, float]:
     table.eliminate_zeros()
     if not table.nnz:
         raise ValueError("the table counts no row of a known class")
-    group_P, class_P = (np.unique(places, return_inverse=True)[1] for places in table.nonzero())
-    rows_P = table.data
-    groups, classes = _sums(group_P, rows_P), _sums(class_P, rows_P)
-    most = np.zeros_like(groups)
-    np.maximum.at(most, group_P, rows_P)
-    total = int(rows_P.sum())
-    nmi, ami = _mutual_information(group_P, class_P, rows_P, groups, classes)
+    table = table[table.sum(axis=1) > 0][:, table.sum(axis=0) > 0]
+    total = int(table.sum())
+    nmi, ami = _mutual_information(table, total)
     return {
-        "acc": _matched(group_P, class_P, rows_P) / total,
+        "acc": _matched(table) / total,
         "nmi": nmi,
         "ami": ami,
-        "ari": _adjusted_rand(rows_P, groups, classes),
-        "purity": int(most.sum()) / total,
+        "ari": _adjusted_rand(table),
+        "purity": int(table.max(axis=1).sum()) / total,
     }
 
 
@@ -105,13 +101,7 @@ def davies_bouldin(tally: Tally, centers_KL: npt.NDArray[np.floating]) -> float 
     return float(np.concatenate(worst).mean())
 
 
-def _sums(place_P: npt.NDArray[np.int64], rows_P: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    sums = np.zeros(int(place_P.max()) + 1, np.int64)
-    np.add.at(sums, place_P, rows_P)
-    return sums
-
-
-def _matched(group_P: npt.NDArray[np.int64], class_P: npt.NDArray[np.int64], rows_P: npt.NDArray[np.int64]) -> int:
+def _matched(table: Any) -> int:
     """Return the rows in the best one-to-one matching of groups and classes.
 
     Beside the classes every group has a column of its own, which stands for no class: so there is a matching that holds
@@ -122,30 +112,23 @@ def _matched(group_P: npt.NDArray[np.int64], class_P: npt.NDArray[np.int64], row
     """
     import scipy.sparse.csgraph
 
-    if group_P.max() > class_P.max():
-        group_P, class_P = class_P, group_P
-    alone = np.arange(group_P.max() + 1)
-    columns = int(class_P.max()) + 1
-    weights = np.concatenate([rows_P + 1.0, np.ones(len(alone))])
-    places = np.concatenate([group_P, alone]), np.concatenate([class_P, columns + alone])
-    table = scipy.sparse.csr_array((weights, places), shape=(len(alone), columns + len(alone)))
-    found = scipy.sparse.csgraph.min_weight_full_bipartite_matching(table, maximize=True)
-    return int(table[found].sum()) - len(alone)
+    weights = (table if table.shape[0] <= table.shape[1] else table.T).astype(np.float64)
+    weights.data += 1
+    num = weights.shape[0]
+    weights = scipy.sparse.hstack([weights, scipy.sparse.eye_array(num)], format="csr")
+    found = scipy.sparse.csgraph.min_weight_full_bipartite_matching(weights, maximize=True)
+    return int(weights[found].sum()) - num
 
 
-def _mutual_information(
-    group_P: npt.NDArray[np.int64],
-    class_P: npt.NDArray[np.int64],
-    rows_P: npt.NDArray[np.int64],
-    groups: npt.NDArray[np.int64],
-    classes: npt.NDArray[np.int64],
-) -> tuple[float, float]:
+def _mutual_information(table: Any, total: int) -> tuple[float, float]:
+    groups, classes = table.sum(axis=1), table.sum(axis=0)
     # Groups and classes agree; of rows that are all alone the formula would make 0 / 0.
-    if len(groups) == len(classes) == len(rows_P):
+    if len(groups) == len(classes) == table.nnz:
         return 1.0, 1.0
-    total, n = int(rows_P.sum()), rows_P.astype(np.float64)
+    g, c = table.nonzero()
+    n = table.data.astype(np.float64)
     # In float64 and by logarithms: the product of two margins leaves int64 at a few billion rows.
-    information = np.log(n) + np.log(total) - np.log(groups[group_P]) - np.log(classes[class_P])
+    information = np.log(n) + np.log(total) - np.log(groups[g]) - np.log(classes[c])
     mi = max(0.0, float((n / total) @ information))
     mean = (_entropy(groups, total) + _entropy(classes, total)) / 2
     expected = _expected_information(groups, classes, total)
@@ -211,15 +194,14 @@ def _entropy(counts: npt.NDArray[np.int64], total: int) -> float:
     return float(-(share * np.log(share)).sum())
 
 
-def _adjusted_rand(
-    rows_P: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], classes: npt.NDArray[np.int64]
-) -> float:
+def _adjusted_rand(table: Any) -> float:
     # In float64: the number of pairs leaves int64 at a few billion rows.
     def pairs(counts: npt.NDArray[np.int64]) -> float:
         n = counts.astype(np.float64)
         return float((n * (n - 1) / 2).sum())
 
-    both, of_groups, of_classes, everything = (pairs(n) for n in (rows_P, groups, classes, groups.sum(keepdims=True)))
-    expected = of_groups * of_classes / everything if everything else 0.0
-    most = (of_groups + of_classes) / 2
+    both, groups, classes = pairs(table.data), pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
+    everything = pairs(np.array([table.sum()]))
+    expected = groups * classes / everything if everything else 0.0
+    most = (groups + classes) / 2
     return 1.0 if most == expected else (both - expected) / (most - expected)

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raydc.core.contingency import Contingency
 from raydc.core.tally import Tally
 
 LEAF = np.array([0, 2, 2, 0])
@@ -84,12 +85,14 @@ def test_a_tally_is_whole_after_its_way_through_arrays():
 
 
 def test_counts_go_beyond_int32():
-    tally = Tally(2)
-    tally.add(LEAF[:1], OWN[:1], OTHER[:1], CLASSES[:1])
-    for _ in range(33):
-        tally.merge(Tally.from_arrays("leaf", tally.to_arrays("leaf")))
-    assert tally.rows_K.tolist() == [2**33, 0]
-    assert tally.classes.table()[0].toarray().tolist() == [[2**33], [0]]
+    tally = Tally(2, rows_K=np.array([2**31, 1]))
+    tally.classes = Contingency(2, ["a"], np.array([0]), np.array([2**31]))
+    tally.add(np.array([0]), OWN[:1], OTHER[:1], CLASSES[:1])
+    other = Tally(2, rows_K=np.array([2**40, 0]))
+    other.classes = Contingency(2, ["a"], np.array([0]), np.array([2**40]))
+    tally.merge(other)
+    assert tally.rows_K.tolist() == [2**40 + 2**31 + 1, 1]
+    assert tally.classes.table()[0].toarray().tolist() == [[2**40 + 2**31, 1], [0, 0]]
 
 
 def test_classes_cost_what_their_pairs_cost_however_many_they_are():
