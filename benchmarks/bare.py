@@ -1,6 +1,6 @@
 """The bare limits: the arithmetic of a row of the speed table in one process, data in memory, no Ray and no raydc.
 
-Run as `python benchmarks/bare.py NAME JSON`; prints one JSON object. Letters: N rows, D width, K centres.
+Run as `python benchmarks/bare.py NAME JSON`; prints one JSON object. Letters: N rows, D width, K centers.
 """
 
 import itertools
@@ -90,7 +90,7 @@ def dec_epoch(data: str, widths: list[int], clusters: int, batch: int, epochs: i
 
 
 def lloyd(data: str, start: str, iterations: int, threads: int) -> dict:
-    """Return the seconds of an iteration of faiss.Kmeans from given centres."""
+    """Return the seconds of an iteration of faiss.Kmeans from given centers."""
     _prepare(threads)
     x_ND, centers_KD = np.load(data), np.load(start)
 

@@ -1,8 +1,8 @@
 """The GPU alone, without Ray: `python -m benchmarks device`. Where torch finds no CUDA device it says so and stops.
 
-The rate of a plain product of the card, of the nearest-centre search beside a product with an argmin, an iteration of
+The rate of a plain product of the card, of the nearest-center search beside a product with an argmin, an iteration of
 Lloyd, an epoch of the autoencoder and of DEC on resident rows, and the exact tree. `--device cpu` with a small
-`--num-rows` runs the same code to show that it works, and records nothing. Letters: N rows, K centres, D width.
+`--num-rows` runs the same code to show that it works, and records nothing. Letters: N rows, K centers, D width.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from torch import Tensor
 from benchmarks.heads import Launcher
 from benchmarks.record import ROOT, made
 from raydc.config import load_config
-from raydc.core.collectives import Ranks
-from raydc.core.kmeans import leaf_sums
-from raydc.core.linkage import ward
-from raydc.core.nearest import nearest
-from raydc.core.preprocess import Preprocess
-from raydc.core.rows import Batch, ResidentRows
-from raydc.core.training import fit
+from raydc.core.models.preprocess import Preprocess
+from raydc.core.search.kmeans import leaf_sums
+from raydc.core.search.nearest import nearest
+from raydc.core.training.collectives import Ranks
+from raydc.core.training.fit import fit
+from raydc.core.training.rows import Batch, ResidentRows
+from raydc.core.tree.linkage import ward
 from raydc.stages.fit import fit_settings
 
 BOOK = ROOT / "docs" / "device.json"
@@ -61,7 +61,7 @@ def products(device: torch.device, *, small: bool) -> Iterator[dict[str, Any]]:
 
 
 def searches(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str, Any]]:
-    """Yield the nearest centre of every row beside a product with an argmin, block by block."""
+    """Yield the nearest center of every row beside a product with an argmin, block by block."""
     for dim in (_WIDTH, 10):
         for num_centers in (1000, 2000 if small else 100_000):
             rows = min(n, 2**18 if num_centers > 1000 else n)
@@ -70,7 +70,7 @@ def searches(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str,
             plain = timed(lambda z=z, centers=centers: _plain(z, centers), device)
             work = rows * num_centers * dim
             yield {
-                "work": "nearest centre",
+                "work": "nearest center",
                 "size": f"{rows:,} x {dim}, K = {num_centers:,}",
                 "seconds": ours,
                 "tflops": _rate(work, ours),
@@ -80,7 +80,7 @@ def searches(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str,
 
 
 def lloyd(device: torch.device, n: int) -> dict[str, Any]:
-    """Return the seconds of an iteration over rows of 128 numbers and 1024 centres."""
+    """Return the seconds of an iteration over rows of 128 numbers and 1024 centers."""
     z = torch.randn(n, 128, device=device)
     weights, centers = torch.ones(n, device=device), z[torch.randperm(n, device=device)[:1024]].clone()
     blocks = list(zip(z.split(65536), weights.split(65536), strict=True))

@@ -1,7 +1,7 @@
 """A two-node Ray cluster on one machine, drivers as processes of their own, and ways to see and to break them.
 
 Nothing here is a hook in the product: what a run does is read from its log, its run folder and its S3 requests, and
-what breaks is a process, a file or a connection. benchmarks/faults.py and tests/test_faults.py stand on it.
+what breaks is a process, a file or a connection. benchmarks/faults.py and tests/benchmarks/test_faults.py stand on it.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ import pyarrow.parquet as pq
 import yaml
 from sklearn.datasets import load_digits
 
-from raydc.lake import Lake
 from raydc.pipeline import STAGES
+from raydc.storage.lake import Lake
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Names of Ray's worker processes while they are at it, as the process list shows them.
-TRAINER, ACTOR, CELL = "ray::RayTrainWorker", "ray::MapWorker(MapBatches(Labeller))", "ray::_run_cell"
+TRAINER, ACTOR, CELL = "ray::RayTrainWorker", "ray::MapWorker(MapBatches(Labeler))", "ray::_run_cell"
 
 NUM_FILES = 24
 

@@ -47,7 +47,7 @@ from benchmarks.fault_rig import (
     write_rows,
 )
 from benchmarks.record import made
-from raydc.schema import MANIFEST
+from raydc.data.schema import MANIFEST
 
 _MOST_ATTEMPTS = 8
 _BURST_SECONDS = 2.0

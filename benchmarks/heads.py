@@ -1,10 +1,10 @@
 """Heads on frozen rows beside spherical k-means and DEC: digits, and 1000 planted clusters of very uneven sizes.
 
-The planted rows are made here: K centres drawn on the unit sphere of 384 dimensions, sizes by Zipf's law (1/rank), and
-each row its centre plus isotropic noise of twice the centre's length, put back on the sphere. The centres themselves
+The planted rows are made here: K centers drawn on the unit sphere of 384 dimensions, sizes by Zipf's law (1/rank), and
+each row its center plus isotropic noise of twice the center's length, put back on the sphere. The centers themselves
 label every row rightly; what k-means loses, it loses by cutting the large clusters and joining the small ones.
 
-The fit is the job's own (raydc.core.training) in one process without Ray, and so is the search of the neighbours.
+The fit is the job's own (raydc.core.training.fit) in one process without Ray, and so is the search of the neighbors.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import torch
 
 from benchmarks.methods import record
 from raydc.config import parse_config
-from raydc.core import metrics
-from raydc.core.collectives import Ranks
-from raydc.core.neighbours import Neighbours, Shard, prepare, search
-from raydc.core.partners import NeighbourPartners
-from raydc.core.preprocess import Preprocess
+from raydc.core.metrics import scores as metrics
+from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
-from raydc.core.rows import ResidentRows
-from raydc.core.training import Fitted, fit
+from raydc.core.search.knn import Neighbors, Shard, prepare, search
+from raydc.core.training.collectives import Ranks
+from raydc.core.training.fit import Fitted, fit
+from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.rows import ResidentRows
 from raydc.stages.fit import fit_settings
 
 # torch before faiss: the other order gives the two libraries separate thread settings.
@@ -37,7 +37,7 @@ import faiss  # isort: skip
 
 DIGITS, PLANTED = "digits, unit rows", "planted"
 _PLANTED_ROWS, _PLANTED_LEAVES, _PLANTED_DIM, _PLANTED_NOISE = 50_000, 1000, 384, 2.0
-_NUM_NEIGHBOURS = 10
+_NUM_NEIGHBORS = 10
 METHODS = ("spherical_kmeans", "temi", "icon", "dec")
 
 _DIGITS: dict[str, Any] = {
@@ -147,7 +147,7 @@ def _spherical_kmeans(data: Data, seed: int) -> npt.NDArray[np.int64]:
 
 def _graph(x_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     keys = np.arange(len(x_ND))
-    found = Neighbours.none(len(x_ND), _NUM_NEIGHBOURS)
+    found = Neighbors.none(len(x_ND), _NUM_NEIGHBORS)
     return search(keys, x_ND, Shard.of(keys, x_ND), found, metric="cosine").keys_QM
 
 
@@ -163,7 +163,7 @@ def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None
         Ranks(),
         None if graph is None else torch.from_numpy(graph),
     )
-    partners = None if graph is None else NeighbourPartners(rows, Ranks())
+    partners = None if graph is None else NeighborPartners(rows, Ranks())
     return fit(rows, _preprocess(data, values), fit_settings(parse_config(values), data.name), Launcher(), partners)
 
 

@@ -79,7 +79,7 @@ def build(method: str, data: str, num: int, width: int, weights: str = "unit") -
         merges, found = fastcluster.linkage_vector(x, "ward"), {}
         seconds = time.perf_counter() - started
     else:
-        from raydc.core.linkage import agglomerate
+        from raydc.core.tree.linkage import agglomerate
 
         started = time.perf_counter()
         tree = agglomerate(x, weight_K, method=method)
@@ -142,7 +142,7 @@ def minibatch() -> dict[str, Any]:
 
 
 def without_structure() -> dict[str, Any]:
-    """The same where there is nothing to find: distances concentrate, and every neighbour is as good as another."""
+    """The same where there is nothing to find: distances concentrate, and every neighbor is as good as another."""
     return beside_exact("none", 100_000, 64)
 
 
@@ -166,12 +166,12 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     """Dendrogram purity of 1,000 leaves on MNIST: trees of the same leaves, against the same table of leaf x digit."""
     from scipy.cluster.hierarchy import linkage
 
-    from raydc.core.linkage import agglomerate
-    from raydc.core.tree import cut, dendrogram_purity, level_statistics
-    from raydc.labelling import Statistics
-    from raydc.lake import Lake
-    from raydc.rundir import RunDir
+    from raydc.core.tree.linkage import agglomerate
+    from raydc.core.tree.order import cut, dendrogram_purity, level_statistics
+    from raydc.labeling.label_slice import Statistics
+    from raydc.runfolder.folder import RunDir
     from raydc.stages.merge import leaf_statistics
+    from raydc.storage.lake import Lake
 
     TREES.mkdir(parents=True, exist_ok=True)
     settings = changes | {"input.path": folder, "output": TREES / "runs", "merge.method": "exact"}
@@ -216,7 +216,7 @@ def beside_exact(data: str, num: int, width: int) -> dict[str, Any]:
 
 def sse_at_cuts(data: str, num: int, width: int, method: str) -> dict[int, float]:
     """Return the sum of squared errors of the leaves around the means of their groups, at each of CUTS."""
-    from raydc.core.tree import cut, level_statistics
+    from raydc.core.tree.order import cut, level_statistics
 
     merges, x = np.load(_saved(method, data, num, width, "unit")), data_of(data, num, width)
     return {k: level_statistics(cut(merges, k), np.ones(num), x).sse for k in CUTS}

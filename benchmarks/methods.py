@@ -1,9 +1,9 @@
-"""Every method on labelled data, over seeds, by the settings of jobs/; and DEC on classes of unequal size.
+"""Every method on labeled data, over seeds, by the settings of jobs/; and DEC on classes of unequal size.
 
-The fit is the job's own (raydc.core.training) in one process without Ray. Methods that start from the same pretrained
-autoencoder share its checkpoint below build/benchmarks/methods/, so their rows differ by the method alone; the seconds
-of a method are those of its pretraining and its own. A fit whose settings and input stand in docs/methods.json already
-is not done again. docs/methods.md and docs/methods.json are written after every fit.
+The fit is the job's own (raydc.core.training.fit) in one process without Ray. Methods that start from the same
+pretrained autoencoder share its checkpoint below build/benchmarks/methods/, so their rows differ by the method alone;
+the seconds of a method are those of its pretraining and its own. A fit whose settings and input stand in
+docs/methods.json already is not done again. docs/methods.md and docs/methods.json are written after every fit.
 """
 
 import argparse
@@ -21,20 +21,20 @@ import torch
 
 from benchmarks.methods_page import page
 from benchmarks.record import ROOT, made
+from raydc.commands.demo import write_digits
 from raydc.config import Config, digest, load_config
-from raydc.core import metrics
-from raydc.core.collectives import Ranks
 from raydc.core.hashing import stream_seed, uniform
-from raydc.core.preprocess import Preprocess
+from raydc.core.metrics import scores as metrics
+from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
-from raydc.core.rows import Batch, ResidentRows
-from raydc.core.state import Clustering
-from raydc.core.training import Fitted, fit
-from raydc.demo import write_digits
-from raydc.lake import Lake
-from raydc.slices import class_names, read_slice
+from raydc.core.training.collectives import Ranks
+from raydc.core.training.fit import Fitted, fit
+from raydc.core.training.rows import Batch, ResidentRows
+from raydc.core.training.state import Clustering
+from raydc.data.slices import class_names, read_slice
 from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
+from raydc.storage.lake import Lake
 
 BUILD = ROOT / "build" / "benchmarks" / "methods"
 BOOK = ROOT / "docs" / "methods.json"
@@ -67,7 +67,7 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Data:
-    """Labelled rows in memory."""
+    """Labeled rows in memory."""
 
     name: str
     rows: ResidentRows

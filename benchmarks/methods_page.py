@@ -51,8 +51,8 @@ expect, not what is comparable.
 
 `planted` and `digits, unit rows` are written by `python -m benchmarks heads`: a head on frozen rows (temi, icon) beside
 spherical k-means and DEC. The planted rows are 50,000 in 384 dimensions, in 1000 clusters whose sizes fall as 1/rank,
-with noise of twice the length of a centre; every row lies nearest to its own centre. Their seconds are of one thread
-on a busy machine, with the search of the neighbours where there is one."""
+with noise of twice the length of a center; every row lies nearest to its own center. Their seconds are of one thread
+on a busy machine, with the search of the neighbors where there is one."""
 
 
 def page(book: Sequence[Entry]) -> str:

@@ -18,12 +18,12 @@ from benchmarks.record import ROOT
 
 
 def lloyd(data: str, start: str, iterations: int, threads: int) -> dict[str, Any]:
-    """Return the seconds of an iteration of the worker's Lloyd from given centres."""
+    """Return the seconds of an iteration of the worker's Lloyd from given centers."""
     import numpy as np
     import torch
 
-    from raydc.core import kmeans
     from raydc.core.process import prepare_process
+    from raydc.core.search import kmeans
 
     prepare_process(threads)
     x, centers = torch.from_numpy(np.load(data)), torch.from_numpy(np.load(start))
@@ -42,16 +42,16 @@ def lloyd(data: str, start: str, iterations: int, threads: int) -> dict[str, Any
 
 
 def write_model(path: str, widths: list[int]) -> dict[str, Any]:
-    """Write a model of 1000 centres, without a tree; with an encoder of these widths, or none."""
+    """Write a model of 1000 centers, without a tree; with an encoder of these widths, or none."""
     import numpy as np
     import torch
 
     from benchmarks import planted
-    from raydc.core.autoencoder import initialize, perceptron
+    from raydc.core.models.autoencoder import initialize, perceptron
+    from raydc.core.models.preprocess import Preprocess
     from raydc.core.objectives.kernel import Kernel
-    from raydc.core.preprocess import Preprocess
-    from raydc.lake import Lake
     from raydc.model import Model
+    from raydc.storage.lake import Lake
 
     shutil.rmtree(path, ignore_errors=True)
     encoder, centers = None, planted.centers()

@@ -1,6 +1,6 @@
 """The peers of the speed table, each run in the peers' own environment: `build/peers/bin/python benchmarks/peers.py`.
 
-Nothing here imports raydc. Prints one JSON object. Letters: N rows, D width, K centres.
+Nothing here imports raydc. Prints one JSON object. Letters: N rows, D width, K centers.
 """
 
 import json
@@ -58,7 +58,7 @@ def clustpy_dec(data: str, widths: list, clusters: int, batch: int, epochs: int,
 
 
 def sklearn_lloyd(data: str, start: str, iterations: int, threads: int) -> dict:
-    """Return the seconds of an iteration of scikit-learn's KMeans from given centres."""
+    """Return the seconds of an iteration of scikit-learn's KMeans from given centers."""
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 

@@ -6,20 +6,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydc.core.metrics import external
-from raydc.schema import level_column
+from raydc.core.metrics.scores import external
+from raydc.data.schema import level_column
 
 DIM = 768
 NUM_CLUSTERS = 1000
 _SPREAD = (1.0, 0.7, 0.5)
-"""Deviation of a dimension of the centres, around their parents, from the top of the hierarchy down."""
+"""Deviation of a dimension of the centers, around their parents, from the top of the hierarchy down."""
 
 _NOISE = 1.5
-"""Deviation of a dimension of a row around its centre: most of a row is noise, as in real embeddings."""
+"""Deviation of a dimension of a row around its center: most of a row is noise, as in real embeddings."""
 
 
 def centers() -> np.ndarray:
-    """Return the (1000, 768) float32 centres; the digits of a cluster's number are its path in the hierarchy."""
+    """Return the (1000, 768) float32 centers; the digits of a cluster's number are its path in the hierarchy."""
     rng = np.random.default_rng(0)
     found = np.zeros((1, DIM))
     for spread in _SPREAD:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from raydc.rundir import versions
+from raydc.runfolder.folder import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

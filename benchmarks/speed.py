@@ -100,7 +100,7 @@ def lloyd_spark(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _lloyd() -> tuple[dict[str, Any], str, Run]:
-    """Return the arguments of an implementation, the centres from which it starts, and our run."""
+    """Return the arguments of an implementation, the centers from which it starts, and our run."""
     data, start = BUILD / "lloyd.npy", BUILD / "lloyd-start.npy"
     if not start.exists():
         rng = np.random.default_rng(0)
@@ -401,7 +401,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 def _kind(command: list[str]) -> str:
     title = " ".join(command)
-    for word, kind in (("RayTrainWorker", "training worker"), ("Labeller", "assign actor"), ("raylet", "raylet")):
+    for word, kind in (("RayTrainWorker", "training worker"), ("Labeler", "assign actor"), ("raylet", "raylet")):
         if word in title:
             return kind
     return "gcs" if "gcs_server" in title else "other"
@@ -423,7 +423,7 @@ def mnist_array(folder: str) -> str:
 
 
 def entry_of(work: str, size: str, unit: str, found: dict[str, Any], peer_name: str | None = None) -> dict[str, Any]:
-    """Return a line of the table. A ratio above 1 is in our favour, whatever the unit."""
+    """Return a line of the table. A ratio above 1 is in our favor, whatever the unit."""
     ours = found["ours"]["median"]
 
     def ratio(name: str) -> float | None:

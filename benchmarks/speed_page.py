@@ -30,7 +30,7 @@ _INTRODUCTION = [
     "",
     "Written by `python -m benchmarks speed` (`--rows NAME ...` runs some of its rows; `make bench` runs all).",
     "Ours is the command with Ray, unless the row says otherwise; the limit is the same arithmetic in one process",
-    "without Ray, data in memory. Figures are medians of runs that took turns. A ratio above 1 is in our favour.",
+    "without Ray, data in memory. Figures are medians of runs that took turns. A ratio above 1 is in our favor.",
     "Lloyd is the training worker's code in one process, and its limit is faiss.Kmeans.",
     "",
     "![ratios to the peers and to the limit](benchmarks.png)",
@@ -49,12 +49,12 @@ _REASONS = """
 - The bare loop beside ClustPy: of the 22 ms of its step the products take 16, at 80 % of the 400 GFLOP/s that this
   processor reaches in bf16; AdamW takes 1.7, and the ways between float32 and bf16 2.0.
 - The assign stage: 4.4 s until the first of two actors has its model, of which 2.6 of the processor are what it
-  imports; then the baselines on their sample, of which each size has as many rows, and the neighbours, 0.6 s.
+  imports; then the baselines on their sample, of which each size has as many rows, and the neighbors, 0.6 s.
 - Lloyd: the screening by bf16 needs a processor that multiplies in tiles (AMX); without one it is the search in
   float32 that scikit-learn and FAISS do as well. On two cores of an Intel Xeon with AMX: 1.33 s, FAISS 1.37,
   scikit-learn 1.53.
 - Start-up: the processes of Ray Train and Ray Data start one after the other, and import for 1.2 to 3.3 CPU seconds
-  each: the controller 3.0, the autoscaling coordinator 1.3, the placement group cleaner 1.5, the synchronisation actor
+  each: the controller 3.0, the autoscaling coordinator 1.3, the placement group cleaner 1.5, the synchronization actor
   1.4, the training worker 3.3, the dataset manager 1.6, the split coordinator 1.7, the reader 1.6, the statistics
   actor 1.2. A bare TorchTrainer has no dataset and imports neither FAISS nor raydc. Without the split coordinator, or
   with one environment for all, which lets Ray start processes ahead, it took as long.
@@ -64,7 +64,7 @@ _REASONS = """
   the codes of all rows, 256 numbers in bf16, 625, kept by k-means and then by refinement; the layers of a step of
   4,096 rows 100, and what malloc cannot use again of what these steps free. A sample of 100,000 raw rows takes 293
   before there are codes, one of 200,000 codes 195 until k-means has started.
-- The driver: 290 MiB when its modules are loaded; the most when it searches the neighbours of 10,000 rows, and, of many
+- The driver: 290 MiB when its modules are loaded; the most when it searches the neighbors of 10,000 rows, and, of many
   rows, when it compares their ids.
 
 Looked at on two cores of an AMD EPYC, Ray 2.60.0, 2026-11-28."""
@@ -205,9 +205,9 @@ def figure(book: Sequence[Entry]) -> Figure:
                 bars.append((text, e[key], key))
     chart = Figure(figsize=(8, 0.9 + 0.42 * max(len(bars), 1)), layout="constrained")
     axes = chart.subplots()
-    colours = {"ratio": "#2f6f9f", "limit_ratio": "#a3a3a3"}
+    colors = {"ratio": "#2f6f9f", "limit_ratio": "#a3a3a3"}
     for place, (_, value, key) in enumerate(reversed(bars)):
-        axes.barh(place, math.log10(value), color=colours[key], height=0.62)
+        axes.barh(place, math.log10(value), color=colors[key], height=0.62)
         side = "left" if value >= 1 else "right"
         axes.annotate(
             f"{value:.2f}" if value < 10 else f"{value:.0f}",

@@ -11,19 +11,21 @@ the lake and shows the result. It runs on a Ray cluster that grows and shrinks, 
 
 from typing import Any
 
-from raydc.config import Config, load_config, parse_config
+# Late: importing the package, or its core, must import neither Ray nor torch.
+_NAMES = {
+    "Config": "raydc.config",
+    "Model": "raydc.model",
+    "load_config": "raydc.config",
+    "parse_config": "raydc.config",
+    "run": "raydc.pipeline",
+}
 
 __all__ = ["Config", "Model", "load_config", "parse_config", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late: importing the package, or its core, must not import Ray or torch.
-    if name == "run":
-        from raydc.pipeline import run
+    if name not in _NAMES:
+        raise AttributeError(f"module 'raydc' has no attribute {name!r}")
+    import importlib
 
-        return run
-    if name == "Model":
-        from raydc.model import Model
-
-        return Model
-    raise AttributeError(f"module 'raydc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)

@@ -13,8 +13,8 @@ from typing import Any
 
 from raydc.config import Config, load_config, parse_config
 from raydc.errors import ConfigError, RaydcError, StageError
-from raydc.lake import Lake, absolute, join
-from raydc.secrets import masked
+from raydc.storage.lake import Lake, absolute, join
+from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,9 @@ def _run(options: argparse.Namespace) -> None:
 
 def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> None:
     with _loading():
-        from raydc import demo, pipeline, summary
+        from raydc import pipeline
+        from raydc.commands import demo
+        from raydc.commands import show as summary
 
     config = demo.with_data(config)
     if dry_run:
@@ -153,7 +155,8 @@ def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> No
 
 def _resume(options: argparse.Namespace) -> None:
     with _loading():
-        from raydc import pipeline, summary
+        from raydc import pipeline
+        from raydc.commands import show as summary
 
     folder, config = _open_run(options.run, [o for o in options.set if o.startswith("storage.")])
     output = folder.root.removesuffix(f"/{folder.run_id}")
@@ -163,7 +166,7 @@ def _resume(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     with _loading():
-        from raydc import demo, sweep
+        from raydc.commands import demo, sweep
 
     numbers = sweep.parse_numbers(options.k)
     config = demo.with_data(load_config(options.config, options.set))
@@ -176,7 +179,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     with _loading():
-        from raydc import compare, demo
+        from raydc.commands import compare, demo
 
     try:
         seeds = [int(seed) for seed in _names(options.seeds)]
@@ -195,17 +198,18 @@ def _names(text: str) -> list[str]:
 
 def _assign(options: argparse.Namespace) -> None:
     with _loading():
-        from raydc import cluster, labels
+        from raydc.commands import assign as labels
+        from raydc.runtime import session
 
     base = {"input": {"path": options.input, "id_column": options.id_column}}
     config = _with_overrides(base, options.set)
-    with cluster.connected(config):
+    with session.connected(config):
         counts = labels.label_new_rows(config, options.model, options.output)
     log.info("assign: %d rows in, %d labels, %d rejects in %s", *counts, absolute(options.output))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from raydc import summary
+    from raydc.commands import show as summary
     from raydc.stages import evaluate
 
     folder, config = _open_run(options.run, options.set)
@@ -214,14 +218,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from raydc import summary
+    from raydc.commands import show as summary
 
     folder, _ = _open_run(options.run, options.set)
     print("\n".join(summary.lines(folder)))
 
 
 def _tree(options: argparse.Namespace) -> None:
-    from raydc import trees
+    from raydc.commands import tree as trees
 
     folder, _ = _open_run(options.run, options.set)
     tree = trees.read(folder)
@@ -261,7 +265,7 @@ def _loading() -> Iterator[None]:
 
 def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     from raydc.config import apply_override
-    from raydc.rundir import RunDir
+    from raydc.runfolder.folder import RunDir
 
     settings: dict[str, Any] = {}
     for override in overrides:

@@ -1,4 +1,4 @@
-"""The saved artefact: preprocessing, encoder, centres and levels. safetensors and JSON, never pickle.
+"""The saved artifact: preprocessing, encoder, centers and levels. safetensors and JSON, never pickle.
 
 `Model.load(uri).predict(x)` gives the labels that the job wrote, on plain arrays, without Ray.
 """
@@ -16,15 +16,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raydc.core.autoencoder import perceptron
-from raydc.core.nearest import SquaredDistances, cache_rows
+from raydc.core.models.autoencoder import perceptron
+from raydc.core.models.predictor import Predictor, build_predictor
+from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
-from raydc.core.predictor import Predictor, build_predictor
-from raydc.core.preprocess import Preprocess
 from raydc.core.process import block_rows as rows_at_once
+from raydc.core.search.nearest import SquaredDistances, cache_rows
+from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import DataError
-from raydc.lake import Lake, join
-from raydc.schema import FORMAT_VERSION
+from raydc.storage.lake import Lake, join
 
 # What reading a folder that is damaged, or was never ours, may end in.
 _DAMAGE = (
@@ -52,7 +52,7 @@ class Prediction:
     """Largest soft assignment."""
 
     distance: npt.NDArray[np.float32]
-    """To the leaf's centre, in the clustering space."""
+    """To the leaf's center, in the clustering space."""
 
     second_leaf: npt.NDArray[np.int32]
     second_distance: npt.NDArray[np.float32]
@@ -80,7 +80,7 @@ class Model:
     """What else is worth keeping: objective, columns, fingerprint."""
 
     predictor: Predictor | None = None
-    """What decides a row's leaf and confidence; None: the nearest centre and the kernel."""
+    """What decides a row's leaf and confidence; None: the nearest center and the kernel."""
 
     @property
     def dim(self) -> int:
@@ -97,7 +97,7 @@ class Model:
         """Return the (N, L) float32 points of raw rows in the clustering space, on the model's device.
 
         Args:
-            x: (N, D) numpy array or tensor of any float type; nothing is normalised beforehand.
+            x: (N, D) numpy array or tensor of any float type; nothing is normalized beforehand.
             block_rows: most rows at once; peak memory about 4 * block_rows * (widest layer) bytes.
 
         Raises:
@@ -121,8 +121,8 @@ class Model:
     def label(self, z_NL: Tensor, *, block_rows: int = 8192) -> Prediction:
         """Return the labels of points of the clustering space.
 
-        Nearest centre, second nearest and soft assignment; with a predictor its two best leaves, the probability of the
-        best, and the distances to the centres of these leaves.
+        Nearest center, second nearest and soft assignment; with a predictor its two best leaves, the probability of the
+        best, and the distances to the centers of these leaves.
         """
         num = min(2, self.num_leaves)
         if self.predictor is None:
@@ -179,7 +179,7 @@ class Model:
     def save(self, lake: Lake, uri: str) -> None:
         """Write config.json, weights.safetensors and centroids.safetensors into a folder, config.json last.
 
-        Where leaves are decided by more than the nearest centre, predictor.safetensors too.
+        Where leaves are decided by more than the nearest center, predictor.safetensors too.
         """
         weights = {} if self.encoder is None else dict(self.encoder.state_dict())
         statistics = {"mean": self.preprocess.mean_D, "scale": self.preprocess.scale_D}

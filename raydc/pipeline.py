@@ -8,19 +8,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from raydc import cluster, tables
+from raydc.commands.show import resume_command
 from raydc.config import Config
+from raydc.data.schema import MANIFEST
 from raydc.errors import StageError
-from raydc.lake import Lake
-from raydc.lease import acquire
-from raydc.memory import give_back
-from raydc.plan import make_plan
-from raydc.rundir import RunDir, now
-from raydc.schema import MANIFEST
-from raydc.signals import stoppable
-from raydc.stages import assign, evaluate, fit, merge, neighbours, profile, publish, report
-from raydc.summary import resume_command
-from raydc.teaching import load_teacher
+from raydc.runfolder.folder import RunDir, now
+from raydc.runfolder.lease import acquire
+from raydc.runfolder.signals import stoppable
+from raydc.runfolder.teacher import load_teacher
+from raydc.runtime import session
+from raydc.runtime.memory import give_back
+from raydc.runtime.plan import make_plan
+from raydc.stages import assign, evaluate, fit, merge, neighbors, profile, publish, report
+from raydc.storage.lake import Lake
+from raydc.tables import register
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Stage:
 
 STAGES = (
     Stage("profile", profile.run, ("profile.json",)),
-    Stage("neighbours", neighbours.run, ("neighbours",)),
+    Stage("neighbors", neighbors.run, ("neighbors",)),
     Stage("fit", fit.run, ("checkpoints", "fit")),
     Stage("merge", merge.run, ("tree", "model")),
     Stage(
@@ -75,7 +76,7 @@ def plan(config: Config) -> list[str]:
         ConfigError, DataError: the run cannot work; all problems in one message.
     """
     lake = make_lake(config)
-    tables.check(config, RunDir(lake, config.output, "run"))
+    register.check(config, RunDir(lake, config.output, "run"))
     found = profile.profile_input(config, lake)
     load_teacher(config, found.spec.dim, lake)
     return make_plan(config, found).lines()
@@ -91,7 +92,7 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
-    tables.check(config, folder)
+    register.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
     settings = {stage.name: config.settings(stage.name) | inputs for stage in stages_of(config)}
     # Other settings are refused before anything starts.
@@ -111,7 +112,7 @@ def run(config: Config, run_id: str) -> RunDir:
 
     left = [stage for stage, is_done in zip(stages_of(config), done, strict=True) if not is_done]
     needed = any(stage.on_cluster for stage in left)
-    joined = cluster.connected(config) if needed else nullcontext(lambda: None)
+    joined = session.connected(config) if needed else nullcontext(lambda: None)
     # Twice, because joining a cluster installs Ray's own handler.
     with lease, stoppable(lease), joined as leave, stoppable(lease, give_back):
         _run_stages(config, folder, settings, leave)

@@ -40,7 +40,7 @@ def ray_cluster():
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The folder of scikit-learn's digits as four Parquet files."""
-    from raydc.demo import write_digits
+    from raydc.commands.demo import write_digits
 
     return write_digits(tmp_path_factory.mktemp("input") / "digits")
 

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import torch
 
 from raydc.config import Config, parse_config
+from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.preprocess import Preprocess
-from raydc.labelling import Labelling, Statistics, label_slice
+from raydc.data.slices import Slice
+from raydc.labeling.label_slice import Labeling, Statistics, label_slice
 from raydc.model import Model
-from raydc.slices import Slice
 
 # Corners of a square: four leaves that no rounding confuses.
 CORNERS = np.array([[0, 0], [0, 10], [10, 0], [10, 10]], np.float32)
@@ -89,12 +89,12 @@ def near_corners(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group_centers() -> dict[int, np.ndarray]:
-    """Return the centres of the two groups of `corner_model`."""
+    """Return the centers of the two groups of `corner_model`."""
     return {2: np.array([[0.0, 5.0], [10.0, 5.0]])}
 
 
-def label_all(job: Labelling, slices: Iterable[Slice]) -> Statistics:
-    """Return the sum of the statistics of all slices, labelled one by one in this process."""
+def label_all(job: Labeling, slices: Iterable[Slice]) -> Statistics:
+    """Return the sum of the statistics of all slices, labeled one by one in this process."""
     total = Statistics()
     for part in slices:
         total.merge(Statistics.from_bytes(label_slice(job, part)), job.num_exemplars)

@@ -1,4 +1,4 @@
-"""The saved artefact: the same labels after save and load, right ones, and nothing run from a crafted file."""
+"""The saved artifact: the same labels after save and load, right ones, and nothing run from a crafted file."""
 
 import json
 import pickle
@@ -8,12 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from raydc.core.autoencoder import initialize, perceptron
+from raydc.core.models.autoencoder import initialize, perceptron
+from raydc.core.models.preprocess import Moments, Preprocess
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.preprocess import Moments, Preprocess
 from raydc.errors import DataError
-from raydc.lake import Lake
 from raydc.model import Model, Prediction
+from raydc.storage.lake import Lake
 from tests import shards
 
 
@@ -41,14 +41,14 @@ def assert_equal(first: Prediction, second: Prediction) -> None:
         assert np.array_equal(first.levels[k], second.levels[k])
 
 
-def test_rows_are_labelled_by_hand():
+def test_rows_are_labeled_by_hand():
     found = shards.corner_model().predict(np.array([[0.0, 1.0], [9.0, 6.0]]))
     assert found.leaf.tolist() == [0, 3]
     assert found.second_leaf.tolist() == [1, 2]
     np.testing.assert_allclose(found.distance, [1.0, 17**0.5], rtol=1e-6)
     np.testing.assert_allclose(found.second_distance, [9.0, 37**0.5], rtol=1e-6)
     assert found.levels[2].tolist() == [0, 1]
-    # Student-t with alpha 1 and scale 4: 1 / (1 + d^2 / 4), normalised.
+    # Student-t with alpha 1 and scale 4: 1 / (1 + d^2 / 4), normalized.
     similarity = 1 / (1 + np.array([1, 81, 101, 181]) / 4)
     assert found.confidence[0] == pytest.approx(similarity[0] / similarity.sum(), rel=1e-5)
 
@@ -111,7 +111,7 @@ def test_predictions_equal_brute_force_in_float64():
     np.testing.assert_allclose(found.confidence, (similarity / similarity.sum(axis=1)[:, None]).max(axis=1), rtol=1e-4)
 
 
-def test_centres_far_from_the_origin_are_told_apart():
+def test_centers_far_from_the_origin_are_told_apart():
     far = shards.corner_model(centers_KL=torch.from_numpy(shards.CORNERS + np.float32(1e5)))
     x, leaf = shards.near_corners(200)
     assert far.predict(x + np.float32(1e5)).leaf.tolist() == leaf.tolist()

@@ -1,13 +1,13 @@
-"""Models whose leaves are decided by more than the nearest centre: saved, loaded, reordered."""
+"""Models whose leaves are decided by more than the nearest center: saved, loaded, reordered."""
 
 import numpy as np
 import pytest
 import torch
 
-from raydc.core.mixture import Mixture
-from raydc.core.prototypes import Prototypes
-from raydc.lake import Lake
+from raydc.core.models.mixture import Mixture
+from raydc.core.models.prototypes import Prototypes
 from raydc.model import Model
+from raydc.storage.lake import Lake
 from tests.shards import corner_model, near_corners
 
 

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from raydc import cluster, pipeline
+from raydc import pipeline
 from raydc.cli import main
 from raydc.config import parse_config
+from raydc.data.schema import labels_schema
 from raydc.errors import DataError, StageError
-from raydc.lake import Lake
 from raydc.model import Model
-from raydc.schema import labels_schema
+from raydc.runtime import session
+from raydc.storage.lake import Lake
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -156,7 +157,7 @@ def test_a_run_that_lacks_only_its_report_joins_no_cluster(on_one_worker, digits
     before = page.read_bytes()
     marker.unlink()
     page.unlink()
-    monkeypatch.setattr(cluster, "connected", lambda config: pytest.fail("joined a cluster"))
+    monkeypatch.setattr(session, "connected", lambda config: pytest.fail("joined a cluster"))
     pipeline.run(settings(digits, output), "one")
     assert page.read_bytes() == before and marker.exists()
 
@@ -268,7 +269,7 @@ def test_a_terminated_and_killed_run_continues_on_another_number_of_workers(
     assert metrics["quality"]["leaf"]["acc"] >= unbroken - 0.01
 
 
-def test_new_rows_are_labelled_with_the_model_of_a_run(on_one_worker, digits, tmp_path, capsys):
+def test_new_rows_are_labeled_with_the_model_of_a_run(on_one_worker, digits, tmp_path, capsys):
     arguments = ["assign", "--model", on_one_worker.root, "--input", str(digits), "--output", str(tmp_path / "new")]
     main(arguments)
     assert "1797 rows in, 1797 labels, 0 rejects" in capsys.readouterr().out

@@ -11,11 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from raydc.core import checkpoint
+from raydc.core.training import checkpoint
 from raydc.errors import DataError
-from raydc.labelling import Statistics
-from raydc.lake import Lake
+from raydc.labeling.label_slice import Statistics
 from raydc.model import Model
+from raydc.storage.lake import Lake
 from tests import shards
 
 

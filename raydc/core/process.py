@@ -21,7 +21,7 @@ the heap is given back, of which the heap grows at once, and from which a piece 
 def prepare_process(num_threads: int) -> None:
     """Let torch and FAISS compute on this many threads, and treat denormal numbers as zero, in the present process.
 
-    Late in training the moments of the optimiser and the small gradients of the KL become denormal, which a CPU
+    Late in training the moments of the optimizer and the small gradients of the KL become denormal, which a CPU
     multiplies up to a hundred times slower; as numbers below 1e-38 they carry nothing.
 
     What a step or a block of rows frees, the next one takes again: given back to the system each time, its pages cost

@@ -1,6 +1,6 @@
 """The figures of the report, one function each: data in, the same drawing out as SVG for the page and PNG for a file.
 
-No pyplot and no global state but the style, which is set around each drawing and put back. Colours that depend on the
+No pyplot and no global state but the style, which is set around each drawing and put back. Colors that depend on the
 page's light or dark theme are written into the SVG as CSS variables; text stays text, sharp and in the page's font.
 """
 
@@ -22,11 +22,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from raydc.core.tree import TopOfTree
-from raydc.report.colours import Legend
-from raydc.report.wording import clean
+from raydc.core.tree.order import TopOfTree
+from raydc.report.colors import Legend
+from raydc.report.text import clean
 
-# Each stands for a CSS variable of the page; written as a colour that nothing else uses.
+# Each stands for a CSS variable of the page; written as a color that nothing else uses.
 INK, MUTED, RULE, PAPER, ACCENT = "#1b1f24", "#5c6570", "#d9dde2", "#fffffe", "#1f6f8b"
 _VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", PAPER: "--paper", ACCENT: "--accent"}
 
@@ -82,7 +82,7 @@ class Drawing:
     name: str
     alt: str
     svg: Markup
-    """For the page: no outside reference, ids of its own, theme colours as CSS variables."""
+    """For the page: no outside reference, ids of its own, theme colors as CSS variables."""
 
     png: bytes | None = None
     """For a file; a map has none of its own."""
@@ -108,8 +108,8 @@ def curves(name: str, alt: str, lines: Sequence[Curve], *, x_label: str = "epoch
         else:
             axes.set_ylim(*_padded(values))
             axes.yaxis.set_major_locator(MaxNLocator(5))
-        for line, colour in zip(lines, (ACCENT, "#e76300", "#832db6", "#94a4a2")):
-            axes.plot(line.x, line.y, color=colour, label=clean(line.name, 30), marker=_marker(line), markersize=3.5)
+        for line, color in zip(lines, (ACCENT, "#e76300", "#832db6", "#94a4a2")):
+            axes.plot(line.x, line.y, color=color, label=clean(line.name, 30), marker=_marker(line), markersize=3.5)
         if len(lines) > 1:
             axes.legend(loc="best")
         _epoch_axis(axes, x_label)
@@ -169,13 +169,13 @@ def leaf_sizes(rows_K: npt.NDArray[np.int64], legend: Legend) -> Drawing:
         return _finish(figure, "leaf_sizes", "Rows of each leaf, with their mean.")
 
 
-def dendrogram(top: TopOfTree, texts: Sequence[str], colours: Sequence[str]) -> Drawing:
+def dendrogram(top: TopOfTree, texts: Sequence[str], colors: Sequence[str]) -> Drawing:
     """Return the top of the tree, root at the left, one line of text and one dot for each group.
 
     Args:
         top: P groups and the merges above them.
         texts: (P,) what stands beside each group.
-        colours: (P,) colour of each group's dot.
+        colors: (P,) color of each group's dot.
     """
     with matplotlib.rc_context(STYLE):
         num_groups = len(texts)
@@ -187,7 +187,7 @@ def dendrogram(top: TopOfTree, texts: Sequence[str], colours: Sequence[str]) -> 
             start, end = (height[left], place[left]), (height[right], place[right])
             segments.append([start, (up, place[left]), (up, place[right]), end])
         axes.add_collection(LineCollection(segments, colors=MUTED, linewidths=1.1, capstyle="round"))
-        axes.scatter(np.zeros(num_groups), np.arange(num_groups), c=list(colours), s=26, zorder=3, clip_on=False, lw=0)
+        axes.scatter(np.zeros(num_groups), np.arange(num_groups), c=list(colors), s=26, zorder=3, clip_on=False, lw=0)
         tallest = float(height.max()) or 1.0
         axes.set_xlim(tallest * 1.02, -tallest * 0.012)
         axes.set_ylim(num_groups - 0.4, -0.6)
@@ -214,7 +214,7 @@ def _node_places(merges: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float6
 
 @dataclass(frozen=True)
 class Panel:
-    """One map: points, their colours, and what it shows."""
+    """One map: points, their colors, and what it shows."""
 
     name: str
     title: str
@@ -227,7 +227,7 @@ def map_panel(panel: Panel) -> Drawing:
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(4.4, 4.4)
         _draw_map(axes, panel)
-        alt = f"Map of {len(panel.points_N2):,} rows, {panel.title}, coloured by {panel.legend.title.lower()}."
+        alt = f"Map of {len(panel.points_N2):,} rows, {panel.title}, colored by {panel.legend.title.lower()}."
         return Drawing(panel.name, alt, _svg(figure, panel.name, alt))
 
 
@@ -252,8 +252,8 @@ def _draw_map(axes: Axes, panel: Panel) -> None:
     size = float(np.clip(9000 / max(len(points), 1), 5, 40))
     # As pixels inside the SVG: thousands of vector points would make the page heavy.
     axes.scatter(points[:, 0], points[:, 1], c=legend.of_members(), s=size, alpha=0.75, linewidths=0, rasterized=True)
-    for name, colour in _names_on_map(legend):
-        x, y = _middle(points[legend.index == colour])
+    for name, color in _names_on_map(legend):
+        x, y = _middle(points[legend.index == color])
         axes.text(x, y, name, ha="center", va="center", fontsize=9, fontweight="bold", bbox=_paper_box())
     axes.set_aspect("equal")
     axes.set_xlim(-1.06, 1.06)
@@ -266,15 +266,15 @@ def _draw_map(axes: Axes, panel: Panel) -> None:
 
 
 def _names_on_map(legend: Legend) -> list[tuple[str, int]]:
-    """Return the names to write into the map, with their colour's number; none where they would cover it."""
+    """Return the names to write into the map, with their color's number; none where they would cover it."""
     used = [(clean(name, 14), i) for i, name in enumerate(legend.names) if (legend.index == i).any()]
     return used if len(used) <= _MOST_NAMES_ON_A_MAP else []
 
 
 def _middle(points_N2: npt.NDArray[np.float64]) -> tuple[float, float]:
     """Return the point nearest to the median: a point, so that the name of a torn group stands on one of its parts."""
-    centre = np.median(points_N2, axis=0)
-    x, y = points_N2[((points_N2 - centre) ** 2).sum(axis=1).argmin()]
+    center = np.median(points_N2, axis=0)
+    x, y = points_N2[((points_N2 - center) ** 2).sum(axis=1).argmin()]
     return float(x), float(y)
 
 
@@ -360,6 +360,6 @@ def _for_page(svg: str, alt: str) -> Markup:
     rest = rest.replace(' xlink:href="#', ' href="#').replace('<image xlink:href="data:', '<image href="data:')
     # Groups are numbered alike in every figure; nothing refers to these ids.
     rest = re.sub(r'<g id="[A-Za-z0-9_.]+"(/?)>', r"<g\1>", rest)
-    for colour, variable in _VARIABLES.items():
-        rest = re.sub(rf"(fill|stroke): {colour}\b", rf"\1: var({variable})", rest)
+    for color, variable in _VARIABLES.items():
+        rest = re.sub(rf"(fill|stroke): {color}\b", rf"\1: var({variable})", rest)
     return Markup('<svg role="img" aria-label="{}" {}>').format(escape(alt), Markup(box.group())) + Markup(rest)

@@ -12,14 +12,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import yaml
 
-from raydc.core.tree import truncate
-from raydc.report import colours, figures, findings, wording
-from raydc.report.cards import MOST_LEAVES, MOST_ROWS, Card, make_cards, matrix
-from raydc.report.colours import Legend
+from raydc.core.tree.order import truncate
+from raydc.data.schema import level_column
+from raydc.report import colors, figures, results
+from raydc.report import text as wording
+from raydc.report.colors import Legend
+from raydc.report.exemplars import MOST_LEAVES, MOST_ROWS, Card, make_cards, matrix
 from raydc.report.figures import Curve, Drawing, Panel
-from raydc.report.projection import LEAST_ROWS, project_all
+from raydc.report.map import LEAST_ROWS, project_all
 from raydc.report.verdict import verdict
-from raydc.schema import level_column
 
 _MOST_GROUPS_IN_TREE = 30
 
@@ -72,15 +73,15 @@ class Page:
 
 @dataclass(frozen=True)
 class Map:
-    """The maps of the row sample: one line of them for each way to colour."""
+    """The maps of the row sample: one line of them for each way to color."""
 
     lines: list[tuple[Legend, list[Drawing]]] = field(default_factory=list)
     titles: list[str] = field(default_factory=list)
     """What each map of a line shows."""
 
     note: str = ""
-    leaf_colours: Legend | None = None
-    """(K,) colours of the leaves, matched to those of the labels."""
+    leaf_colors: Legend | None = None
+    """(K,) colors of the leaves, matched to those of the labels."""
 
     sheet: bytes | None = None
 
@@ -95,9 +96,9 @@ class CardGroup:
 
 def build(data: RunData) -> Page:
     """Return the page and its figures; the same input gives the same bytes."""
-    legend = colours.of_leaves(data.num_leaves, dict(data.levels))
+    legend = colors.of_leaves(data.num_leaves, dict(data.levels))
     found_map = draw_map(data, legend)
-    legend = found_map.leaf_colours or legend
+    legend = found_map.leaf_colors or legend
     rows_K = data.leaves["rows"].to_numpy()
     training = draw_training(data.metrics, data.tolerance)
     sizes = figures.leaf_sizes(rows_K, legend)
@@ -106,7 +107,7 @@ def build(data: RunData) -> Page:
     cards = make_cards(
         data.leaves,
         data.exemplars,
-        colours=legend.of_members(),
+        colors=legend.of_members(),
         group_column=level_column(grouping) if grouping else None,
         image_shape=data.image_shape,
     )
@@ -116,11 +117,11 @@ def build(data: RunData) -> Page:
         data=data,
         header=data.header,
         metrics=data.metrics,
-        objective=findings.objective_name(data.metrics),
-        summary=findings.summary(data.metrics, data.num_leaves, levels),
+        objective=results.objective_name(data.metrics),
+        summary=results.summary(data.metrics, data.num_leaves, levels),
         verdict=found_verdict,
-        facts=findings.facts(data.metrics, data.num_leaves, levels, sum(data.seconds.values())),
-        results=findings.results(data.metrics, data.num_leaves, levels),
+        facts=results.facts(data.metrics, data.num_leaves, levels, sum(data.seconds.values())),
+        results=results.results(data.metrics, data.num_leaves, levels),
         warnings=[wording.clean(w, 600) for w in data.metrics.get("warnings") or [] if w != found_verdict.sentence],
         map=found_map,
         tree=tree,
@@ -133,8 +134,8 @@ def build(data: RunData) -> Page:
         pictured=any(card.picture for card in cards.cards),
         most_rows=MOST_ROWS,
         most_leaves=MOST_LEAVES,
-        accounts=findings.accounts(data.metrics),
-        stages=findings.stage_times(data.seconds),
+        accounts=results.accounts(data.metrics),
+        stages=results.stage_times(data.seconds),
         total=wording.duration(sum(data.seconds.values())),
         settings=yaml.safe_dump(data.header.get("config") or {}, sort_keys=False, allow_unicode=True),
         versions=data.header.get("versions") or {},
@@ -173,8 +174,8 @@ def draw_map(data: RunData, leaf_legend: Legend) -> Map:
     legends = [by_leaf]
     labels = rows["label"].to_pylist() if "label" in rows.column_names else []
     if any(labels):
-        by_label = colours.of_labels([None if label is None else str(label) for label in labels])
-        by_leaf = colours.matched(by_leaf, by_label)
+        by_label = colors.of_labels([None if label is None else str(label) for label in labels])
+        by_leaf = colors.matched(by_leaf, by_label)
         legends = [by_leaf, by_label]
     points = project_all([before, after] if refined else [before], seed=data.seed)
     titles = ["before refinement", "after refinement"] if refined else ["the clustering space"]
@@ -182,18 +183,18 @@ def draw_map(data: RunData, leaf_legend: Legend) -> Map:
         [Panel(f"map_{way}_{place}", title, p, legend) for place, (title, p) in enumerate(zip(titles, points))]
         for way, legend in enumerate(legends)
     ]
-    matched = Legend(leaf_legend.title, leaf_legend.names, by_leaf.colours, leaf_legend.index, leaf_legend.note)
+    matched = Legend(leaf_legend.title, leaf_legend.names, by_leaf.colors, leaf_legend.index, leaf_legend.note)
     return Map(
         lines=[(line[0].legend, [figures.map_panel(panel) for panel in line]) for line in panels],
         titles=titles,
         note=_map_note(len(after), refined, len(legends) == 2),
-        leaf_colours=matched,
-        # Side by side where there is one map for each way to colour.
+        leaf_colors=matched,
+        # Side by side where there is one map for each way to color.
         sheet=figures.map_sheet(panels if refined else [[line[0] for line in panels]]),
     )
 
 
-def _map_note(num_rows: int, refined: bool, labelled: bool) -> str:
+def _map_note(num_rows: int, refined: bool, labeled: bool) -> str:
     note = f"t-SNE of a sample of {num_rows:,} rows. "
     if refined:
         note += (
@@ -204,7 +205,7 @@ def _map_note(num_rows: int, refined: bool, labelled: bool) -> str:
         note += "The space was not refined, so there is one map instead of two. "
     note += "Near points are near in the space; the sizes of islands and the gaps between them mean little."
     return note + (
-        " A leaf, or group of leaves, shares its colour with the label that it matches best." if labelled else ""
+        " A leaf, or group of leaves, shares its color with the label that it matches best." if labeled else ""
     )
 
 
@@ -214,7 +215,7 @@ def draw_tree(data: RunData, legend: Legend) -> Drawing:
     rows_K = data.leaves["rows"].to_numpy()
     majority = data.leaves["majority_label"].to_pylist() if "majority_label" in data.leaves.column_names else []
     share = data.leaves["majority_share"].to_pylist() if majority else []
-    colour_K = legend.of_members()
+    color_K = legend.of_members()
     texts, dots, first = [], [], 0
     for size in top.num_leaves.tolist():
         members = range(first, first + size)
@@ -223,7 +224,7 @@ def draw_tree(data: RunData, legend: Legend) -> Drawing:
         text = f"{name}  \u00b7  {wording.plural(int(rows_K[members].sum()), 'row')}"
         texts.append(text + _most_frequent([(majority[i], share[i], int(rows_K[i])) for i in members if majority]))
         largest = max(members, key=lambda leaf: rows_K[leaf])
-        dots.append(colour_K[largest])
+        dots.append(color_K[largest])
     return figures.dendrogram(top, texts, dots)
 
 
@@ -256,7 +257,7 @@ def draw_training(metrics: Mapping[str, Any], tolerance: float | None) -> list[D
         "loss": "loss",
         "kl": "clustering (KL)",
         "code": "code",
-        "distance": "distance to the centre",
+        "distance": "distance to the center",
         "reconstruction": "reconstruction",
     }
     # With one term the loss is that term: one line instead of two that cover each other.
@@ -287,7 +288,7 @@ def _training_facts(metrics: Mapping[str, Any]) -> list[str]:
         rate = f", {wording.count(fit['rows_per_second'])} rows a second" if fit.get("rows_per_second") else ""
         precision = f" in {fit['precision']}" if fit.get("precision") not in (None, "auto") else ""
         facts.append(f"{wording.plural(fit['num_workers'], 'worker')} on {fit.get('device', 'cpu')}{precision}{rate}.")
-    facts += findings.space(fit.get("history") or [])
+    facts += results.space(fit.get("history") or [])
     for entry in fit.get("history") or []:
         if entry.get("phase") == "kmeans" and entry.get("inertia") is not None:
             after = f" after {wording.plural(entry['iterations'], 'iteration')}" if entry.get("iterations") else ""

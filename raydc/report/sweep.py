@@ -18,7 +18,7 @@ _COLUMNS = (
     ("silhouette", "silhouette", "Silhouette (higher is better)"),
     ("davies_bouldin", "DB", "Davies-Bouldin (lower is better)"),
     ("calinski_harabasz", "CH", "Calinski-Harabasz (higher is better)"),
-    ("neighbour_agreement", "neighbours", "Neighbour agreement (higher is better)"),
+    ("neighbor_agreement", "neighbors", "Neighbor agreement (higher is better)"),
     ("stability", "stability", "Stability: ARI of two halves"),
     ("g", "G", "G = training loss / held-out loss"),
     ("empty", "empty", ""),
@@ -30,7 +30,7 @@ _CRITERION = {
     "silhouette": "silhouette",
     "davies_bouldin": "Davies-Bouldin",
     "calinski_harabasz": "Calinski-Harabasz",
-    "neighbour_agreement": "neighbour agreement",
+    "neighbor_agreement": "neighbor agreement",
     "stability": "stability",
     "g": "G",
 }
@@ -49,7 +49,7 @@ def page(body: Mapping[str, Any], *, markdown: bool = False) -> list[str]:
     table += [[str(e["k"]), *(_number(key, e.get(key)) for key, _ in shown)] for e in entries]
     about = (
         f"{rows['trained']:,} rows trained on and {rows['held_out']:,} held out, by hash of the row key, of "
-        f"{rows['input']:,}; neighbours, stability and known classes on a sample of {rows['sample']:,}. "
+        f"{rows['input']:,}; neighbors, stability and known classes on a sample of {rows['sample']:,}. "
         "Silhouette, DB and CH are measured in the pretrained code, the same for every K."
     )
     votes = [f"{v['criterion']}: {v['num_leaves'] or 'abstains'} ({v['reason']})" for v in advice["votes"]]

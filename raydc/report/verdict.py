@@ -3,9 +3,9 @@
 Two criteria, both measured on the same rows for both partitions:
 
 - Known classes, where there are any: NMI and ACC.
-- Agreement with the nearest neighbours among the raw rows (raydc.core.agreement), which needs no classes and favours
-  neither space. Silhouette, Davies-Bouldin and inertia are left out of this: each is measured in the space of its own
-  method, and a space that was trained to be tight wins there whatever its groups are worth.
+- Agreement with the nearest neighbors among the raw rows (raydc.core.metrics.neighbor_agreement), which needs no
+  classes and favors neither space. Silhouette, Davies-Bouldin and inertia are left out of this: each is measured in the
+  space of its own method, and a space that was trained to be tight wins there whatever its groups are worth.
 
 Known classes decide where both speak; the other criterion is told beside them, also when it disagrees.
 """
@@ -14,18 +14,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from raydc.report.findings import has, leaf_scores, objective, objective_name
-from raydc.report.wording import change, score
+from raydc.report.results import has, leaf_scores, objective, objective_name
+from raydc.report.text import change, score
 
 # Differences below this are taken for noise: restarts of k-means alone move NMI and ACC by as much.
 MARGIN = 0.005
 
-# Below this share of the effective groups of k-means, a partition's agreement with its neighbours is not compared: few
-# groups keep neighbours together with ease.
+# Below this share of the effective groups of k-means, a partition's agreement with its neighbors is not compared: few
+# groups keep neighbors together with ease.
 LEAST_GROUPS = 0.5
 
-# Rows of the sample for each leaf and each neighbour asked for, below which a leaf is too small to hold the neighbours.
-LEAST_ROWS_PER_NEIGHBOUR = 2
+# Rows of the sample for each leaf and each neighbor asked for, below which a leaf is too small to hold the neighbors.
+LEAST_ROWS_PER_NEIGHBOR = 2
 
 Tone = Literal["better", "same", "worse", "none"]
 _IS = {"better": "better", "worse": "worse", "same": "not better"}
@@ -71,7 +71,7 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
         text = "k-means on the raw rows was not measured, so there is nothing to compare with."
         return Verdict("none", text, [], [])
     by_labels = [_by_score(key, ours, raw) for key in ("nmi", "acc") if has(ours, key) and has(raw, key)]
-    near, why_not = _by_neighbours(metrics, raw)
+    near, why_not = _by_neighbors(metrics, raw)
     criteria = [*by_labels, *([near] if near else [])]
     if by_labels:
         tone, sentence = _by_votes(by_labels)
@@ -79,11 +79,11 @@ def verdict(metrics: Mapping[str, Any]) -> Verdict:
     if near:
         return Verdict(near.vote, _sentence(near.vote, [near]), [_WHAT_IT_IS, *_before(metrics)], criteria)
     text = f"Nothing says whether the learned space is better than k-means on the raw rows: {why_not}."
-    return Verdict("none", text, ["There are no known classes, and each space's own silhouette favours itself."], [])
+    return Verdict("none", text, ["There are no known classes, and each space's own silhouette favors itself."], [])
 
 
 _WHAT_IT_IS = (
-    "Neighbour agreement: the share of a row's nearest neighbours, among the raw rows, that are in its leaf, corrected "
+    "Neighbor agreement: the share of a row's nearest neighbors, among the raw rows, that are in its leaf, corrected "
     "for chance. It needs no known classes and is measured alike for both partitions."
 )
 
@@ -92,27 +92,27 @@ def _by_score(key: str, ours: Mapping[str, Any], raw: Mapping[str, Any]) -> Crit
     return _criterion(key.upper(), ours[key], raw[key], ours[key] - raw[key], MARGIN)
 
 
-def _by_neighbours(metrics: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[Criterion | None, str]:
-    """Return the comparison by neighbours, or None and the reason."""
+def _by_neighbors(metrics: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[Criterion | None, str]:
+    """Return the comparison by neighbors, or None and the reason."""
     found = metrics.get("agreement") or {}
     methods = found.get("methods") or {}
     if "learned" not in methods or "raw_kmeans" not in methods:
-        return None, "neighbours were not looked up"
+        return None, "neighbors were not looked up"
     learned, other = methods["learned"], methods["raw_kmeans"]
     if learned["num_effective"] < LEAST_GROUPS * other["num_effective"]:
         return None, (
             f"its rows are in {learned['num_effective']:.1f} leaves in effect, those of k-means in "
-            f"{other['num_effective']:.1f}, and few leaves keep neighbours together with ease"
+            f"{other['num_effective']:.1f}, and few leaves keep neighbors together with ease"
         )
     leaves = found["num_leaves"]
-    least = LEAST_ROWS_PER_NEIGHBOUR * found["num_neighbours"] * leaves
+    least = LEAST_ROWS_PER_NEIGHBOR * found["num_neighbors"] * leaves
     if found["rows"] < least:
         return None, (
-            f"the {found['rows']} rows among which neighbours are looked up are too few for {leaves} leaves "
-            f"(raise evaluate.neighbour_rows and evaluate.baseline_rows to {least})"
+            f"the {found['rows']} rows among which neighbors are looked up are too few for {leaves} leaves "
+            f"(raise evaluate.neighbor_rows and evaluate.baseline_rows to {least})"
         )
     margin = max(MARGIN, 2 * learned["standard_error"])
-    return _criterion("neighbour agreement", learned["score"], other["score"], learned["gain"], margin), ""
+    return _criterion("neighbor agreement", learned["score"], other["score"], learned["gain"], margin), ""
 
 
 def _criterion(name: str, learned: float, raw: float, gain: float, margin: float) -> Criterion:
@@ -142,7 +142,7 @@ def _beside(tone: Tone, near: Criterion | None, why_not: str) -> list[str]:
     if near is None:
         return [f"Without the classes nothing could be said: {why_not}."]
     word = "says the same" if near.vote == tone else f"disagrees and says {_IS[near.vote]}"
-    return [f"Without the classes, the agreement with nearest neighbours {word}: {_numbers([near])}."]
+    return [f"Without the classes, the agreement with nearest neighbors {word}: {_numbers([near])}."]
 
 
 def _refinement(metrics: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -155,13 +155,13 @@ def _refinement(metrics: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
 
 
 def _before(metrics: Mapping[str, Any]) -> list[str]:
-    """Return what the objective has added to the autoencoder alone, by the neighbours."""
+    """Return what the objective has added to the autoencoder alone, by the neighbors."""
     methods = metrics["agreement"]["methods"]
     before = methods.get("autoencoder_kmeans")
     if objective(metrics) == "autoencoder" or before is None:
         return []
     gain = methods["learned"]["score"] - before["score"]
-    return [_added(metrics, f"has a neighbour agreement of {score(before['score'])}", gain)]
+    return [_added(metrics, f"has a neighbor agreement of {score(before['score'])}", gain)]
 
 
 def _added(metrics: Mapping[str, Any], reached: str, gain: float) -> str:

@@ -17,20 +17,20 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
-from raydc.advice import remedy
 from raydc.config import Config
-from raydc.core.agreement import agreement, gain, nearest_neighbours
+from raydc.core.metrics.neighbor_agreement import agreement, gain, nearest_neighbors
 from raydc.core.process import prepare_process
+from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError
-from raydc.labelling import Labelling, Statistics, label_slice
-from raydc.lake import Lake
-from raydc.memory import give_back
+from raydc.labeling.label_slice import Labeling, Statistics, label_slice
 from raydc.model import Model
-from raydc.rundir import RunDir
-from raydc.secrets import masked
-from raydc.slices import InputSpec, Slice
+from raydc.runfolder.folder import RunDir
+from raydc.runtime.memory import give_back
+from raydc.runtime.remedies import remedy
 from raydc.stages import merge
 from raydc.stages import profile as profiling
+from raydc.storage.lake import Lake
+from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric.
 
-    agreement.json says how the learned partition and the baselines treat nearest neighbours; the rows among which these
+    agreement.json says how the learned partition and the baselines treat nearest neighbors; the rows among which these
     are looked up are not kept.
     """
     profile = profiling.load(run)
@@ -53,14 +53,14 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
     # What the slices took on their way.
     give_back()
-    if (found := neighbour_agreement(config, total)) is not None:
+    if (found := neighbor_agreement(config, total)) is not None:
         run.lake.write_json(run.uri("agreement.json"), found)
     counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
     run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
     return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
 
 
-def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labelling:
+def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeling:
     """Return what an actor needs, read from the run folder by the actor itself."""
     model = Model.load(run.uri("model"), run.lake)
     statistics = merge.leaf_statistics(run)
@@ -70,7 +70,7 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labell
             baselines[name] = Model.load(run.uri("fit", "baselines", name), run.lake)
     section = config.evaluate
     learned = config.fit.objective != "kmeans"
-    return Labelling(
+    return Labeling(
         run.lake,
         run.root,
         spec,
@@ -80,30 +80,30 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labell
         config.seed,
         section.baseline_rows / num_rows,
         min(section.map_rows, section.baseline_rows) / num_rows,
-        min(section.neighbour_rows, section.baseline_rows) / num_rows if baselines and learned else 0.0,
+        min(section.neighbor_rows, section.baseline_rows) / num_rows if baselines and learned else 0.0,
         section.num_exemplars,
         config.input.image_shape is not None,
         config.assign.block_rows,
     )
 
 
-def neighbour_agreement(config: Config, total: Statistics) -> dict[str, Any] | None:
-    """Return how each method's partition agrees with the nearest neighbours of raw rows; None without a sample of them.
+def neighbor_agreement(config: Config, total: Statistics) -> dict[str, Any] | None:
+    """Return how each method's partition agrees with the nearest neighbors of raw rows; None without a sample of them.
 
     Args:
-        config: for the number of neighbours and of queries.
+        config: for the number of neighbors and of queries.
         total: of all slices; its `near_rows` are taken away, since a copy of them in order takes their place.
     """
     section = config.evaluate
     near_rows, total.near_rows = total.near_rows, None
-    if near_rows is None or near_rows.num_rows <= section.num_neighbours:
+    if near_rows is None or near_rows.num_rows <= section.num_neighbors:
         return None
     order = np.argsort(near_rows["key"].to_numpy(), kind="stable")
     names = [name for name in near_rows.column_names if name not in ("key", "x")]
     leaves = {name: near_rows[name].to_numpy()[order] for name in names}
     x = _in_order(near_rows["x"], order)
     del near_rows
-    near = nearest_neighbours(x, num=section.num_neighbours, max_queries=section.neighbour_queries)
+    near = nearest_neighbors(x, num=section.num_neighbors, max_queries=section.neighbor_queries)
     methods = {name: agreement(leaf, near) for name, leaf in leaves.items()}
     raw = methods["raw_kmeans"]
     found = {}
@@ -115,7 +115,7 @@ def neighbour_agreement(config: Config, total: Statistics) -> dict[str, Any] | N
     return {
         "rows": len(x),
         "queries": len(near.queries_Q),
-        "num_neighbours": section.num_neighbours,
+        "num_neighbors": section.num_neighbors,
         "num_leaves": config.cluster.num_leaves,
         "methods": found,
     }
@@ -134,17 +134,17 @@ def _in_order(lists: pa.ChunkedArray, order_N: npt.NDArray[np.int64]) -> npt.NDA
 
 def label_all(
     config: Config,
-    load: Callable[[], Labelling],
+    load: Callable[[], Labeling],
     slices: list[Slice],
     num_exemplars: int,
     run: RunDir | None = None,
 ) -> Statistics:
-    """Return the sum of all slices' statistics, after every slice was labelled.
+    """Return the sum of all slices' statistics, after every slice was labeled.
 
     Args:
         config: for the resources of the actors.
         load: called once in each actor.
-        slices: to be labelled; those that are complete already are only counted.
+        slices: to be labeled; those that are complete already are only counted.
         num_exemplars: nearest rows kept for each leaf.
         run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
 
@@ -157,8 +157,8 @@ def label_all(
     expected = sum(s.num_rows for s in slices)
     check = run.check_owner if run is not None else None
     # Closed at once when something stops the loop: an error's traceback would keep the actors and their readers alive.
-    with closing(_labelled(config, load, slices, check)) as labelled:
-        for done, statistics in enumerate(labelled, 1):
+    with closing(_labeled(config, load, slices, check)) as labeled:
+        for done, statistics in enumerate(labeled, 1):
             total.merge(statistics, num_exemplars)
             now = time.monotonic()
             rate = total.rows / (now - started)
@@ -177,19 +177,19 @@ def label_all(
     return total
 
 
-def _labelled(
-    config: Config, load: Callable[[], Labelling], slices: list[Slice], check: Callable[[], None] | None
+def _labeled(
+    config: Config, load: Callable[[], Labeling], slices: list[Slice], check: Callable[[], None] | None
 ) -> Generator[Statistics]:
     section = config.assign
     slots = _free_slots(config)
     actors = min(section.num_actors or slots, max(len(slices), 1))
 
-    class Labeller:
+    class Labeler:
         """One actor: the model stays loaded from slice to slice."""
 
         def __init__(self) -> None:
             prepare_process(section.cpus_per_actor)
-            self.job: Labelling | None = None
+            self.job: Labeling | None = None
 
         def __call__(self, batch: pa.Table) -> pa.Table:
             return pa.Table.from_pylist([self._label(row) for row in batch.to_pylist()], _RESULTS)
@@ -210,7 +210,7 @@ def _labelled(
     # Ray Data's own measure of a pool that may grow counts on tasks that wait at an actor; here none does.
     ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = _FULL_POOL
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Labeller,
+        Labeler,
         batch_size=1,
         batch_format="pyarrow",
         # As many as there is room for start at once: Ray Data would add one after the other. One is enough to go on.
@@ -237,7 +237,7 @@ def _labelled(
         ) from error
 
 
-def _on_gpu(job: Labelling) -> Labelling:
+def _on_gpu(job: Labeling) -> Labeling:
     device = torch.device("cuda")
     return replace(job, model=job.model.to(device), baselines={name: m.to(device) for name, m in job.baselines.items()})
 

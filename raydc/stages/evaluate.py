@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config import Config
-from raydc.core import metrics
-from raydc.core.tally import Tally
-from raydc.core.tree import central_leaves, dendrogram_purity
-from raydc.labelling import Statistics, nearest_rows
+from raydc.core.metrics import scores
+from raydc.core.metrics.partition_stats import Tally
+from raydc.core.tree.order import central_leaves, dendrogram_purity
+from raydc.data.schema import level_column
+from raydc.labeling.label_slice import Statistics, nearest_rows
 from raydc.model import Model
 from raydc.report.verdict import verdict
-from raydc.rundir import RunDir
-from raydc.schema import level_column
+from raydc.runfolder.folder import RunDir
 from raydc.stages import merge
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     model = Model.load(run.uri("model"), run.lake)
     leaves = merge.leaf_statistics(run)
     linkage = merge.read_linkage(run)
-    markers = {name: run.marker(name) for name in ("profile", "neighbours", "fit", "merge", "assign")}
+    markers = {name: run.marker(name) for name in ("profile", "neighbors", "fit", "merge", "assign")}
     fit = run.metrics("fit")
     quality = _quality(statistics, model, linkage)
     found = run.uri("agreement.json")
@@ -45,8 +45,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
         "fit": fit,
     }
-    if markers["neighbours"]:
-        body["neighbours"] = markers["neighbours"]["metrics"]
+    if markers["neighbors"]:
+        body["neighbors"] = markers["neighbors"]["metrics"]
     body["verdict"] = verdict(body).to_json()
     body["warnings"] = _warnings(body, run)
     for warning in body["warnings"]:
@@ -68,17 +68,17 @@ def _quality(statistics: Statistics, model: Model, linkage: npt.NDArray[np.float
     table, names = statistics.tallies["leaf"].classes.table()
     if not names:
         return None
-    levels = {str(k): metrics.external(statistics.tallies[level_column(k)].classes.table()[0]) for k in model.levels}
-    purity = dendrogram_purity(linkage, table) if len(linkage) else float(metrics.external(table)["purity"])
-    return {"leaf": metrics.external(table), "levels": levels, "dendrogram_purity": purity}
+    levels = {str(k): scores.external(statistics.tallies[level_column(k)].classes.table()[0]) for k in model.levels}
+    purity = dendrogram_purity(linkage, table) if len(linkage) else float(scores.external(table)["purity"])
+    return {"leaf": scores.external(table), "levels": levels, "dendrogram_purity": purity}
 
 
 def _internal(statistics: Statistics, model: Model, leaves: dict[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
     levels = {
-        str(k): metrics.internal(statistics.tallies[level_column(k)], merge.group_centers(groups, leaves))
+        str(k): scores.internal(statistics.tallies[level_column(k)], merge.group_centers(groups, leaves))
         for k, groups in model.levels.items()
     }
-    own = metrics.internal(statistics.tallies["leaf"], model.centers_KL.double().numpy())
+    own = scores.internal(statistics.tallies["leaf"], model.centers_KL.double().numpy())
     return {"leaf": own, "levels": levels}
 
 
@@ -92,8 +92,8 @@ def _baselines(statistics: Statistics, run: RunDir) -> dict[str, Any]:
         table, classes = tally.classes.table()
         uri = run.uri("model") if name == "learned" else run.uri("fit", "baselines", name)
         centers = Model.load(uri, run.lake).centers_KL.double().numpy()
-        found[name] = {"rows": tally.num_rows, **(metrics.external(table) if classes else {})}
-        found[name] |= metrics.internal(tally, centers)
+        found[name] = {"rows": tally.num_rows, **(scores.external(table) if classes else {})}
+        found[name] |= scores.internal(tally, centers)
     return found
 
 
@@ -102,10 +102,10 @@ def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
     if body["verdict"]["tone"] in ("same", "worse"):
         warnings.append(body["verdict"]["sentence"])
     warnings += [f"collapse: {sign} (see watch in the settings)" for sign in body["fit"].get("watch", [])]
-    recall = body.get("neighbours", {}).get("recall")
+    recall = body.get("neighbors", {}).get("recall")
     if recall is not None and recall < _LOW_RECALL:
         warnings.append(
-            f"the approximate search found {recall:.3f} of the nearest neighbours; raise neighbours.num_probes"
+            f"the approximate search found {recall:.3f} of the nearest neighbors; raise neighbors.num_probes"
         )
     left_out = run.metrics("merge")["left_out"]
     if left_out:

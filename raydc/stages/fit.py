@@ -20,16 +20,17 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor
 
-from raydc.advice import remedy
-from raydc.cluster import in_one_line, root_cause, watched
 from raydc.config import Config
-from raydc.core.autoencoder import choose_precision
-from raydc.core.collectives import Ranks
-from raydc.core.partners import NeighbourPartners
-from raydc.core.preprocess import Preprocess
+from raydc.core.models.autoencoder import choose_precision
+from raydc.core.models.preprocess import Preprocess
+from raydc.core.models.teacher import Teacher
 from raydc.core.process import prepare_process
-from raydc.core.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.settings import (
+from raydc.core.training.collapse import WatchSettings, signs
+from raydc.core.training.collectives import Ranks
+from raydc.core.training.fit import Fitted, fit
+from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
+from raydc.core.training.settings import (
     ClusterSettings,
     DistillSettings,
     FitSettings,
@@ -38,19 +39,18 @@ from raydc.core.settings import (
     RefineSettings,
     VadeSettings,
 )
-from raydc.core.state import Clustering
-from raydc.core.teacher import Teacher
-from raydc.core.training import Fitted, fit
-from raydc.core.watch import WatchSettings, signs
+from raydc.core.training.state import Clustering
+from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
-from raydc.lease import LeaseLost
-from raydc.memory import available_bytes, give_back
 from raydc.model import Model
-from raydc.rundir import RunDir
-from raydc.slices import InputSpec
+from raydc.runfolder.folder import RunDir
+from raydc.runfolder.lease import LeaseLost
+from raydc.runfolder.teacher import load_teacher
+from raydc.runtime.memory import available_bytes, give_back
+from raydc.runtime.remedies import remedy
+from raydc.runtime.row_dataset import EverySlice, readers, slice_dataset
+from raydc.runtime.session import in_one_line, root_cause, watched
 from raydc.stages import profile as profiling
-from raydc.stages.blocks import EverySlice, readers, slice_dataset
-from raydc.teaching import load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             seed=config.seed,
             fraction=fraction,
             num_readers=readers(config),
-            neighbours_root=run.uri("neighbours") if config.needs_neighbours else None,
+            neighbors_root=run.uri("neighbors") if config.needs_neighbors else None,
         )
         outcome = launch(config, run, dataset, _train_loop, {"job": job}, "fit")
     return outcome["metrics"]
@@ -194,7 +194,7 @@ def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
         refine=RefineSettings(**config.refine.model_dump()),
         vade=VadeSettings(**config.vade.model_dump()),
         distill=DistillSettings(**config.distill.model_dump()),
-        head=HeadSettings(**config.head.model_dump()) if config.needs_neighbours else None,
+        head=HeadSettings(**config.head.model_dump()) if config.needs_neighbors else None,
         baseline_rows=config.evaluate.baseline_rows,
         fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
         checkpoint_epochs=config.fit.checkpoint_epochs,
@@ -288,7 +288,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
             partners = None
             if job.settings.head is not None:
                 assert isinstance(rows, ResidentRows)
-                partners = NeighbourPartners(rows, ranks)
+                partners = NeighborPartners(rows, ranks)
             fitted = fit(rows, job.preprocess, job.settings, context, partners, teacher=job.teacher)
         except (ValueError, FloatingPointError) as error:
             # Raised alike on every rank, so every rank returns.
@@ -328,7 +328,7 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
     if streamed and job.settings.head is not None:
         # The same on every rank, like every ValueError of the fit.
         raise ValueError(
-            f"{job.settings.objective} meets each row with its neighbours and needs the rows resident, but a shard of "
+            f"{job.settings.objective} meets each row with its neighbors and needs the rows resident, but a shard of "
             f"{shard_bytes / 2**20:.0f} MiB does not fit. Raise fit.num_workers or fit.resident_bytes, or train on a "
             "sample (fit.max_rows)"
         )
@@ -361,14 +361,14 @@ def _to_batch(table: pa.Table, dim: int) -> Batch:
         torch.from_numpy(table["key"].to_numpy().copy()),
         torch.from_numpy(values.copy()),
         torch.from_numpy(table["weight"].to_numpy().copy()),
-        neighbours_NM=_neighbours(table),
+        neighbors_NM=_neighbors(table),
     )
 
 
-def _neighbours(table: pa.Table) -> Tensor | None:
-    if "neighbours" not in table.column_names:
+def _neighbors(table: pa.Table) -> Tensor | None:
+    if "neighbors" not in table.column_names:
         return None
-    column = table["neighbours"]
+    column = table["neighbors"]
     values = np.concatenate([np.empty(0, np.int64), *(c.flatten().to_numpy() for c in column.chunks)])
     return torch.from_numpy(values.reshape(len(column), column.type.list_size))
 

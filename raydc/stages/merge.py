@@ -16,19 +16,19 @@ import safetensors.torch
 import torch
 from threadpoolctl import threadpool_limits
 
-from raydc.advice import remedy
-from raydc.cluster import in_one_line, root_cause
 from raydc.config import Config, MergeConfig
-from raydc.core.linkage import Linkage, agglomerate
-from raydc.core.linkage_cells import CellMerges, CellState, Runner, run_here
-from raydc.core.tree import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
+from raydc.core.tree.cells import CellMerges, CellState, Runner, run_here
+from raydc.core.tree.linkage import Linkage, agglomerate
+from raydc.core.tree.order import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
+from raydc.data.schema import level_column
 from raydc.errors import StageError
-from raydc.lake import Lake, join
 from raydc.model import Model
-from raydc.rundir import RunDir
-from raydc.schema import level_column
-from raydc.stages import cells
-from raydc.stages.cells import kept
+from raydc.runfolder import merge_cells as cells
+from raydc.runfolder.folder import RunDir
+from raydc.runfolder.merge_cells import kept
+from raydc.runtime.remedies import remedy
+from raydc.runtime.session import in_one_line, root_cause
+from raydc.storage.lake import Lake, join
 
 log = logging.getLogger(__name__)
 

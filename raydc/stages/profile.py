@@ -17,14 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydc import repeats
 from raydc.config import Config, EmbeddingColumn, digest
 from raydc.core.hashing import stream_seed
-from raydc.core.preprocess import Moments, Preprocess
-from raydc.errors import ConfigError, DataError
-from raydc.lake import Lake
-from raydc.rundir import RunDir
-from raydc.slices import (
+from raydc.core.models.preprocess import Moments, Preprocess
+from raydc.data import duplicate_ids
+from raydc.data.slices import (
     Column,
     Footer,
     InputSpec,
@@ -36,6 +33,9 @@ from raydc.slices import (
     read_slice,
     shown,
 )
+from raydc.errors import ConfigError, DataError
+from raydc.runfolder.folder import RunDir
+from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)
 
@@ -408,15 +408,17 @@ def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
         DataError: there are some, under input.unique_ids.
     """
     slices, spec = profile.slices, profile.spec
-    num_parts = -(-profile.num_rows // repeats.ROWS_PER_PART)
+    num_parts = -(-profile.num_rows // duplicate_ids.ROWS_PER_PART)
     if num_parts <= 1:
         with ThreadPoolExecutor(_READERS) as pool:
-            found = repeats.count(np.concatenate(list(pool.map(lambda s: repeats.slice_keys(lake, s, spec), slices))))
+            found = duplicate_ids.count(
+                np.concatenate(list(pool.map(lambda s: duplicate_ids.slice_keys(lake, s, spec), slices)))
+            )
     else:
         found = _repeats_by_tasks(slices, spec, lake, num_parts)
     if not found.rows:
         return 0
-    examples = "; ".join(repeats.describe(lake, slices, spec, found))
+    examples = "; ".join(duplicate_ids.describe(lake, slices, spec, found))
     text = f"{found.rows} rows repeat the id of another row: {examples}"
     if config.input.unique_ids:
         raise DataError(f"profile: {text}. Remove the repeats, or set input.unique_ids=false.")
@@ -424,22 +426,22 @@ def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
     return found.rows
 
 
-def _repeats_by_tasks(slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int) -> repeats.Repeats:
+def _repeats_by_tasks(slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int) -> duplicate_ids.Repeats:
     """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks."""
     import ray
 
     @ray.remote(num_returns=num_parts)
     def split(some: Sequence[Slice]) -> list[npt.NDArray[np.void]]:
-        return repeats.by_part(np.concatenate([repeats.slice_keys(lake, s, spec) for s in some]), num_parts)
+        return duplicate_ids.by_part(np.concatenate([duplicate_ids.slice_keys(lake, s, spec) for s in some]), num_parts)
 
     @ray.remote
-    def count(*parts: npt.NDArray[np.void]) -> repeats.Repeats:
-        return repeats.count(np.concatenate(parts))
+    def count(*parts: npt.NDArray[np.void]) -> duplicate_ids.Repeats:
+        return duplicate_ids.count(np.concatenate(parts))
 
     # As many readers as counters, so that neither holds more rows than the other.
     groups = [slices[i::num_parts] for i in range(num_parts)]
     pieces = [split.remote(group) for group in groups if group]
-    return repeats.total(ray.get([count.remote(*parts) for parts in zip(*pieces, strict=True)]))
+    return duplicate_ids.total(ray.get([count.remote(*parts) for parts in zip(*pieces, strict=True)]))
 
 
 def _collect(into: dict[str, str], problems: dict[str, str]) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydc import tables
 from raydc.config import Config
+from raydc.data.schema import FORMAT_VERSION, MANIFEST, labels_schema
 from raydc.errors import StageError
-from raydc.lake import StoredFile, is_staged
 from raydc.model import Model
-from raydc.rundir import RunDir, now
-from raydc.schema import FORMAT_VERSION, MANIFEST, labels_schema
+from raydc.runfolder.folder import RunDir, now
 from raydc.stages import profile as profiling
-from raydc.tables import LabelFile
+from raydc.storage.lake import StoredFile, is_staged
+from raydc.tables import register
+from raydc.tables.register import LabelFile
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         )
     if run.fence is not None:
         run.fence.advance("publish")
-    registered = tables.register(config, run, _label_files(run, entries), _labels_schema(config, run, profile))
+    registered = register.register(config, run, _label_files(run, entries), _labels_schema(config, run, profile))
     for table in registered:
         log.info(
             "publish: %s %s, %s %s",
@@ -75,7 +75,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "input_fingerprint": profile.fingerprint,
         "rows": {"input": profile.num_rows, **rows},
         "files": entries,
-        "tables": [tables.as_dict(table) for table in registered],
+        "tables": [register.as_dict(table) for table in registered],
     }
     _write_manifest(run, manifest)
     return {"files": len(entries), "bytes": sum(e["bytes"] for e in entries), "tables": manifest["tables"]}

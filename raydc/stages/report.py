@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from raydc.config import SECTIONS_OF_STAGE, Config
 from raydc.errors import StageError
-from raydc.rundir import RunDir
+from raydc.runfolder.folder import RunDir
 
 if TYPE_CHECKING:
     from raydc.report.page import RunData

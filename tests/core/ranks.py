@@ -11,10 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raydc.core.collectives import Ranks
-from raydc.core.preprocess import Preprocess
-from raydc.core.rows import Batch, ResidentRows, StreamedRows
-from raydc.core.settings import (
+from raydc.core.models.preprocess import Preprocess
+from raydc.core.training.collectives import Ranks
+from raydc.core.training.fit import fit
+from raydc.core.training.rows import Batch, ResidentRows, StreamedRows
+from raydc.core.training.settings import (
     ClusterSettings,
     DistillSettings,
     FitSettings,
@@ -22,7 +23,6 @@ from raydc.core.settings import (
     RefineSettings,
     VadeSettings,
 )
-from raydc.core.training import fit
 
 SETTINGS = FitSettings(
     objective="dec",
@@ -178,7 +178,7 @@ class PlainContext:
 
 
 def blobs(num_rows=1000, dim=12, num_blobs=6, seed=0):
-    """Return (N, dim) float32 rows around centres, and the centre of each."""
+    """Return (N, dim) float32 rows around centers, and the center of each."""
     generator = np.random.default_rng(seed)
     centers = generator.normal(size=(num_blobs, dim)) * 2.0
     labels = generator.integers(0, num_blobs, num_rows)
@@ -206,7 +206,7 @@ def make_rows(ranks, x, *, streamed=False, chunk=97):
 
 
 def fit_blobs(ranks, settings=SETTINGS, streamed=False, folder=None, stop_after=None, x=None, teacher=None):
-    """Fit and return what a test compares: history, centres, sizes and the baselines' centres."""
+    """Fit and return what a test compares: history, centers, sizes and the baselines' centers."""
     rows = make_rows(ranks, blobs()[0] if x is None else x, streamed=streamed)
     context = PlainContext(ranks.rank, ranks.world_size, folder, stop_after)
     try:
@@ -229,7 +229,7 @@ def fit_blobs(ranks, settings=SETTINGS, streamed=False, folder=None, stop_after=
 
 
 def order_of_leaves(result, alone):
-    """Return which leaf of `result` is each leaf of `alone`: the one with the nearest centre, a permutation.
+    """Return which leaf of `result` is each leaf of `alone`: the one with the nearest center, a permutation.
 
     Rounding, which differs with the number of ranks and with the processor, decides between restarts of a k-means that
     end with the same leaves in another order.

@@ -39,12 +39,12 @@ def test_a_permutation_gives_every_place_once_and_each_key_its_own_whatever_is_a
     assert permuted(some, size, 5).tolist() == places[::3].tolist()
 
 
-def test_permutations_of_other_seeds_are_unlike_and_no_place_is_favoured():
+def test_permutations_of_other_seeds_are_unlike_and_no_place_is_favored():
     size = 1000
     places = torch.stack([permuted(torch.arange(size), size, stream_seed(seed)) for seed in range(200)]).double()
     # The mean place of a key over 200 orders has a deviation of size / sqrt(12 * 200); 1000 keys stay within five.
     assert float((places.mean(dim=0) - (size - 1) / 2).abs().max()) < 5 * size / (12 * 200) ** 0.5
-    # So has the correlation of two orders one of 1 / sqrt(size), and of the places of neighbouring keys.
+    # So has the correlation of two orders one of 1 / sqrt(size), and of the places of neighboring keys.
     correlations = torch.corrcoef(places)
     assert float((correlations - torch.eye(200)).abs().max()) < 6 / size**0.5
     steps = places[:, 1:] - places[:, :-1]

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ET
 import matplotlib
 import numpy as np
 
-from raydc.core.tree import truncate
-from raydc.report import colours, figures
+from raydc.core.tree.order import truncate
+from raydc.report import colors, figures
 from raydc.report.figures import Curve, Panel
 
 PAYLOAD = '"><img src=x onerror=alert(1)> $\\frac{ </svg><script>'
@@ -28,7 +28,7 @@ def test_drawings_are_the_same_bytes_each_time_and_leave_the_style_as_it_was():
 
 
 def test_an_svg_refers_to_nothing_outside_and_is_well_formed():
-    legend = colours.of_leaves(4, {})
+    legend = colors.of_leaves(4, {})
     drawing = figures.leaf_sizes(np.array([5, 3, 0, 9]), legend)
     ET.fromstring(drawing.svg)
     assert "http" not in drawing.svg
@@ -76,9 +76,9 @@ def test_the_tree_of_two_leaves_and_one_whose_merges_are_all_at_height_zero_are_
 
 def test_maps_write_the_names_of_few_groups_into_the_map_and_of_many_none():
     points = np.random.default_rng(0).uniform(-1, 1, (40, 2))
-    few = colours.of_labels([f"kind {i % 4}" for i in range(40)])
+    few = colors.of_labels([f"kind {i % 4}" for i in range(40)])
     assert "kind 3" in figures.map_panel(Panel("map", "after refinement", points, few)).svg
-    scale = colours.of_leaves(40, {})
+    scale = colors.of_leaves(40, {})
     drawing = figures.map_panel(Panel("map", "after refinement", points, scale))
     assert "<text" not in drawing.svg
-    assert drawing.alt == "Map of 40 rows, after refinement, coloured by leaf."
+    assert drawing.alt == "Map of 40 rows, after refinement, colored by leaf."

@@ -1,25 +1,25 @@
-"""Whether learning has paid: by known classes, by neighbours, and what is said where they disagree."""
+"""Whether learning has paid: by known classes, by neighbors, and what is said where they disagree."""
 
 import pytest
 
 from raydc.report.verdict import verdict
-from tests.report.test_findings import RAW, metrics
+from tests.report.test_results import RAW, metrics
 
 UNKNOWN = dict.fromkeys(("acc", "nmi", "ami", "ari", "purity"))
 
 
 def agreement(learned=0.8, raw=0.7, error=0.01, effective=9.0, rows=1000, autoencoder=None):
-    """Return what assign has found of the neighbours."""
+    """Return what assign has found of the neighbors."""
     methods = {
         "learned": {"score": learned, "gain": learned - raw, "standard_error": error, "num_effective": effective},
         "raw_kmeans": {"score": raw, "gain": 0.0, "standard_error": 0.0, "num_effective": 9.0},
     }
     if autoencoder is not None:
         methods["autoencoder_kmeans"] = {"score": autoencoder}
-    return {"rows": rows, "queries": 500, "num_neighbours": 5, "num_leaves": 10, "methods": methods}
+    return {"rows": rows, "queries": 500, "num_neighbors": 5, "num_leaves": 10, "methods": methods}
 
 
-def unlabelled(**changes):
+def unlabeled(**changes):
     """Return the metrics of a run without classes."""
     return metrics(ours=UNKNOWN, raw_kmeans={"rows": 100, "silhouette": 0.2}) | {"agreement": agreement(**changes)}
 
@@ -59,45 +59,45 @@ def test_the_verdict_says_what_refinement_added():
 
 
 @pytest.mark.parametrize(("learned", "tone"), [(0.80, "better"), (0.60, "worse"), (0.71, "same")])
-def test_without_labels_the_neighbours_decide_beyond_two_standard_errors(learned, tone):
-    found = verdict(unlabelled(learned=learned))
+def test_without_labels_the_neighbors_decide_beyond_two_standard_errors(learned, tone):
+    found = verdict(unlabeled(learned=learned))
     assert found.tone == tone
-    assert f"neighbour agreement {learned:.3f} against 0.700" in found.sentence
-    assert [(c.name, c.vote) for c in found.criteria] == [("neighbour agreement", tone)]
+    assert f"neighbor agreement {learned:.3f} against 0.700" in found.sentence
+    assert [(c.name, c.vote) for c in found.criteria] == [("neighbor agreement", tone)]
 
 
 def test_the_silhouette_decides_nothing():
     found = verdict(metrics(ours={**UNKNOWN, "silhouette": 0.9}, raw_kmeans={"rows": 100, "silhouette": 0.2}))
     assert found.tone == "none"
-    assert found.sentence.endswith("neighbours were not looked up.")
-    assert "favours itself" in found.details[0]
+    assert found.sentence.endswith("neighbors were not looked up.")
+    assert "favors itself" in found.details[0]
 
 
 def test_a_space_that_left_most_leaves_empty_is_not_called_better_for_it():
-    found = verdict(unlabelled(learned=0.99, effective=3.0))
+    found = verdict(unlabeled(learned=0.99, effective=3.0))
     assert found.tone == "none"
     assert "in 3.0 leaves in effect, those of k-means in 9.0" in found.sentence
 
 
-def test_leaves_too_small_for_their_neighbours_are_not_judged_by_them():
-    found = verdict(unlabelled(rows=99))
+def test_leaves_too_small_for_their_neighbors_are_not_judged_by_them():
+    found = verdict(unlabeled(rows=99))
     assert found.tone == "none"
-    assert "raise evaluate.neighbour_rows and evaluate.baseline_rows to 100" in found.sentence
+    assert "raise evaluate.neighbor_rows and evaluate.baseline_rows to 100" in found.sentence
 
 
-def test_classes_decide_and_the_neighbours_are_told_beside_them():
-    labelled = metrics(ours={"nmi": 0.8, "acc": 0.9}, raw_kmeans=RAW)
-    agree = verdict(labelled | {"agreement": agreement()})
+def test_classes_decide_and_the_neighbors_are_told_beside_them():
+    labeled = metrics(ours={"nmi": 0.8, "acc": 0.9}, raw_kmeans=RAW)
+    agree = verdict(labeled | {"agreement": agreement()})
     assert (agree.tone, [c.vote for c in agree.criteria]) == ("better", ["better"] * 3)
-    assert "says the same: neighbour agreement 0.800 against 0.700" in agree.details[0]
-    against = verdict(labelled | {"agreement": agreement(learned=0.5)})
+    assert "says the same: neighbor agreement 0.800 against 0.700" in agree.details[0]
+    against = verdict(labeled | {"agreement": agreement(learned=0.5)})
     assert against.tone == "better"
     assert "disagrees and says worse" in against.details[0]
 
 
-def test_without_labels_the_refinement_is_judged_by_neighbours_too():
-    found = verdict(unlabelled(autoencoder=0.75))
-    assert "has a neighbour agreement of 0.750; DEC adds to it (+0.050)" in found.details[1]
+def test_without_labels_the_refinement_is_judged_by_neighbors_too():
+    found = verdict(unlabeled(autoencoder=0.75))
+    assert "has a neighbor agreement of 0.750; DEC adds to it (+0.050)" in found.details[1]
 
 
 def test_without_a_baseline_nothing_is_claimed():

@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 
 from raydc.config import Config
-from raydc.labelling import Labelling, Statistics
-from raydc.lake import Lake
+from raydc.labeling.label_slice import Labeling, Statistics
 from raydc.model import Model
-from raydc.rundir import RunDir
+from raydc.runfolder.folder import RunDir
 from raydc.stages import merge
 from raydc.stages import profile as profiling
+from raydc.storage.lake import Lake
 from tests import shards
 
 
@@ -34,7 +34,7 @@ def fill(folder: Path, num: int = 100, *, num_bad: int = 0, unknown_corner: int 
     return leaf[num_bad:]
 
 
-def labelled_run(folder: Path, *, offset: np.ndarray | None = None, **sections: Any) -> tuple[Config, RunDir]:
+def labeled_run(folder: Path, *, offset: np.ndarray | None = None, **sections: Any) -> tuple[Config, RunDir]:
     """Return a run over `folder`/in that is done up to assign; `offset` moves the means that merge sees."""
     sections["input"] = {"label_column": "label", "on_bad_rows": "quarantine"} | sections.get("input", {})
     sections["merge"] = {"levels": [2]} | sections.get("merge", {})
@@ -70,7 +70,7 @@ def _write_fit(run: RunDir, offset: np.ndarray | None) -> None:
 def _assign(run: RunDir) -> Statistics:
     profile, model = profiling.load(run), Model.load(run.uri("model"), run.lake)
     leaves = merge.leaf_statistics(run)
-    job = Labelling(
+    job = Labeling(
         run.lake,
         run.root,
         profile.spec,

@@ -1,4 +1,4 @@
-"""The actors of a labelling: how the slices are shared among them, and that nothing lives on when one fails."""
+"""The actors of a labeling: how the slices are shared among them, and that nothing lives on when one fails."""
 
 import os
 import threading
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from raydc import cluster
 from raydc.errors import DataError
-from raydc.labelling import Labelling
-from raydc.lake import Lake
+from raydc.labeling.label_slice import Labeling
+from raydc.runtime import session
 from raydc.stages import assign
 from raydc.stages.assign import label_all
 from raydc.stages.profile import profile_input
+from raydc.storage.lake import Lake
 from tests import shards
 
 
@@ -23,7 +23,7 @@ def readers() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith(("iter_threaded", "StreamingExecutor"))]
 
 
-def test_no_reader_outlives_a_labelling_that_fails(ray_cluster, tmp_path):
+def test_no_reader_outlives_a_labeling_that_fails(ray_cluster, tmp_path):
     for number in range(24):
         x, _ = shards.near_corners(50, seed=number)
         shards.write(tmp_path / "in" / f"part-{number:02}.parquet", shards.rows(x, 50 * number))
@@ -31,8 +31,8 @@ def test_no_reader_outlives_a_labelling_that_fails(ray_cluster, tmp_path):
     profile = profile_input(config, Lake())
     (tmp_path / "in" / "part-01.parquet").write_bytes(b"no parquet")
 
-    def load() -> Labelling:
-        return Labelling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
+    def load() -> Labeling:
+        return Labeling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
 
     # Slices enough for more than a minute are left when the error comes.
     slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(3), tell=lambda line: None)
@@ -40,7 +40,7 @@ def test_no_reader_outlives_a_labelling_that_fails(ray_cluster, tmp_path):
         label_all(config, load, profile.slices, 3, slow)
     # The traceback is alive, as it is while a command leaves its cluster.
     assert caught.tb is not None
-    cluster.await_readers()
+    session.await_readers()
     assert readers() == []
 
 
@@ -53,13 +53,13 @@ def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp
     seen = tmp_path / "actors"
     seen.mkdir()
 
-    def load() -> Labelling:
+    def load() -> Labeling:
         # Whoever has a slice keeps it until another actor has one too, or for so long that none will.
         (seen / str(os.getpid())).touch()
         give_up = time.monotonic() + 60
         while len(list(seen.iterdir())) < 2 and time.monotonic() < give_up:
             time.sleep(0.1)
-        return Labelling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
+        return Labeling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
 
     # Room for one at the start.
     monkeypatch.setattr(assign, "_free_slots", lambda config: 1)

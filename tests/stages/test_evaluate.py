@@ -6,13 +6,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from raydc import summary
-from raydc.core import metrics
-from raydc.labelling import Statistics
+from raydc.commands import show
+from raydc.core.metrics import scores
+from raydc.labeling.label_slice import Statistics
 from raydc.stages import evaluate, publish
-from raydc.stages.assign import neighbour_agreement
+from raydc.stages.assign import neighbor_agreement
 from tests import shards
-from tests.stages.runs import fill, labelled_run
+from tests.stages.runs import fill, labeled_run
 
 
 def written_labels(run) -> dict[str, list]:
@@ -22,7 +22,7 @@ def written_labels(run) -> dict[str, list]:
 
 def test_metrics_are_those_of_the_label_files(tmp_path):
     corner = fill(tmp_path / "in", num_bad=3)
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     evaluate.run(config, run)
     body = run.lake.read_json(run.uri("metrics.json"))
     assert body["rows"] == {"input": 100, "labels": 97, "rejects": 3}
@@ -30,7 +30,7 @@ def test_metrics_are_those_of_the_label_files(tmp_path):
     for name, found in (("leaf", body["quality"]["leaf"]), ("level_2", body["quality"]["levels"]["2"])):
         table = np.zeros((max(labels[name]) + 1, 4), np.int64)
         np.add.at(table, (labels[name], corner), 1)
-        assert found == pytest.approx(metrics.external(table))
+        assert found == pytest.approx(scores.external(table))
     assert body["quality"]["leaf"]["acc"] == 1.0
     assert body["quality"]["dendrogram_purity"] == 1.0
     assert body["internal"]["leaf"]["num_empty"] == 0
@@ -46,7 +46,7 @@ def test_metrics_are_those_of_the_label_files(tmp_path):
 
 def test_without_labels_there_is_no_quality_and_the_rest_stays(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path, input={"label_column": None})
+    config, run = labeled_run(tmp_path, input={"label_column": None})
     evaluate.run(config, run)
     body = run.lake.read_json(run.uri("metrics.json"))
     assert "quality" not in body
@@ -60,12 +60,12 @@ def test_without_labels_there_is_no_quality_and_the_rest_stays(tmp_path):
     assert "acc" not in body["baselines"]["raw_kmeans"]
     leaves = pq.read_table(run.uri("leaves.parquet"))
     assert leaves["majority_label"].null_count == 4
-    assert "ACC" not in "\n".join(summary.lines(run))
+    assert "ACC" not in "\n".join(show.lines(run))
 
 
 def test_the_table_of_leaves_tells_size_and_majority(tmp_path):
     corner = fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     evaluate.run(config, run)
     leaves = pq.read_table(run.uri("leaves.parquet")).to_pydict()
     assert leaves["leaf"] == [0, 1, 2, 3]
@@ -77,7 +77,7 @@ def test_the_table_of_leaves_tells_size_and_majority(tmp_path):
 
 def test_a_leaf_without_a_known_class_has_no_majority(tmp_path):
     fill(tmp_path / "in", unknown_corner=2)
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     evaluate.run(config, run)
     leaves = pq.read_table(run.uri("leaves.parquet")).to_pydict()
     assert min(leaves["rows"]) > 0
@@ -87,7 +87,7 @@ def test_a_leaf_without_a_known_class_has_no_majority(tmp_path):
 
 def test_metrics_are_the_same_bytes_when_computed_again(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     evaluate.run(config, run)
     first = run.lake.read_bytes(run.uri("metrics.json"))
     evaluate.run(config, run)
@@ -96,7 +96,7 @@ def test_metrics_are_the_same_bytes_when_computed_again(tmp_path):
 
 def test_every_node_has_the_nearest_row_of_a_leaf_under_it_as_its_medoid(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     assert "medoid_id" not in pq.read_schema(run.uri("tree", "nodes.parquet")).names
     evaluate.run(config, run)
     first = run.lake.read_bytes(run.uri("tree", "nodes.parquet"))
@@ -114,7 +114,7 @@ def test_every_node_has_the_nearest_row_of_a_leaf_under_it_as_its_medoid(tmp_pat
 
 def test_a_leaf_without_an_exemplar_has_no_medoid_and_gives_none_to_its_parents(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     exemplars = pq.read_table(run.uri("exemplars.parquet"))
     pq.write_table(exemplars.filter(pc.field("leaf") != 0), run.uri("exemplars.parquet"))
     evaluate.run(config, run)
@@ -124,7 +124,7 @@ def test_a_leaf_without_an_exemplar_has_no_medoid_and_gives_none_to_its_parents(
 
 def test_a_learned_space_that_is_no_better_than_the_raw_rows_is_said_so(tmp_path, caplog):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     run.mark_done("fit", config.settings("fit"), 1.0, {"objective": "dec"})
     evaluate.run(config, run)
     body = run.lake.read_json(run.uri("metrics.json"))
@@ -135,13 +135,13 @@ def test_a_learned_space_that_is_no_better_than_the_raw_rows_is_said_so(tmp_path
     assert body["verdict"]["tone"] == "same" and body["verdict"]["sentence"] == sentence
     assert body["warnings"] == [sentence]
     assert sentence in caplog.text
-    assert [line for line in summary.lines(run) if sentence in line] == [sentence]
+    assert [line for line in show.lines(run) if sentence in line] == [sentence]
 
 
 @pytest.mark.parametrize(("scatter", "tone"), [(False, "better"), (True, "worse")])
-def test_without_labels_the_neighbours_tell_a_space_that_wins_from_one_that_loses(tmp_path, scatter, tone):
+def test_without_labels_the_neighbors_tell_a_space_that_wins_from_one_that_loses(tmp_path, scatter, tone):
     fill(tmp_path / "in", num=400)
-    config, run = labelled_run(tmp_path, input={"label_column": None}, evaluate={"neighbour_rows": 400})
+    config, run = labeled_run(tmp_path, input={"label_column": None}, evaluate={"neighbor_rows": 400})
     run.mark_done("fit", config.settings("fit"), 1.0, {"objective": "dec"})
     # Rows around four corners: one partition by corner, one that cuts across every corner.
     x, leaf = shards.near_corners(400)
@@ -154,46 +154,46 @@ def test_without_labels_the_neighbours_tell_a_space_that_wins_from_one_that_lose
             "raw_kmeans": leaf if scatter else across,
         }
     )
-    found = neighbour_agreement(config, Statistics(near_rows=rows))
+    found = neighbor_agreement(config, Statistics(near_rows=rows))
     # In whatever order the slices end.
     turned = Statistics(near_rows=pa.concat_tables([rows.slice(150), rows.slice(0, 150)]))
-    assert neighbour_agreement(config, turned) == found and turned.near_rows is None
+    assert neighbor_agreement(config, turned) == found and turned.near_rows is None
     run.lake.write_json(run.uri("agreement.json"), found)
     evaluate.run(config, run)
     body = run.lake.read_json(run.uri("metrics.json"))
     assert body["verdict"]["tone"] == tone
-    said = f"The learned space is {tone} than k-means on the raw rows: neighbour agreement"
-    assert len([line for line in summary.lines(run) if line.startswith(said)]) == 1
+    said = f"The learned space is {tone} than k-means on the raw rows: neighbor agreement"
+    assert len([line for line in show.lines(run) if line.startswith(said)]) == 1
     assert bool(body["warnings"]) == scatter
 
 
 def test_a_sample_without_known_classes_leaves_its_cells_empty(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     evaluate.run(config, run)
     body = run.lake.read_json(run.uri("metrics.json"))
     for name in ("acc", "nmi", "ami", "ari", "purity"):
         del body["baselines"]["raw_kmeans"][name]
     run.lake.write_json(run.uri("metrics.json"), body)
-    (line,) = [line for line in summary.lines(run) if line.startswith("k-means on the rows")]
+    (line,) = [line for line in show.lines(run) if line.startswith("k-means on the rows")]
     assert line.split()[4:8] == ["-"] * 4
 
 
 def test_the_summary_follows_a_run_from_start_to_end(tmp_path):
     fill(tmp_path / "in", num_bad=1)
-    config, run = labelled_run(tmp_path)
-    text = summary.lines(run)
+    config, run = labeled_run(tmp_path)
+    text = show.lines(run)
     assert text[0] == "run         r1, evaluate not started"
     assert "stages      profile 1.0 s, fit 1.0 s, merge 1.0 s, assign 1.0 s, evaluate -, report -, publish -" in text
     assert f"labels      {run.uri('labels')}" in text
     run.begin("evaluate", config.settings("evaluate"))
-    assert summary.lines(run)[0] == "run         r1, evaluate started, not finished"
+    assert show.lines(run)[0] == "run         r1, evaluate started, not finished"
     evaluate.run(config, run)
     run.mark_done("evaluate", config.settings("evaluate"), 2.0, {})
-    text = summary.lines(run)
+    text = show.lines(run)
     assert "rows        100 in = 99 labels + 1 rejects" in text
     assert "leaves      4, levels 2" in text
     assert any(line.startswith("k-means on the rows") and "1.0000" in line for line in text)
     assert "warning: 1 rows were quarantined in rejects/" in text
     publish.run(config, run)
-    assert summary.lines(run)[0] == "run         r1, published"
+    assert show.lines(run)[0] == "run         r1, published"

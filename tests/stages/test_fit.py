@@ -4,7 +4,7 @@ import pickle
 
 from ray.train import ControllerError, WorkerGroupError
 
-from raydc.cluster import in_one_line, root_cause
+from raydc.runtime.session import in_one_line, root_cause
 from raydc.stages.fit import resizes
 
 

@@ -10,12 +10,12 @@ import pytest
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import pdist
 
-from raydc.core.linkage import agglomerate, ward
-from raydc.core.tree import cut
+from raydc.core.tree.linkage import agglomerate, ward
+from raydc.core.tree.order import cut
 from raydc.errors import StageError
 from raydc.stages import merge
 from tests import shards
-from tests.stages.runs import fill, labelled_run
+from tests.stages.runs import fill, labeled_run
 
 RNG = np.random.default_rng(3)
 MEANS = (RNG.normal(size=(30, 6)) * 4)[RNG.integers(0, 30, 600)] + RNG.normal(size=(600, 6))
@@ -115,7 +115,7 @@ def test_settings_without_effect_are_told(caplog):
 def test_nodes_and_levels_tell_the_squared_errors_of_any_tree(tmp_path, section):
     fill(tmp_path / "in")
     offset = None if not section else np.array([1.0, 1.0])
-    _, run = labelled_run(tmp_path, merge=section, offset=offset)
+    _, run = labeled_run(tmp_path, merge=section, offset=offset)
     nodes = pq.read_table(run.uri("tree", "nodes.parquet")).to_pydict()
     leaves = merge.leaf_statistics(run)
     weights, means = leaves["weights"], leaves["means"]
@@ -139,6 +139,6 @@ def test_nodes_and_levels_tell_the_squared_errors_of_any_tree(tmp_path, section)
 
 def test_a_level_with_fewer_groups_than_asked_is_told(tmp_path, caplog):
     fill(tmp_path / "in")
-    _, run = labelled_run(tmp_path, merge={"levels": [2, 3], "min_population": 0.3})
+    _, run = labeled_run(tmp_path, merge={"levels": [2, 3], "min_population": 0.3})
     assert "merge: level 3 has 2 groups; no other split leaves min_population on both sides" in caplog.text
     assert run.metrics("merge")["level_statistics"]["3"]["num_groups"] == 2

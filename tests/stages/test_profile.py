@@ -9,14 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydc.config import parse_config
+from raydc.data.slices import Column
 from raydc.errors import ConfigError, DataError
-from raydc.lake import Lake
-from raydc.rundir import RunDir
-from raydc.slices import Column
+from raydc.runfolder.folder import RunDir
 from raydc.stages import profile as profiling
 from raydc.stages.profile import Profile, profile_input
+from raydc.storage.lake import Lake
 from tests import shards
-from tests.test_slices import LAYOUTS, damage_page, damaged
+from tests.data.test_slices import LAYOUTS, damage_page, damaged
 
 
 def fill(folder, num_files: int = 3, rows: int = 10, **others) -> None:

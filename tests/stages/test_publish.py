@@ -6,20 +6,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from raydc.data.schema import FORMAT_VERSION, MANIFEST
 from raydc.errors import StageError
-from raydc.lake import Lake
-from raydc.lease import LeaseLost, acquire
-from raydc.rundir import RunDir
-from raydc.schema import FORMAT_VERSION, MANIFEST
+from raydc.runfolder.folder import RunDir
+from raydc.runfolder.lease import LeaseLost, acquire
 from raydc.stages import publish
+from raydc.storage.lake import Lake
 from tests import shards
-from tests.stages.runs import fill, labelled_run
+from tests.stages.runs import fill, labeled_run
 
 
 @pytest.mark.parametrize("num_bad", [0, 1, 37])
 def test_the_manifest_lists_every_file_with_rows_bytes_and_checksum(tmp_path, num_bad):
     fill(tmp_path / "in", num_bad=num_bad)
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     metrics = publish.run(config, run)
     manifest = run.lake.read_json(run.uri(MANIFEST))
     assert manifest["rows"] == {"input": 100, "labels": 100 - num_bad, "rejects": num_bad}
@@ -39,7 +39,7 @@ def test_the_manifest_lists_every_file_with_rows_bytes_and_checksum(tmp_path, nu
 
 def test_results_are_listed_and_working_files_are_not(tmp_path):
     fill(tmp_path / "in", num_bad=1)
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     run.lake.write_bytes(run.uri("checkpoints", "a.pt"), b"")
     publish.run(config, run)
     paths = {f["path"] for f in run.lake.read_json(run.uri(MANIFEST))["files"]}
@@ -52,7 +52,7 @@ def test_results_are_listed_and_working_files_are_not(tmp_path):
 
 def test_a_second_publish_lists_the_same_files(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     publish.run(config, run)
     first = run.lake.read_json(run.uri(MANIFEST))["files"]
     publish.run(config, run)
@@ -61,7 +61,7 @@ def test_a_second_publish_lists_the_same_files(tmp_path):
 
 def test_a_missing_label_file_is_refused(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     run.remove("labels/part-1.parquet")
     with pytest.raises(StageError, match=r"publish: 1 label files are missing, such as labels/part-1.parquet. Run the"):
         publish.run(config, run)
@@ -70,7 +70,7 @@ def test_a_missing_label_file_is_refused(tmp_path):
 
 def test_a_missing_label_file_of_no_rows_is_refused_too(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     run.remove("labels/part-2.parquet")
     with pytest.raises(StageError, match="such as labels/part-2.parquet"):
         publish.run(config, run)
@@ -79,7 +79,7 @@ def test_a_missing_label_file_of_no_rows_is_refused_too(tmp_path):
 @pytest.mark.parametrize("kind", ["labels", "rejects"])
 def test_counts_that_do_not_add_up_are_refused(tmp_path, kind):
     fill(tmp_path / "in", num_bad=5)
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     path = run.uri(kind, "part-0.parquet")
     pq.write_table(pq.read_table(path).slice(1), path)
     counts = {"labels": "94 labels and 5 rejects", "rejects": "95 labels and 4 rejects"}[kind]
@@ -90,7 +90,7 @@ def test_counts_that_do_not_add_up_are_refused(tmp_path, kind):
 
 def test_a_label_file_too_many_is_refused(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     Lake().write_bytes(run.uri("labels", "copy.parquet"), Path(run.uri("labels", "part-0.parquet")).read_bytes())
     with pytest.raises(StageError, match="100 rows in, but 150 labels and 0 rejects on disk"):
         publish.run(config, run)
@@ -98,7 +98,7 @@ def test_a_label_file_too_many_is_refused(tmp_path):
 
 def test_what_a_killed_writer_left_behind_is_removed(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     leftover = Path(run.uri("labels", ".part-0.parquet.123.0a1b2c3d.tmp"))
     leftover.write_bytes(b"half")
     publish.run(config, run)
@@ -109,7 +109,7 @@ def test_what_a_killed_writer_left_behind_is_removed(tmp_path):
 @pytest.mark.s3
 def test_a_run_in_s3_is_published_there(bucket, tmp_path):
     fill(tmp_path / "in")
-    config, local = labelled_run(tmp_path)
+    config, local = labeled_run(tmp_path)
     lake = Lake()
     lake.upload_folder(Path(local.root), f"{bucket}/runs/r1")
     run = RunDir(lake, f"{bucket}/runs", "r1")
@@ -125,7 +125,7 @@ def test_shards_of_equal_names_are_published_side_by_side(tmp_path):
     for number, folder in enumerate(("x", "y")):
         table = shards.rows(x[number::2], label=[str(k) for k in leaf[number::2]])
         shards.write(tmp_path / "in" / folder / "part-0.parquet", table)
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     publish.run(config, run)
     paths = {f["path"] for f in run.lake.read_json(run.uri(MANIFEST))["files"]}
     assert {"labels/x/part-0.parquet", "labels/y/part-0.parquet"} <= paths
@@ -133,7 +133,7 @@ def test_shards_of_equal_names_are_published_side_by_side(tmp_path):
 
 def test_two_drivers_never_both_publish(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     first, second = (RunDir(run.lake, str(tmp_path / "runs"), "r1") for _ in range(2))
     first.fence = acquire(run.lake, run.root, heartbeat_seconds=0.1, stale_seconds=0.3).fence
     # The first one gives no sign of life.
@@ -149,7 +149,7 @@ def test_two_drivers_never_both_publish(tmp_path):
 
 def test_a_manifest_that_is_there_stays_if_it_says_the_same_and_gives_way_if_not(tmp_path):
     fill(tmp_path / "in")
-    config, run = labelled_run(tmp_path)
+    config, run = labeled_run(tmp_path)
     publish.run(config, run)
     first = run.lake.read_json(run.uri(MANIFEST))
     run.lake.write_json(run.uri(MANIFEST), first | {"finished": "earlier"})

@@ -11,12 +11,12 @@ import pytest
 from scipy.cluster.hierarchy import linkage
 
 from raydc.config import parse_config
-from raydc.core import tree
+from raydc.core.tree import order
 from raydc.errors import StageError
-from raydc.lake import Lake
 from raydc.report import page
-from raydc.rundir import RunDir
+from raydc.runfolder.folder import RunDir
 from raydc.stages import report
+from raydc.storage.lake import Lake
 
 SCRIPT = "<script>alert(1)</script>"
 IMAGE = '"><img src=x onerror=alert(2)>'
@@ -29,7 +29,7 @@ def lists(rows):
 
 
 def make_run(
-    folder, *, num_leaves=6, levels=(2, 3), labelled=True, baselines=True, images=False, map_rows=20, objective="dec",
+    folder, *, num_leaves=6, levels=(2, 3), labeled=True, baselines=True, images=False, map_rows=20, objective="dec",
     label=lambda leaf: f"kind {leaf % 4}", **changes,
 ):  # fmt: skip
     """Write the folder of a run with two dimensional leaves and return its config and RunDir."""
@@ -50,16 +50,16 @@ def make_run(
     )  # fmt: skip
     centers = rng.normal(size=(num_leaves, 3))
     merges = linkage(centers, "ward")
-    merges = tree.relabel(merges, tree.leaf_order(merges))
+    merges = order.relabel(merges, order.leaf_order(merges))
     rows = 5 + np.arange(num_leaves) * 7 % 20
-    groups = tree.levels(merges, list(levels), rows)
+    groups = order.levels(merges, list(levels), rows)
     columns = {f"level_{k}": groups[k] for k in groups}
     write_tree(run, merges, columns)
     names = [label(leaf) for leaf in range(num_leaves)]
     write(run, "leaves.parquet", {
         "leaf": np.arange(num_leaves, dtype=np.int32), "rows": rows, "mean_distance": np.full(num_leaves, 1.25),
-        "silhouette": np.full(num_leaves, 0.5), "majority_label": pa.array(names if labelled else [None] * num_leaves),
-        "majority_share": pa.array([0.75 if labelled else None] * num_leaves, pa.float64()), **columns,
+        "silhouette": np.full(num_leaves, 0.5), "majority_label": pa.array(names if labeled else [None] * num_leaves),
+        "majority_share": pa.array([0.75 if labeled else None] * num_leaves, pa.float64()), **columns,
     })  # fmt: skip
     leaf = np.repeat(np.arange(num_leaves, dtype=np.int32), 3)
     exemplars = {
@@ -67,7 +67,7 @@ def make_run(
         "id": pa.array([changes.get("id", f"row-{i}") for i in range(len(leaf))]),
         "distance": np.linspace(0, 1, len(leaf), dtype=np.float32),
     }  # fmt: skip
-    if labelled:
+    if labeled:
         exemplars["label"] = pa.array([names[i] for i in leaf])
     if images:
         exemplars["embedding"] = lists(rng.uniform(size=(len(leaf), 16)))
@@ -78,19 +78,19 @@ def make_run(
     before = centers[at] + rng.normal(size=(map_rows, 3)) * 0.3
     write(run, "map_rows.parquet", {
         "id": np.arange(map_rows), "leaf": at.astype(np.int32),
-        "label": pa.array([names[i] if labelled else None for i in at], pa.string()),
+        "label": pa.array([names[i] if labeled else None for i in at], pa.string()),
         "before": lists(before), "after": lists(before if objective == "kmeans" else 2 * before + 1),
     })  # fmt: skip
-    run.lake.write_json(run.uri("metrics.json"), metrics(rows, list(groups), labelled, baselines, objective))
+    run.lake.write_json(run.uri("metrics.json"), metrics(rows, list(groups), labeled, baselines, objective))
     for stage, seconds in (("profile", 1.0), ("fit", 75.0)):
         run.mark_done(stage, {}, seconds, {})
     return config, run
 
 
-def metrics(rows, levels, labelled, baselines, objective):
+def metrics(rows, levels, labeled, baselines, objective):
     """Return a metrics.json."""
     quality = {"acc": 0.91, "nmi": 0.87654, "ami": 0.86, "ari": 0.8, "purity": 0.92}
-    raw = {"rows": int(rows.sum()), "silhouette": 0.2, **({"acc": 0.7, "nmi": 0.65432} if labelled else {})}
+    raw = {"rows": int(rows.sum()), "silhouette": 0.2, **({"acc": 0.7, "nmi": 0.65432} if labeled else {})}
     inside = {"silhouette": 0.4, "davies_bouldin": None, "size_cv": 0.1, "size_max_over_mean": 1.5, "num_empty": 0}
     history = [{"phase": "pretrain", "epoch": e, "loss": 1 / (e + 1)} for e in range(4)]
     history.append({"phase": "kmeans", "epoch": 0, "inertia": 123.4, "iterations": 3, "alpha": 1.0, "scale": 2.0})
@@ -98,7 +98,7 @@ def metrics(rows, levels, labelled, baselines, objective):
     return {
         "rows": {"input": int(rows.sum()) + 3, "labels": int(rows.sum()), "rejects": 3},
         **({"quality": {"leaf": quality, "levels": {str(k): quality for k in levels}, "dendrogram_purity": 0.777}}
-           if labelled else {}),
+           if labeled else {}),
         "internal": {"leaf": inside, "levels": {str(k): inside for k in levels}},
         "baselines": {"raw_kmeans": raw} if baselines else {},
         "stages": {"profile": {"seconds": 1.0}, "assign": {"seconds": 2.0}},
@@ -169,7 +169,7 @@ def test_the_page_holds_the_numbers_of_the_run(pictured):
     text = pictured[1].text
     assert "is better than k-means on the raw rows: NMI 0.877 against 0.654, ACC 0.910 against 0.700." in text
     assert "75 rows in 6 leaves, which the tree groups into 2 and 3." in text
-    assert "78 rows read = 75 labelled + 3 rejected" in text
+    assert "78 rows read = 75 labeled + 3 rejected" in text
     assert "fit 1 min 15 s" in text and "total 1 min 18 s" in text
     assert "Dendrogram purity 0.777" in text
     assert "2 workers on cpu in float32, 1,234 rows a second." in text
@@ -231,11 +231,11 @@ def test_rows_that_are_images_are_drawn_one_picture_per_leaf(pictured):
     found = pictured[1]
     assert found.tags.count("img") == 6
     alternatives = [value for tag, name, value in found.attributes if (tag, name) == ("img", "alt")]
-    assert alternatives[0] == "The 3 rows nearest to the centre of leaf 0"
+    assert alternatives[0] == "The 3 rows nearest to the center of leaf 0"
 
 
-def test_without_labels_and_neighbours_the_page_says_that_nothing_can_be_said(tmp_path):
-    text = page_of(*make_run(tmp_path, labelled=False)).text
+def test_without_labels_and_neighbors_the_page_says_that_nothing_can_be_said(tmp_path):
+    text = page_of(*make_run(tmp_path, labeled=False)).text
     assert "Nothing says whether the learned space is better" in text
     assert "By label" not in text and "mostly" not in text and "ACC" not in text and "Dendrogram purity" not in text
 
@@ -304,7 +304,7 @@ def test_rows_that_do_not_add_up_are_said_at_the_top(tmp_path):
     config, run = make_run(tmp_path)
     edit(run, rows={"input": 80, "labels": 75, "rejects": 3}, warnings=["look here"])
     text = page_of(config, run).text
-    assert "Rows are missing: 80 were read, but 75 were labelled and 3 rejected." in text
+    assert "Rows are missing: 80 were read, but 75 were labeled and 3 rejected." in text
     assert "this does not add up" in text and "look here" in text
 
 

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from raydc.core.nearest import squared_distances
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts
 from raydc.core.objectives.reconstruction import squared_error
+from raydc.core.search.nearest import squared_distances
 
 
 def to_nearest(z_NL: Tensor, centers_KL: Tensor) -> Tensor:
-    """Return min_j |z_i - c_j|^2 as (N,) float32, with gradients for the point and its nearest centre."""
+    """Return min_j |z_i - c_j|^2 as (N,) float32, with gradients for the point and its nearest center."""
     leaf = squared_distances(z_NL.detach(), centers_KL.detach()).argmin(dim=1)
     return ((z_NL - centers_KL[leaf]) ** 2).sum(dim=1)
 
@@ -18,7 +18,7 @@ def to_nearest(z_NL: Tensor, centers_KL: Tensor) -> Tensor:
 class Ae(Objective):
     """L = (|x - y|^2 + beta C(z)) / D, with one C of three.
 
-    C(z) is the squared distance to the nearest centre (`nearest`; the centres learn too), |z|^2 (`l2`), or the sum of
+    C(z) is the squared distance to the nearest center (`nearest`; the centers learn too), |z|^2 (`l2`), or the sum of
     |z_d| (`l1`). Both terms are sums over their dimensions divided by the same D, so that beta means the same for any
     width of the rows. The code moves under the loss, so k-means has the last word.
     """

@@ -9,7 +9,7 @@ from raydc.core.objectives.idec import Idec
 from raydc.core.objectives.objective import Objective, Parts, Pass
 from raydc.core.objectives.temi import Temi
 from raydc.core.objectives.vade import UnitRange, Vade
-from raydc.core.settings import FitSettings
+from raydc.core.training.settings import FitSettings
 
 
 def uses_autoencoder(name: str) -> bool:

@@ -6,36 +6,36 @@ import torch
 from torch import Tensor, nn
 
 from raydc.core.hashing import stream_seed
-from raydc.core.kmeans import LeafSums, reseed
-from raydc.core.nearest import nearest
 from raydc.core.objectives.ae import to_nearest
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
 from raydc.core.objectives.reconstruction import squared_error
 from raydc.core.objectives.snapshot import encode
-from raydc.core.settings import RefineSettings
+from raydc.core.search.kmeans import LeafSums, reseed
+from raydc.core.search.nearest import nearest
+from raydc.core.training.settings import RefineSettings
 
-# The published count of every leaf at the start: no row moves a centre by more than 1 / 101 of the way.
+# The published count of every leaf at the start: no row moves a center by more than 1 / 101 of the way.
 FIRST_COUNT = 100.0
-# Leaves that no row chose in an epoch get a new centre, but not in the last fifth of the epochs: it would not settle.
+# Leaves that no row chose in an epoch get a new center, but not in the last fifth of the epochs: it would not settle.
 _RESEED_SHARE = 0.8
 
 
 class Dcn(Objective):
-    """L = (|x - y|^2 + lambda min_j |z - c_j|^2) / D, in turns with a step of k-means on the centres.
+    """L = (|x - y|^2 + lambda min_j |z - c_j|^2) / D, in turns with a step of k-means on the centers.
 
     Both terms are sums over their dimensions divided by the same D. (Other codes take the mean for one and the sum for
-    the other, which makes lambda some 1e5 times larger than it looks.) The optimiser never moves the centres: after its
-    step the rows of the step are encoded anew and go to their nearest centre, and the centre moves to
+    the other, which makes lambda some 1e5 times larger than it looks.) The optimizer never moves the centers: after its
+    step the rows of the step are encoded anew and go to their nearest center, and the center moves to
 
         c_k <- (n_k c_k + sum of its rows) / (n_k + their weight)      counts; n_k grows from 100
         c_k <- S_k / W_k, S <- d S + (1 - d) sums, W likewise          ema
 
     The first is the authors' c <- c - (c - z) / n_k, one row after the other, if all rows of the step are assigned
-    before any centre moves. Then their order plays no role, and the ranks need to add up no more than sums and weights.
-    Another difference: a row's centre in the loss is the nearest now, not that of the row's last visit.
+    before any center moves. Then their order plays no role, and the ranks need to add up no more than sums and weights.
+    Another difference: a row's center in the loss is the nearest now, not that of the row's last visit.
 
-    Source: Yang, Fu, Sidiropoulos, Hong, "Towards K-means-friendly Spaces: Simultaneous Deep Learning and Clustering",
+    Source: Yang, Fu, Sidiropoulos, Hong, "Toward K-means-friendly Spaces: Simultaneous Deep Learning and Clustering",
     ICML 2017; github.com/boyangumn/DCN-New. Moving averages: van den Oord et al., arXiv:1711.00937, appendix A.1.
     """
 
@@ -95,7 +95,7 @@ class Dcn(Objective):
         return {"loss": loss, "reconstruction": reconstruction.detach(), "distance": distance.detach()}
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
-        """Before an epoch: give dead leaves new centres; a pass where moving averages have to start from all rows."""
+        """Before an epoch: give dead leaves new centers; a pass where moving averages have to start from all rows."""
         if step > 0:
             return None
         last = LeafSums.unpacked(self.tally.clone())
@@ -121,7 +121,7 @@ class Dcn(Objective):
         return sums.packed()
 
     def after_step(self, sums: Tensor | None) -> None:
-        """Move the centres towards the rows of the step."""
+        """Move the centers toward the rows of the step."""
         assert sums is not None
         self.tally += sums
         found = LeafSums.unpacked(sums)
@@ -138,13 +138,13 @@ class Dcn(Objective):
         self.moving.copy_(new)
 
     def take_centers(self, centers_KL: Tensor, kernel: Kernel) -> None:
-        """Take the centres of k-means; the counts start again."""
+        """Take the centers of k-means; the counts start again."""
         super().take_centers(centers_KL, kernel)
         self.means.copy_(centers_KL)
         self.moving.fill_(FIRST_COUNT)
 
     def count(self, batch: Minibatch, sums: LeafSums) -> None:
-        """Add the rows to the statistics of their nearest centres."""
+        """Add the rows to the statistics of their nearest centers."""
         z = encode(self.encoder, batch.x_ND, self.arithmetic)
         ids, squared = nearest(z, self.centers)
         sums.add(z, ids[:, 0], squared[:, 0], batch.weights_N)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from raydc.core.nearest import squared_distances
 from raydc.core.objectives.kernel import Kernel, log_similarity, log_soft_assign
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
 from raydc.core.objectives.snapshot import Refresh, Snapshot
-from raydc.core.settings import RefineSettings
+from raydc.core.search.nearest import squared_distances
+from raydc.core.training.settings import RefineSettings
 
 _BLOCK_NUMBERS, _DEVICE_BLOCK_NUMBERS, _LEAST_BLOCK_ROWS = 2**19, 2**26, 256
-"""Of rows times centres in a block, on a CPU and on a GPU: 2 and 256 MiB in float32."""
+"""Of rows times centers in a block, on a CPU and on a GPU: 2 and 256 MiB in float32."""
 
 
 def log_target(
@@ -31,7 +31,7 @@ def log_target(
     p_ij = q_ij^s (r_j / f_j)^t, divided by its sum over j, with f_j = sum_i w_i q_ij over all rows of the data.
 
     The paper's target has s = 2, t = 1 and equal sizes r. Dividing by f takes from large leaves and gives to small
-    ones; with t = 0 it does not, and with sizes r it drives the leaves towards these instead of equal ones.
+    ones; with t = 0 it does not, and with sizes r it drives the leaves toward these instead of equal ones.
 
     A row's target needs only its own q and the K numbers f, so nothing of size N x K is kept: this is the paper's
     target, not one made from a mini-batch.
@@ -65,7 +65,7 @@ def divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
 def summed_divergence(
     z_NL: Tensor, centers_KL: Tensor, weights_N: Tensor, kernel: Kernel, log_p_of: Callable[[slice], Tensor]
 ) -> Tensor:
-    """Return sum_i w_i KL(P || Q) of some rows, with gradients for z and the centres.
+    """Return sum_i w_i KL(P || Q) of some rows, with gradients for z and the centers.
 
     The gradient is ((alpha + 1) / (alpha scale)) sum_j (1 + d2_ij / (alpha scale))^-1 (p_ij - q_ij) (z_i - c_j) for
     z_i; the paper's eq. 4 is the case scale = 1. It is computed with the loss, block by block, so that none of the
@@ -109,7 +109,7 @@ class _SummedDivergence(torch.autograd.Function):
             total += weights_N[rows] @ divergence(log_p_NK, log_q_NK)
             pull_NK = log_p_NK.exp().sub_(log_q_NK.exp_()).div_(squared_NK.div_(unit).add_(1.0))
             pull_NK.mul_(weights_N[rows, None] * ((kernel.alpha + 1.0) / unit))
-            # z - c of rows and centres that are near the origin: a large offset would take digits.
+            # z - c of rows and centers that are near the origin: a large offset would take digits.
             near_NL = z_NL[rows] - shift_L
             grad_z_NL[rows] = near_NL.mul(pull_NK.sum(dim=1, keepdim=True)).addmm_(pull_NK, near_KL, alpha=-1.0)
             grad_centers_KL.addcmul_(near_KL, pull_NK.sum(dim=0)[:, None]).addmm_(pull_NK.T, near_NL, alpha=-1.0)
@@ -154,7 +154,7 @@ PAPER_TARGET = Target()
 
 
 class Dec(Objective):
-    """KL between the frozen target and the live soft assignment; encoder and centres learn."""
+    """KL between the frozen target and the live soft assignment; encoder and centers learn."""
 
     log_prior: Tensor
     """(K,) float64, set at the first refresh."""
@@ -176,7 +176,7 @@ class Dec(Objective):
         self.arithmetic = arithmetic
         self.register_buffer("log_prior", torch.zeros(len(centers_KL), dtype=torch.float64))
         self.snapshot: Snapshot | None = None
-        """The frozen state at the last refresh; no submodule, so neither optimiser nor ranks touch it."""
+        """The frozen state at the last refresh; no submodule, so neither optimizer nor ranks touch it."""
 
     @classmethod
     def of(cls, parts: Parts) -> "Dec":
@@ -225,7 +225,7 @@ class Dec(Objective):
         return {"loss": kl, "kl": kl.detach()}
 
     def memory(self) -> dict[str, Tensor]:
-        """Return the centres and the snapshot."""
+        """Return the centers and the snapshot."""
         kept = super().memory()
         return kept if self.snapshot is None else kept | self.snapshot.tensors()
 

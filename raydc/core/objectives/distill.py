@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydc.core.autoencoder import Autoencoder
-from raydc.core.kmeans import LeafSums
-from raydc.core.nearest import nearest
+from raydc.core.models.autoencoder import Autoencoder
+from raydc.core.models.prototypes import Prototypes, log_classes
+from raydc.core.models.teacher import Teacher
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
 from raydc.core.objectives.reconstruction import squared_error
 from raydc.core.objectives.snapshot import encode
-from raydc.core.prototypes import Prototypes, log_classes
-from raydc.core.settings import DistillSettings
-from raydc.core.teacher import Teacher
+from raydc.core.search.kmeans import LeafSums
+from raydc.core.search.nearest import nearest
+from raydc.core.training.settings import DistillSettings
 
 _START_ITERATIONS = 25
 _PREFIX = "taught."
@@ -51,7 +51,7 @@ class Distill(Objective):
 
     Without a teacher every epoch begins with a step of k-means, from the present prototypes, whose means are copied
     into the prototypes. These are frozen in between: an id means the same cluster in all epochs, and no classifier is
-    started anew. With a teacher the prototypes start as the centres of its leaves and learn, its ids stay.
+    started anew. With a teacher the prototypes start as the centers of its leaves and learn, its ids stay.
 
     Source: Caron, Bojanowski, Joulin, Douze, arXiv:1807.05520; the copied centroids are those of DeepCluster-v2 in
     Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv:2006.09882,
@@ -90,7 +90,7 @@ class Distill(Objective):
         self.register_buffer("class_weights", torch.ones(len(centers_KL)))
         self.sample_rows = settings.start_rows
         self.taught: _Taught | None = None
-        """What gives the ids of this epoch; no submodule, so neither optimiser nor ranks touch it."""
+        """What gives the ids of this epoch; no submodule, so neither optimizer nor ranks touch it."""
 
     @classmethod
     def of(cls, parts: Parts) -> "Distill":
@@ -112,10 +112,10 @@ class Distill(Objective):
 
     @torch.no_grad()
     def start(self, sample_NL: Tensor) -> None:
-        """Set origin and width; without a teacher, turn the centres of k-means into prototypes.
+        """Set origin and width; without a teacher, turn the centers of k-means into prototypes.
 
         Under cosine the origin is the mean of the code, and k-means goes on over the directions of the sample from
-        those of the centres.
+        those of the centers.
         """
         if self.uses_directions:
             self.shift.copy_(sample_NL.double().mean(dim=0))

@@ -6,7 +6,7 @@ The marginal p_k(c), the mean of p(c | x) over all rows, stands in the denominat
 start of an epoch, by a pass over all rows of all ranks, and follows the steps in between as a moving average of their
 means, which the trainer adds up over the ranks. No gradient goes through it, and none is missing where it matters: the
 derivative of the loss by log p_k(c) is the mass of the pairs in leaf c, and as long as that is p_k(c) itself, as it is
-when neighbours share their leaf, the sum over c is the derivative of sum_c p_k(c) = 1.
+when neighbors share their leaf, the sum over c is the derivative of sum_c p_k(c) = 1.
 """
 
 import copy
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from raydc.core.hashing import hash_keys, stream_seed
-from raydc.core.head import Head, HeadPredictor, calibrated_temperature
-from raydc.core.kmeans import start as kmeans_start
+from raydc.core.models.head import Head, HeadPredictor, calibrated_temperature
 from raydc.core.objectives.objective import Minibatch, Objective, Parts
-from raydc.core.settings import HeadSettings
+from raydc.core.search.kmeans import start as kmeans_start
+from raydc.core.training.settings import HeadSettings
 
 _RANDOM_TEMPERATURE = 0.1
 """Of a head that starts at random, as in TEMI."""
@@ -92,7 +92,7 @@ class Heads(Objective):
         return self._seen
 
     def after_step(self, sums: Tensor | None) -> None:
-        """Move the marginals towards the means of the step, and count the losses."""
+        """Move the marginals toward the means of the step, and count the losses."""
         assert sums is not None
         found, counted = sums[: self.marginals.numel()].view_as(self.marginals), sums[self.marginals.numel() :]
         self.marginals.lerp_(found / counted[-1], 1.0 - self.plan.marginal_momentum)

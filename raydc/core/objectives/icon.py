@@ -1,4 +1,4 @@
-"""I-Con's debiased InfoNCE clustering: neighbours share a leaf. Letters: N rows, M negatives, K leaves, D width."""
+"""I-Con's debiased InfoNCE clustering: neighbors share a leaf. Letters: N rows, M negatives, K leaves, D width."""
 
 import math
 
@@ -41,10 +41,10 @@ def negative_loss(phi_NK: Tensor, phi_MK: Tensor, pk_K: Tensor, alpha: float) ->
 
 
 class Icon(Heads):
-    """KL(p~ || q~) up to its constant, with p uniform on the neighbours of a row and p~ = (1 - alpha) p + alpha / N.
+    """KL(p~ || q~) up to its constant, with p uniform on the neighbors of a row and p~ = (1 - alpha) p + alpha / N.
 
-    L_i = -(1 - alpha) mean_{j in neighbours} log(N q~(j | i)) - alpha mean_{j in all rows} log(N q~(j | i)); a step
-    draws one neighbour for each row, and `num_negatives` rows for the second mean.
+    L_i = -(1 - alpha) mean_{j in neighbors} log(N q~(j | i)) - alpha mean_{j in all rows} log(N q~(j | i)); a step
+    draws one neighbor for each row, and `num_negatives` rows for the second mean.
 
     Where we differ from the paper: its second mean is over the batch. A batch lies scattered over the ranks, so ours is
     over a sample of the rows that every rank holds, a part of it in each step: the same expectation, and nothing to

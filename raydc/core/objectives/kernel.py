@@ -1,4 +1,4 @@
-"""The Student-t soft assignment that DEC and its relatives share. Letters: N rows, K centres, D latent width."""
+"""The Student-t soft assignment that DEC and its relatives share. Letters: N rows, K centers, D latent width."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raydc.core.nearest import cache_rows, squared_distances
+from raydc.core.search.nearest import cache_rows, squared_distances
 
 _BLOCK_ROWS = 2048
 
@@ -25,7 +25,7 @@ class Kernel:
 
 
 def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
-    """Return the logarithm of each row's Student-t similarity to each centre.
+    """Return the logarithm of each row's Student-t similarity to each center.
 
     q_ij = (1 + |z_i - c_j|^2 / (alpha scale)) ^ (-(alpha + 1) / 2), divided by its sum over j.
 
@@ -34,7 +34,7 @@ def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
 
     Args:
         z_ND: (N, D) float32 latent rows.
-        centers_KD: (K, D) float32 centres, same device.
+        centers_KD: (K, D) float32 centers, same device.
         kernel: degrees of freedom and scale.
 
     Returns:
@@ -49,7 +49,7 @@ def log_soft_assign(z_ND: Tensor, centers_KD: Tensor, kernel: Kernel) -> Tensor:
 
 
 def log_similarity(squared_NK: Tensor, kernel: Kernel) -> Tensor:
-    """Return what `log_soft_assign` does, (N, K), of rows at these squared distances from the centres."""
+    """Return what `log_soft_assign` does, (N, K), of rows at these squared distances from the centers."""
     logits = -(kernel.alpha + 1.0) / 2.0 * torch.log1p(squared_NK / (kernel.alpha * kernel.scale))
     return torch.log_softmax(logits, dim=1)
 
@@ -91,9 +91,9 @@ def calibrate(
     """Return the kernel whose mean largest q over the rows is `target_top_q`, and the mean that it reaches.
 
     With alpha = 1 the ratio of two similarities saturates at the ratio of squared distances however small the scale, so
-    at large K no scale gives a signal: 1000 centres on the unit sphere leave a largest q of about .002. A larger alpha
-    decays faster. The scale is at least a tenth of the mean squared distance to the nearest centre, over alpha: a
-    narrower kernel is singular at the centres, and under one a refinement loses leaf after leaf. With alpha=None the
+    at large K no scale gives a signal: 1000 centers on the unit sphere leave a largest q of about .002. A larger alpha
+    decays faster. The scale is at least a tenth of the mean squared distance to the nearest center, over alpha: a
+    narrower kernel is singular at the centers, and under one a refinement loses leaf after leaf. With alpha=None the
     least of `ALPHAS` is taken that reaches the target; a fixed alpha may fall short of it.
 
     Args:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from raydc.core.autoencoder import Autoencoder
 from raydc.core.hashing import stream_seed
+from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.objectives.reconstruction import corrupt, squared_error
 
 

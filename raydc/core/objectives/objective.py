@@ -1,9 +1,9 @@
 """What the trainer asks of a clustering objective, and what it hands over.
 
 An objective is a module that holds what it trains. It sees rows, returns sums, and never calls a collective: the
-trainer (raydc.core.training) adds its sums up over the ranks, steps the optimiser and saves its tensors. What it does
-must not depend on which rank holds which row, so its randomness is a hash of the rows' keys and its decisions come from
-added-up sums alone.
+trainer (raydc.core.training.fit) adds its sums up over the ranks, steps the optimizer and saves its tensors. What it
+does must not depend on which rank holds which row, so its randomness is a hash of the rows' keys and its decisions come
+from added-up sums alone.
 
 The course of a fit, and the member that is called:
 
@@ -14,10 +14,10 @@ The course of a fit, and the member that is called:
 4. `batch_sums`, if the loss needs numbers of the whole step's rows; the trainer puts their sum into `Minibatch.sums`.
    Passes and such sums run without gradients and outside autocast: `snapshot.encode` brings the training's arithmetic.
 5. The module is called with the `Minibatch`, in the training's arithmetic, and returns weighted sums over its rows. The
-   trainer divides by the weight of the step's rows on all ranks, goes backward and lets the optimiser step.
+   trainer divides by the weight of the step's rows on all ranks, goes backward and lets the optimizer step.
 6. `after_step`, with the sums that `step_sums` returned, added up over the ranks.
-7. After the last epoch: `ending` says whether the centres stay as they are or k-means has the last word; then
-   `centers` and `predictor` decide the leaf of a row (raydc.core.predictor).
+7. After the last epoch: `ending` says whether the centers stay as they are or k-means has the last word; then
+   `centers` and `predictor` decide the leaf of a row (raydc.core.models.predictor).
 
 Letters: N rows, K leaves, D width of a preprocessed row, L width of the code (D where there is no encoder).
 """
@@ -29,11 +29,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from raydc.core.autoencoder import Autoencoder
+from raydc.core.models.autoencoder import Autoencoder
+from raydc.core.models.predictor import Predictor
+from raydc.core.models.teacher import Teacher
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.predictor import Predictor
-from raydc.core.settings import FitSettings
-from raydc.core.teacher import Teacher
+from raydc.core.training.settings import FitSettings
 
 _KERNEL = "kernel"
 
@@ -134,10 +134,10 @@ class Objective(nn.Module):
     """Of the clustering space; None for the preprocessed rows themselves."""
 
     centers: Tensor
-    """(K, L) centres as they are now: a parameter, or a buffer where the optimiser is not to move them."""
+    """(K, L) centers as they are now: a parameter, or a buffer where the optimizer is not to move them."""
 
     kernel: Kernel
-    """Of the confidence of a label by the nearest centre."""
+    """Of the confidence of a label by the nearest center."""
 
     sample_rows = 0
     """Rows of the sample that `start` gets, about."""
@@ -149,7 +149,7 @@ class Objective(nn.Module):
     """Whether each row comes with a second one (`Minibatch.partners`)."""
 
     ending: Literal["keep", "lloyd", "kmeans"] = "keep"
-    """After the last epoch: keep the centres; Lloyd's iterations from them; or k-means anew."""
+    """After the last epoch: keep the centers; Lloyd's iterations from them; or k-means anew."""
 
     def start(self, sample_NL: Tensor) -> None:
         """Begin a new fit; the sample is of the codes (or preprocessed rows), on the training device, (0, L) if none.
@@ -158,7 +158,7 @@ class Objective(nn.Module):
         """
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Return the optimiser's groups; one with a `lr` of its own has that rate."""
+        """Return the optimizer's groups; one with a `lr` of its own has that rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": learning_rate}]
 
     def rate_factor(self, epoch: int) -> float:
@@ -170,7 +170,7 @@ class Objective(nn.Module):
         return None
 
     def reclusters(self, epoch: int) -> bool:
-        """Return whether Lloyd's iterations over all rows move the centres (`take_centers`) before this epoch."""
+        """Return whether Lloyd's iterations over all rows move the centers (`take_centers`) before this epoch."""
         return False
 
     def batch_sums(self, batch: Minibatch) -> Tensor | None:
@@ -187,16 +187,16 @@ class Objective(nn.Module):
         return None
 
     def after_step(self, sums: Tensor | None) -> None:
-        """Take the sums of all ranks after the optimiser's step."""
+        """Take the sums of all ranks after the optimizer's step."""
 
     def take_centers(self, centers_KL: Tensor, kernel: Kernel) -> None:
-        """Take the centres that k-means found, and the kernel calibrated to them."""
+        """Take the centers that k-means found, and the kernel calibrated to them."""
         with torch.no_grad():
             self.centers.copy_(centers_KL)
         self.kernel = kernel
 
     def predictor(self) -> Predictor | None:
-        """Return what decides a row's leaf and confidence; None: the nearest centre and the kernel."""
+        """Return what decides a row's leaf and confidence; None: the nearest center and the kernel."""
         return None
 
     def memory(self) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from raydc.core.autoencoder import Autoencoder
 from raydc.core.hashing import hash_keys, uniform
+from raydc.core.models.autoencoder import Autoencoder
 
 
 def squared_error(x_ND: Tensor, reconstructed_ND: Tensor) -> Tensor:

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raydc.core.autoencoder import precision
+from raydc.core.models.autoencoder import precision
 from raydc.core.objectives.kernel import Kernel, log_soft_assign
 from raydc.core.objectives.objective import Minibatch
-from raydc.core.rows import RowStore
+from raydc.core.training.rows import RowStore
 
 _PREFIX = "snapshot."
 
 
 @dataclass
 class Snapshot:
-    """Encoder, centres and leaf frequencies at the last refresh."""
+    """Encoder, centers and leaf frequencies at the last refresh."""
 
     encoder: nn.Module
     centers_KL: Tensor
@@ -84,7 +84,7 @@ def compact(z_NL: Tensor) -> Tensor:
 
 
 class Refresh:
-    """The pass that makes a snapshot of encoder and centres, with f over all rows of all ranks.
+    """The pass that makes a snapshot of encoder and centers, with f over all rows of all ranks.
 
     f_j = sum_i w_i q_ij in float64: a float32 sum stands still at 2^24 rows.
     """
@@ -99,7 +99,7 @@ class Refresh:
         arithmetic: str,
         expected_rows: int = 0,
     ) -> None:
-        """Make a pass under `encoder` and centres; `keep` is given the snapshot at its end.
+        """Make a pass under `encoder` and centers; `keep` is given the snapshot at its end.
 
         `expected_rows` are about as many as there will be to keep; 0 if that is not known.
         """

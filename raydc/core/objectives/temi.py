@@ -1,11 +1,11 @@
-"""TEMI: teacher and student heads that agree on neighbouring rows. Letters: N rows, H heads, K leaves, D width."""
+"""TEMI: teacher and student heads that agree on neighboring rows. Letters: N rows, H heads, K leaves, D width."""
 
 import copy
 
 import torch
 from torch import Tensor
 
-from raydc.core.head import Head
+from raydc.core.models.head import Head
 from raydc.core.objectives.heads import Heads, log_marginal
 from raydc.core.objectives.objective import Minibatch, Parts
 
@@ -36,12 +36,12 @@ def pair_weight(log_t_NK: Tensor, log_t2_NK: Tensor) -> Tensor:
 
 
 class Temi(Heads):
-    """The loss of pairs (x, x'), x' a neighbour of x, symmetrised and weighted by the mean weight of all heads.
+    """The loss of pairs (x, x'), x' a neighbor of x, symmetrized and weighted by the mean weight of all heads.
 
     The teacher is a moving average of the student. Its labels are the result, those of the head of the least loss.
 
     Where we differ from the authors' code: the marginals are exact at the start of an epoch and otherwise lag one step;
-    prototypes may grow (see Head); and heads without hidden layers may start at k-means centres.
+    prototypes may grow (see Head); and heads without hidden layers may start at k-means centers.
     """
 
     def __init__(self, parts: Parts) -> None:

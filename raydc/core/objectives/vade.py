@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydc.core.autoencoder import Autoencoder
 from raydc.core.hashing import hash_keys, normal
-from raydc.core.mixture import Mixture, fit_mixture, log_joint
-from raydc.core.nearest import nearest
+from raydc.core.models.autoencoder import Autoencoder
+from raydc.core.models.mixture import Mixture, fit_mixture, log_joint
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
-from raydc.core.settings import VadeSettings
+from raydc.core.search.nearest import nearest
+from raydc.core.training.settings import VadeSettings
 
 LOG_VARIANCE_BOUNDS = (-8.0, 8.0)
 """Of the components and of the posterior, in a latent scaled to variances of about 1 inside a component."""
@@ -80,7 +80,7 @@ def rescale(encoder: nn.Sequential, decoder: nn.Sequential, shift_L: Tensor, dev
 
 @torch.no_grad()
 def to_logits(decoder: nn.Sequential) -> None:
-    """Turn an output that was trained towards values in [0, 1] into logits, in place: y becomes 8 (y - 1/2).
+    """Turn an output that was trained toward values in [0, 1] into logits, in place: y becomes 8 (y - 1/2).
 
     A pixel that was reconstructed as 0 or 1 gets a probability of .018 or .982.
     """
@@ -121,7 +121,7 @@ class UnitRange:
 
 
 class Vade(Objective):
-    """-ELBO = -E_q log p(x | z) + kl_weight KL(q(z, c | x) || p(z, c)), with one reparameterised sample of z.
+    """-ELBO = -E_q log p(x | z) + kl_weight KL(q(z, c | x) || p(z, c)), with one reparameterized sample of z.
 
     q(c | x) is the posterior p(c | z) at the sample, as in the paper, and carries gradients. Weights, variances and
     responsibilities live in log space; the paper's code has raw parameters, which Adam can push below zero, and a

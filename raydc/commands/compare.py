@@ -1,0 +1,243 @@
+"""`raydc compare`: objectives and classical methods on the same sample of rows, seeds side by side.
+
+The sample is chosen by hash of the row key and read into this process, because several of the classical methods need
+the distances of all pairs. The objectives are fitted by the core of a run, in this process and without Ray; those of a
+seed go on from the same pretrained autoencoder.
+"""
+
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raydc.config import Config, parse_config
+from raydc.core.baselines import DETERMINISTIC, METHODS
+from raydc.core.hashing import sample_mask, stream_seed
+from raydc.core.metrics import scores as metrics
+from raydc.core.metrics.choose_k import calinski_harabasz
+from raydc.core.metrics.neighbor_agreement import Neighbors, agreement, nearest_neighbors
+from raydc.core.metrics.partition_stats import Tally
+from raydc.core.models.preprocess import Preprocess
+from raydc.core.objectives.build import uses_autoencoder
+from raydc.core.objectives.snapshot import encode
+from raydc.core.process import prepare_process
+from raydc.core.search.nearest import own_and_other
+from raydc.core.training import checkpoint
+from raydc.core.training.collectives import Ranks
+from raydc.core.training.fit import fit, pretrain
+from raydc.core.training.rows import Batch, ResidentRows
+from raydc.data.slices import class_names, read_slice
+from raydc.errors import ConfigError, DataError
+from raydc.pipeline import make_lake
+from raydc.stages.fit import fit_settings
+from raydc.stages.profile import profile_input
+from raydc.storage.lake import absolute, join
+
+log = logging.getLogger(__name__)
+
+_SCORES = ("acc", "nmi", "ari", "neighbors", "silhouette", "davies_bouldin", "calinski_harabasz")
+
+
+def run(config: Config, objectives: Sequence[str], classical: Sequence[str], seeds: Sequence[int], rows: int) -> str:
+    """Write compare.json and compare.md into the output folder and return the page.
+
+    Args:
+        config: of the input, the preprocessing and the objectives.
+        objectives: values of fit.objective.
+        classical: names of raydc.core.baselines.METHODS.
+        seeds: one run of each method per seed; methods without randomness run once.
+        rows: size of the sample, about; all rows where there are no more.
+
+    Raises:
+        ConfigError, DataError: before anything is fitted.
+    """
+    unknown = sorted(set(classical) - set(METHODS))
+    if unknown:
+        raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose of {', '.join(METHODS)}.")
+    configs = {name: _with_objective(config, name) for name in objectives}
+    paired = [name for name, found in configs.items() if found.needs_neighbors]
+    if paired:
+        raise ConfigError(f"--objectives {', '.join(paired)}: takes rows in pairs, which `raydc run` alone prepares.")
+    prepare_process(config.fit.cpus_per_worker)
+    data, preprocess, classes, fingerprint, total = _read(config, rows)
+    if data.num_rows < config.cluster.num_leaves:
+        raise ConfigError(f"--rows {rows}: {data.num_rows} rows for cluster.num_leaves={config.cluster.num_leaves}.")
+    x = torch.cat([preprocess(batch.x_ND) for batch in data.blocks(8192)]).numpy()
+    evaluate = config.evaluate
+    near = nearest_neighbors(x, num=evaluate.num_neighbors, max_queries=evaluate.neighbor_queries)
+    entries: list[dict[str, Any]] = []
+
+    def note(method: str, seed: int | None, groups: npt.NDArray[np.int64], seconds: float, parameters: str) -> None:
+        entry = {"method": method, "seed": seed, "rows": len(x), "seconds": round(seconds, 2), "parameters": parameters}
+        entries.append(entry | _scores(x, groups, classes, near))
+        log.info("compare: %s, seed %s: done in %.1f s", method, seed, seconds)
+
+    for seed in seeds:
+        for method, groups, seconds in _fitted(configs, data, preprocess, fingerprint, seed):
+            note(method, seed, groups, seconds, "by the settings")
+    for name in classical:
+        for seed in seeds if name not in DETERMINISTIC else seeds[:1]:
+            started = time.perf_counter()
+            found = METHODS[name](x, config.cluster.num_leaves, seed)
+            shown = None if name in DETERMINISTIC else seed
+            note(name, shown, found.groups_N, time.perf_counter() - started, found.parameters)
+    body = {"rows": len(x), "input_rows": total, "num_leaves": config.cluster.num_leaves, "entries": entries}
+    lake, folder = make_lake(config), absolute(config.output)
+    lake.write_json(join(folder, "compare.json"), body)
+    page = "\n".join(_page(body)) + "\n"
+    lake.write_bytes(join(folder, "compare.md"), page.encode())
+    return page
+
+
+def _with_objective(config: Config, name: str) -> Config:
+    values = json.loads(config.model_dump_json())
+    values["fit"]["objective"] = name
+    return parse_config(values)
+
+
+def _read(config: Config, wanted: int) -> tuple[ResidentRows, Preprocess, npt.NDArray[np.str_] | None, str, int]:
+    lake = make_lake(config)
+    profile = profile_input(config, lake)
+    chunks, classes = [], []
+    for part in profile.slices:
+        for batch in read_slice(lake, part, profile.spec, with_labels=True):
+            chosen = sample_mask(batch.keys, stream_seed(config.seed, 14), wanted / profile.num_rows)
+            x = torch.from_numpy(batch.x[chosen].copy())
+            chunks.append(Batch(torch.from_numpy(batch.keys[chosen].copy()), x, torch.ones(len(x))))
+            names = class_names(batch.labels)
+            if names is not None:
+                classes.append(names[chosen])
+    if not sum(len(c) for c in chunks):
+        raise DataError(f"compare: the sample of about {wanted} rows is empty. Raise --rows.")
+    dtype = torch.float16 if profile.spec.dtype == np.float16 else torch.float32
+    # Slices and rows come in the order of their keys, so the classes stay beside them.
+    rows = ResidentRows.collect(iter(chunks), profile.spec.dim, dtype, Ranks())
+    known = np.concatenate(classes) if classes else None
+    return rows, profile.preprocess(config), known, profile.fingerprint, profile.num_rows
+
+
+class _Launcher:
+    """The core's Context in this process."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, last: Path | None = None) -> None:
+        self._last = last
+
+    def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
+        """Keep nothing: a comparison is short, and is done again from its start."""
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the pretrained state to go on from."""
+        return self._last
+
+
+def _fitted(
+    configs: dict[str, Config], rows: ResidentRows, preprocess: Preprocess, fingerprint: str, seed: int
+) -> list[tuple[str, npt.NDArray[np.int64], float]]:
+    """Return (objective, group of each row, seconds with the pretraining) of each objective."""
+    found = []
+    shared: tuple[Path, float] | None = None
+    with tempfile.TemporaryDirectory(prefix="raydc-compare-") as folder:
+        for name, config in configs.items():
+            # One fingerprint for all: they differ in what comes after the pretraining.
+            settings = replace(fit_settings(config, fingerprint), seed=seed, fingerprint="compare")
+            started, before = time.perf_counter(), 0.0
+            launcher = _Launcher()
+            if uses_autoencoder(name):
+                if shared is None:
+                    checkpoint.save(Path(folder), *pretrain(rows, preprocess, settings, _Launcher()))
+                    shared = Path(folder), time.perf_counter() - started
+                else:
+                    before = shared[1]
+                launcher = _Launcher(shared[0])
+            try:
+                fitted = fit(rows, preprocess, settings, launcher)
+            except ValueError as error:
+                raise ConfigError(f"compare: {name}: {error}") from None
+            groups = []
+            with torch.no_grad():
+                for batch in rows.blocks(8192):
+                    z = encode(fitted.clustering.encoder, preprocess(batch.x_ND), "float32")
+                    groups.append(fitted.clustering.assign(z)[0].numpy())
+            found.append((name, np.concatenate(groups), before + time.perf_counter() - started))
+    return found
+
+
+def _scores(
+    x: npt.NDArray[np.float32],
+    groups_N: npt.NDArray[np.int64],
+    classes: npt.NDArray[np.str_] | None,
+    near: Neighbors,
+) -> dict[str, Any]:
+    """Return the scores of a partition; noise is counted, and is one group more."""
+    names, place = np.unique(groups_N, return_inverse=True)
+    noise = int((groups_N == -1).sum())
+    rows, ids = torch.from_numpy(x), torch.from_numpy(place)
+    sizes = torch.bincount(ids).double()
+    centers = (torch.zeros(len(names), x.shape[1], dtype=torch.float64).index_add_(0, ids, rows.double())) / sizes[
+        :, None
+    ]
+    tally = Tally(len(names))
+    for block in torch.arange(len(rows)).split(8192):
+        own, other = own_and_other(rows[block], centers.float(), ids[block])
+        tally.add(place[block.numpy()], own.numpy(), other.numpy(), None if classes is None else classes[block.numpy()])
+    table, known = tally.classes.table()
+    inside = metrics.internal(tally, centers.numpy()) if len(names) > 1 else {}
+    return {
+        **({k: v for k, v in metrics.external(table).items() if k in _SCORES} if known else {}),
+        "neighbors": agreement(place, near).score,
+        "silhouette": inside.get("silhouette"),
+        "davies_bouldin": inside.get("davies_bouldin"),
+        "calinski_harabasz": calinski_harabasz(tally, centers.numpy()),
+        "groups": len(names) - bool(noise),
+        "noise": noise,
+    }
+
+
+def _page(body: dict[str, Any]) -> list[str]:
+    entries = body["entries"]
+    shown = [key for key in _SCORES if any(e.get(key) is not None for e in entries)]
+    methods = list(dict.fromkeys(e["method"] for e in entries))
+    seeds = list(dict.fromkeys(e["seed"] for e in entries if e["seed"] is not None))
+    head = ["method", "rows", "seeds", *shown, "groups", "noise rows", "seconds"]
+    lines = [
+        "# Comparison",
+        "",
+        f"On {body['rows']:,} of {body['input_rows']:,} rows, chosen by hash of the row key; {body['num_leaves']} "
+        "groups were asked for. Means over the seeds. Silhouette, Davies-Bouldin and Calinski-Harabasz are measured "
+        "among the preprocessed rows, where k-means is at home; neighbors: agreement with nearest neighbors, "
+        "corrected for chance. Noise rows count as one group more in every score.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+    ]
+    for method in methods:
+        own = [e for e in entries if e["method"] == method]
+        cells = [_mean([e.get(key) for e in own]) for key in (*shown, "groups", "noise", "seconds")]
+        lines.append("| " + " | ".join([method, f"{own[0]['rows']:,}", str(len(own)), *cells]) + " |")
+    main = "nmi" if "nmi" in shown else "neighbors"
+    lines += ["", "| " + " | ".join([f"method, {main}", *(f"seed {s}" for s in seeds)]) + " |"]
+    lines.append("|---" * (1 + len(seeds)) + "|")
+    for method in methods:
+        by_seed = {e["seed"]: e for e in entries if e["method"] == method}
+        cells = [_mean([by_seed.get(s, by_seed.get(None, {})).get(main)]) for s in seeds]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    lines.append("")
+    for method in methods:
+        lines.append(f"- {method}: {next(e['parameters'] for e in entries if e['method'] == method)}")
+    return lines
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    found = [v for v in values if v is not None]
+    return f"{statistics.fmean(found):.4g}" if found else "-"

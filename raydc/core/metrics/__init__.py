@@ -1,0 +1,1 @@
+"""Metrics from sums: contingency, scores, agreement, verdict."""

@@ -1,0 +1,1 @@
+"""What a fit learns: networks, heads, mixtures, preprocessing."""

@@ -1,0 +1,1 @@
+"""Fitting: rows, epochs, k-means on codes, refinement, checkpoints."""

@@ -1,0 +1,140 @@
+"""Signs that a learned space collapses: few directions, empty leaves, one leaf that takes all. Letter: L, its width.
+
+Clustering losses alone are least where all rows are one point. What is watched costs nothing extra: the codes that a
+training step has computed anyway, and the sizes of the leaves at a refresh.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydc.core.training.collectives import Ranks
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """See raydc.config.config.WatchConfig."""
+
+    min_effective_rank: float
+    min_rank_share: float
+    max_empty_share: float
+    max_largest_share: float
+
+
+_WATCHED_STEPS = 64
+"""Of an epoch, at least, where it has as many."""
+
+
+class SpaceWatch:
+    """Sums of an encoder's codes over the training steps of an epoch, in float64, from which the rank is made.
+
+    The codes of an epoch are those of weights that move while it lasts. Passes without gradients do not count.
+    """
+
+    def __init__(self, encoder: nn.Module | None, num_steps: int = 1) -> None:
+        """Watch an encoder; nothing, for None. Of an epoch of many steps, about every n-th is enough."""
+        self._encoder = encoder
+        self._stride = max(1, num_steps // _WATCHED_STEPS)
+        self._calls = 0
+        self._sums: Tensor | None = None
+        self._handle: Any = None
+
+    def __enter__(self) -> "SpaceWatch":
+        if self._encoder is not None:
+            self._handle = self._encoder.register_forward_hook(self._add)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def effective_rank(self, ranks: Ranks) -> float | None:
+        """Return the effective rank of the codes of all ranks; None where none were seen. Every rank must ask."""
+        if self._encoder is None:
+            return None
+        width = torch.tensor([0 if self._sums is None else len(self._sums) - 1])
+        size = int(ranks.max(width)[0]) + 1
+        sums = self._sums
+        if sums is None:
+            sums = torch.zeros(size, size, dtype=torch.float64, device=ranks.device)
+        return effective_rank(ranks.sum(sums)) if size > 1 else None
+
+    def _add(self, module: nn.Module, inputs: Any, codes: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        # Counted where a rank has no rows in a step too: all ranks watch the same steps.
+        self._calls += 1
+        if (self._calls - 1) % self._stride or not isinstance(codes, Tensor) or codes.ndim != 2 or not len(codes):
+            return
+        with torch.no_grad():
+            found = products(codes.detach())
+            self._sums = found if self._sums is None else self._sums + found
+
+
+def products(z_NL: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Return the (1 + L, 1 + L) float64 sum of w v v^T over rows v = (1, z): their number, sum and products at once."""
+    v = torch.cat([torch.ones_like(z_NL[:, :1]), z_NL], dim=1).double()
+    return (v if weights_N is None else v * weights_N.double()[:, None]).T @ v
+
+
+def mean_and_covariance(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (L,) and the covariance (L, L) of the rows of `products`; zeros of none."""
+    weight = sums[0, 0].clamp_min(torch.finfo(torch.float64).tiny)
+    mean = sums[0, 1:] / weight
+    return mean, sums[1:, 1:] / weight - torch.outer(mean, mean)
+
+
+def effective_rank(sums: Tensor) -> float:
+    """Return exp(H(p)) with p the eigenvalues of the covariance, divided by their sum.
+
+    L for a round cloud, 1 for a line, 0 for a point; between them, the number of directions in effect.
+
+    Args:
+        sums: (1 + L, 1 + L) float64, the sum of v v^T over rows v = (1, z).
+
+    Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
+    """
+    mean, covariance = mean_and_covariance(sums)
+    # Of a point, what is left is rounding of its products. Codes that are not finite have no rank either.
+    if not torch.isfinite(covariance).all() or covariance.trace() <= 1e-12 * float(mean @ mean):
+        return 0.0
+    values = torch.linalg.eigvalsh(covariance.cpu()).clamp_min(0.0)
+    shares = values / values.sum()
+    return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
+
+
+def signs(history: Sequence[Mapping[str, Any]], num_leaves: int, settings: WatchSettings) -> list[str]:
+    """Return what in a history is a sign of collapse, one line for each kind, at the epoch where it is worst.
+
+    Args:
+        history: entries of a fit: phase, epoch, and where measured effective_rank, empty and largest_share.
+        num_leaves: K.
+        settings: the bounds.
+    """
+    ranks = [(e["effective_rank"], e) for e in history if e.get("effective_rank") is not None]
+    before = [rank for rank, e in ranks if e["phase"] == "pretrain"]
+    refined = [(rank, e) for rank, e in ranks if e["phase"] == "refine"]
+    found = []
+    if ranks:
+        rank, entry = min(ranks[-1:] + refined, key=lambda r: r[0])
+        if rank < settings.min_effective_rank:
+            found.append(f"the space has an effective rank of {rank:.2f} {_when(entry)}")
+        elif before and rank < settings.min_rank_share * before[-1]:
+            found.append(f"the effective rank of the space fell from {before[-1]:.1f} to {rank:.1f} {_when(entry)}")
+    empty = [e for e in history if e.get("empty") is not None]
+    if empty and (worst := max(empty, key=lambda e: e["empty"]))["empty"] > settings.max_empty_share * num_leaves:
+        found.append(f"{worst['empty']} of {num_leaves} leaves were empty {_when(worst)}")
+    largest = [e for e in history if e.get("largest_share") is not None]
+    # Two or three leaves hold half of the rows each without any harm.
+    bound = max(settings.max_largest_share, 2.0 / num_leaves)
+    if largest and (worst := max(largest, key=lambda e: e["largest_share"]))["largest_share"] > bound:
+        found.append(f"one leaf held {100 * worst['largest_share']:.0f} % of the rows {_when(worst)}")
+    return found
+
+
+def _when(entry: Mapping[str, Any]) -> str:
+    return f"in {entry['phase']} epoch {entry['epoch'] + 1}"

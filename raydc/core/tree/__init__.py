@@ -1,0 +1,1 @@
+"""The weighted tree above the leaves: linkage, order, cuts, exports."""

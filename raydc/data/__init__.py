@@ -1,0 +1,1 @@
+"""From Parquet to rows: schemas, slices, columns, profile."""

@@ -1,0 +1,1 @@
+"""One slice: read, encode, assign, write, count."""

@@ -1,0 +1,347 @@
+"""The labeling of one slice: read, encode, assign, write, and count, in one go.
+
+A slice's label file stands 1:1 beside its input and is published whole; the statistics file comes last and says that
+the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
+"""
+
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from raydc.core.hashing import sample_mask, stream_seed
+from raydc.core.metrics.partition_stats import Tally
+from raydc.core.search.nearest import own_and_other
+from raydc.data.schema import labels_schema, level_column, rejects_schema
+from raydc.data.slices import InputSpec, RowBatch, Slice, class_names, read_slice
+from raydc.errors import DataError
+from raydc.model import Model, Prediction
+from raydc.storage.lake import Lake, join
+
+_Item = TypeVar("_Item")
+_TABLES = ("exemplars", "map_rows", "near_rows")
+
+# What reading statistics that are damaged, or were never ours, may end in.
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OSError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pa.ArrowException,
+)
+
+
+@dataclass(frozen=True)
+class Labeling:
+    """What an actor needs to label slices; the same for all of them."""
+
+    lake: Lake
+    output: str
+    """Folder URI: labels/, rejects/ and slices/ are written below it."""
+
+    spec: InputSpec
+    model: Model
+    group_centers: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
+    """(G, L) centers of the groups of each level that is to be counted, in the clustering space."""
+
+    baselines: dict[str, Model] = field(default_factory=dict)
+    """Compared with the model on the rows that the sample takes."""
+
+    seed: int = 0
+    baseline_fraction: float = 0.0
+    map_fraction: float = 0.0
+    neighbor_fraction: float = 0.0
+    num_exemplars: int = 10
+    keep_vectors: bool = False
+    """Keep the raw rows of the exemplars, to draw them."""
+
+    block_rows: int = 8192
+
+    def statistics_uri(self, part: Slice) -> str:
+        """Return where the statistics of a slice are; its presence says that the slice is complete."""
+        return join(self.output, "slices", part.name.removesuffix(".parquet") + ".npz")
+
+
+@dataclass
+class Statistics:
+    """What labeling has counted; additive over slices."""
+
+    rows: int = 0
+    """Rows read, good and bad."""
+
+    labels: int = 0
+    rejects: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """`leaf`, `level_<k>`, and on the sample `learned` and each baseline."""
+
+    exemplars: pa.Table | None = None
+    """The nearest rows of each leaf."""
+
+    map_rows: pa.Table | None = None
+    """The rows of the report's map."""
+
+    near_rows: pa.Table | None = None
+    """key, preprocessed row and the leaf by each method, on the sample among which neighbors are looked up."""
+
+    def merge(self, other: "Statistics", num_exemplars: int) -> None:
+        """Add the rows of another slice."""
+        self.rows += other.rows
+        self.labels += other.labels
+        self.rejects += other.rejects
+        for name, tally in other.tallies.items():
+            if name in self.tallies:
+                self.tallies[name].merge(tally)
+            else:
+                self.tallies[name] = tally
+        self.exemplars = nearest_rows(_stacked(self.exemplars, other.exemplars), num_exemplars)
+        self.map_rows = _stacked(self.map_rows, other.map_rows)
+        self.near_rows = _stacked(self.near_rows, other.near_rows)
+
+    def to_bytes(self) -> bytes:
+        """Return the statistics as npz, without pickle."""
+        arrays: dict[str, Any] = {"counts": np.array([self.rows, self.labels, self.rejects], np.int64)}
+        arrays["tallies"] = np.array(list(self.tallies), dtype=np.str_)
+        for name, tally in self.tallies.items():
+            arrays |= tally.to_arrays(name)
+        for name in _TABLES:
+            table = getattr(self, name)
+            if table is not None:
+                arrays[name] = np.frombuffer(_to_ipc(table), np.uint8)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Statistics":
+        """Return what `to_bytes` gave.
+
+        Raises:
+            DataError: these are no statistics, or not whole; Python objects in them are refused unread.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+                arrays = dict(stored)
+            rows, labels, rejects = arrays["counts"].tolist()
+            tables = {n: _from_ipc(arrays[n].tobytes()) if n in arrays else None for n in _TABLES}
+            tallies = {name: Tally.from_arrays(name, arrays) for name in arrays["tallies"].tolist()}
+        except _DAMAGE as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"statistics of the labels: damaged ({type(error).__name__}: {reason}). Delete slices/, statistics.npz "
+                "and stages/assign.json of the run, and run it again."
+            ) from None
+        return cls(rows, labels, rejects, tallies, **tables)
+
+
+def label_slice(job: Labeling, part: Slice) -> bytes:
+    """Label one slice and return its `Statistics` as they are stored; a slice that is complete is not done again.
+
+    Raises:
+        DataError: a bad row or unreadable bytes that the settings do not let pass, or damaged statistics.
+    """
+    uri = job.statistics_uri(part)
+    if job.lake.exists(uri):
+        stored = job.lake.read_bytes(uri)
+        Statistics.from_bytes(stored)  # Whoever reads them here can name the slice.
+        return stored
+    statistics = Statistics()
+    rejects: list[pa.Table] = []
+    schema = labels_schema(job.spec.arrow_id_type, list(job.model.levels))
+    sampled = job.baseline_fraction > 0
+    batches = read_slice(
+        job.lake, part, job.spec, block_rows=job.block_rows, with_labels=True, with_carry=bool(job.spec.carry_columns)
+    )
+    with job.lake.staged(join(job.output, "labels", part.name)) as path, pq.ParquetWriter(path, schema) as writer:
+        for batch in _ahead(batches):
+            statistics.rows += len(batch.keys) + len(batch.rejects)
+            if len(batch.rejects):
+                rejects.append(batch.rejects)
+            if not len(batch.keys):
+                continue
+            # Arrow's memory is read-only, which torch does not take: copied where it is.
+            x = torch.from_numpy(np.require(batch.x, requirements=["C", "W"]))
+            z = job.model.encode(x, block_rows=job.block_rows)
+            found = job.model.label(z, block_rows=job.block_rows)
+            writer.write_table(_label_table(batch, found, schema))
+            classes = class_names(batch.labels)
+            _count(statistics, job, z, found, classes)
+            if sampled:
+                _count_sample(statistics, job, batch, x, z, found, classes)
+            candidates = _exemplars(job, batch, found, classes)
+            statistics.exemplars = nearest_rows(_stacked(statistics.exemplars, candidates), job.num_exemplars)
+            statistics.labels += len(found.leaf)
+    if rejects:
+        table = pa.concat_tables(rejects)
+        statistics.rejects = len(table)
+        with job.lake.staged(join(job.output, "rejects", part.name)) as path:
+            pq.write_table(table.cast(rejects_schema(job.spec.arrow_id_type)), path)
+    stored = statistics.to_bytes()
+    job.lake.write_bytes(uri, stored)
+    return stored
+
+
+def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:
+    """Return the `num` nearest rows of each leaf, by (leaf, distance, key)."""
+    if table is None:
+        return None
+    table = table.sort_by([("leaf", "ascending"), ("distance", "ascending"), ("key", "ascending")])
+    leaf = table["leaf"].to_numpy()
+    first = np.searchsorted(leaf, leaf, side="left")
+    return table.filter(pa.array(np.arange(len(leaf)) - first < num))
+
+
+def _label_table(batch: RowBatch, found: Prediction, schema: pa.Schema) -> pa.Table:
+    levels = {level_column(k): groups for k, groups in found.levels.items()}
+    columns = {
+        "id": batch.ids,
+        "leaf": found.leaf,
+        **levels,
+        "confidence": found.confidence,
+        "distance": found.distance,
+        "second_leaf": found.second_leaf,
+        "second_distance": found.second_distance,
+    }
+    return pa.table(columns).cast(schema)
+
+
+def _count(
+    statistics: Statistics, job: Labeling, z: Tensor, found: Prediction, classes: npt.NDArray[np.str_] | None
+) -> None:
+    _tally(statistics, "leaf", job.model.num_leaves).add(found.leaf, found.distance, found.second_distance, classes)
+    for k, group_centers in job.group_centers.items():
+        groups, centers = found.levels[k], torch.from_numpy(group_centers).float().to(z.device)
+        own, other = _own_and_other(z, centers, groups)
+        _tally(statistics, level_column(k), len(centers)).add(groups, own, other, classes)
+
+
+def _own_and_other(
+    z: Tensor, centers: Tensor, groups: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return each row's distance to its own group's center, and to the nearest other one."""
+    own, other = own_and_other(z, centers, torch.from_numpy(groups.astype(np.int64)).to(z.device))
+    return own.cpu().numpy(), other.cpu().numpy()
+
+
+def _count_sample(
+    statistics: Statistics,
+    job: Labeling,
+    batch: RowBatch,
+    x: Tensor,
+    z: Tensor,
+    found: Prediction,
+    classes: npt.NDArray[np.str_] | None,
+) -> None:
+    seed = stream_seed(job.seed, 9)
+    chosen = sample_mask(batch.keys, seed, job.baseline_fraction)
+    if not chosen.any():
+        return
+    here = None if classes is None else classes[chosen]
+    learned = _tally(statistics, "learned", job.model.num_leaves)
+    learned.add(found.leaf[chosen], found.distance[chosen], found.second_distance[chosen], here)
+    before = z
+    leaves = {"learned": found.leaf[chosen]}
+    for name, baseline in job.baselines.items():
+        points = baseline.encode(x[torch.from_numpy(chosen)], block_rows=job.block_rows)
+        other = baseline.label(points, block_rows=job.block_rows)
+        tally = _tally(statistics, name, baseline.num_leaves)
+        tally.add(other.leaf, other.distance, other.second_distance, here)
+        leaves[name] = other.leaf
+        if baseline.encoder is not None:
+            before = points
+    # The rows for the neighbors and for the map are part of the sample: the same hash below smaller bounds.
+    near = sample_mask(batch.keys, seed, job.neighbor_fraction)
+    if near.any():
+        columns: dict[str, Any] = {
+            "key": batch.keys[near],
+            "x": _lists(job.model.preprocess(x[torch.from_numpy(near)].to(z.device))),
+            **{name: leaf[near[chosen]] for name, leaf in leaves.items()},
+        }
+        statistics.near_rows = _stacked(statistics.near_rows, pa.table(columns))
+    drawn = sample_mask(batch.keys, seed, job.map_fraction)
+    if not drawn.any():
+        return
+    inside = torch.from_numpy(drawn[chosen])
+    points_before = before[torch.from_numpy(drawn)] if before is z else before[inside]
+    keep = pa.array(drawn)
+    columns = {
+        "key": batch.keys[drawn],
+        "id": batch.ids.filter(keep),
+        "leaf": found.leaf[drawn],
+        "label": pa.array(classes[drawn].tolist() if classes is not None else [None] * int(drawn.sum()), pa.string()),
+        **{level_column(k): groups[drawn] for k, groups in found.levels.items()},
+        "before": _lists(points_before),
+        "after": _lists(z[torch.from_numpy(drawn)]),
+    }
+    statistics.map_rows = _stacked(statistics.map_rows, pa.table(columns))
+
+
+def _exemplars(job: Labeling, batch: RowBatch, found: Prediction, classes: npt.NDArray[np.str_] | None) -> pa.Table:
+    order = np.lexsort((batch.keys, found.distance, found.leaf))
+    leaf = found.leaf[order]
+    kept = order[np.arange(len(leaf)) - np.searchsorted(leaf, leaf, side="left") < job.num_exemplars]
+    take = pa.array(kept)
+    columns: dict[str, Any] = {
+        "leaf": found.leaf[kept],
+        "key": batch.keys[kept],
+        "id": batch.ids.take(take),
+        "distance": found.distance[kept],
+    }
+    if classes is not None:
+        columns["label"] = pa.array(classes[kept].tolist(), pa.string())
+    if batch.carry is not None:
+        columns |= {name: batch.carry[name].take(take) for name in batch.carry.column_names if name not in columns}
+    if job.keep_vectors:
+        columns["embedding"] = _lists(torch.from_numpy(batch.x[kept]).float())
+    return pa.table(columns)
+
+
+def _tally(statistics: Statistics, name: str, num_groups: int) -> Tally:
+    return statistics.tallies.setdefault(name, Tally(num_groups))
+
+
+def _lists(z: Tensor) -> pa.Array:
+    values = np.ascontiguousarray(z.cpu().numpy().astype(np.float32))
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
+
+def _stacked(first: pa.Table | None, second: pa.Table | None) -> pa.Table | None:
+    if first is None or second is None:
+        return first if second is None else second
+    return pa.concat_tables([first, second], promote_options="permissive")
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_ipc(data: bytes) -> pa.Table:
+    with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+        return reader.read_all()
+
+
+def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Yield the items, each read in a thread while the one before it is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = pool.submit(next, items, None)
+            yield item

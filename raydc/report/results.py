@@ -1,0 +1,224 @@
+"""What a run found, in plain words and in tables: the results, where the rows and the time went."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raydc.report.text import count, duration, plural, score
+
+OBJECTIVES = {
+    "dec": "DEC",
+    "idec": "IDEC",
+    "ae": "Autoencoder with a code loss",
+    "dcn": "DCN",
+    "vade": "VaDE",
+    "vdc": "VaDE",
+    "distill": "Distillation",
+    "temi": "TEMI",
+    "icon": "I-Con",
+    "autoencoder": "Autoencoder + k-means",
+    "kmeans": "k-means",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric of the results table."""
+
+    key: str
+    name: str
+    meaning: str
+    comparable: bool = False
+    """Whether methods may be ranked by it: the higher the better, and measured alike in every space."""
+
+
+COLUMNS = (
+    Column("acc", "ACC", "share of rows whose group, matched one to one with the classes, is the right one", True),
+    Column("nmi", "NMI", "normalized mutual information of groups and classes", True),
+    Column("ami", "AMI", "mutual information, adjusted for chance", True),
+    Column("ari", "ARI", "adjusted Rand index", True),
+    Column("purity", "Purity", "share of rows of their group's most frequent class", True),
+    Column("silhouette", "Silhouette", "simplified silhouette, in the method's own space"),
+    Column("davies_bouldin", "Davies\u2013Bouldin", "lower is better, in the method's own space"),
+    Column("size_max_over_mean", "Largest / mean", "rows of the largest group over the mean"),
+)
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One line of the results table."""
+
+    name: str
+    groups: str
+    rows: str
+    cells: list[str]
+    best: list[bool]
+    """Whether the cell is the best of its block, for columns by which methods may be ranked."""
+
+    main: bool = False
+    """The line of the run's own labels."""
+
+
+@dataclass(frozen=True)
+class ResultBlock:
+    """Lines that may be compared with one another."""
+
+    title: str
+    lines: list[ResultRow]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results table: columns for which at least one number exists."""
+
+    columns: list[Column]
+    blocks: list[ResultBlock]
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds of one stage."""
+
+    name: str
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """Where the input rows went."""
+
+    input: int
+    labels: int
+    rejects: int
+
+    @property
+    def balanced(self) -> bool:
+        """Return whether no row was lost or doubled."""
+        return self.input == self.labels + self.rejects
+
+
+def objective_name(metrics: Mapping[str, Any]) -> str:
+    """Return the name of the run's objective as people write it."""
+    name = objective(metrics)
+    return OBJECTIVES.get(name, name.upper())
+
+
+def leaf_scores(metrics: Mapping[str, Any], level: int | None = None) -> dict[str, Any]:
+    """Return the metrics of the run's labels over all rows, at the leaves or at a level."""
+    found: dict[str, Any] = {}
+    for part in ("quality", "internal"):
+        section = metrics.get(part) or {}
+        own = section.get("leaf") if level is None else (section.get("levels") or {}).get(str(level))
+        found |= own or {}
+    return found
+
+
+def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) -> Results:
+    """Return the results table.
+
+    Args:
+        metrics: the content of metrics.json.
+        num_leaves: leaves of the tree.
+        levels: level sizes, coarsest first.
+    """
+    baselines = metrics.get("baselines") or {}
+    labels = int(metrics["rows"]["labels"])
+    leaf = leaf_scores(metrics)
+    learned = baselines.get("learned")
+    measured = [b["rows"] for b in baselines.values() if b and "rows" in b]
+    sampled = bool(measured) and min(measured) < labels
+    leaf_line = (objective_name(metrics), num_leaves, labels, leaf, True)
+
+    compared = [
+        (name, num_leaves, baselines[key].get("rows"), baselines[key], False)
+        for key, name in (("raw_kmeans", "k-means on the raw rows"), ("autoencoder_kmeans", "Autoencoder + k-means"))
+        if baselines.get(key) and not _repeats(metrics, key)
+    ]
+    if sampled and learned:
+        compared.append((objective_name(metrics), num_leaves, learned.get("rows"), learned, False))
+    tree = [(f"Level {k}", k, labels, leaf_scores(metrics, k), False) for k in levels]
+    separate = sampled and bool(compared)
+    every = (compared if separate else [*compared, leaf_line], [leaf_line, *tree[::-1]] if separate else tree[::-1])
+
+    columns = [c for c in COLUMNS if any(has(line[3], c.key) for block in every for line in block)]
+    first = "Compared on the same sample of rows" if separate and learned else "Leaves"
+    second = "All rows" if separate else "Levels of the tree"
+    blocks = [ResultBlock(t, _lines(b, columns)) for t, b in zip((first, second), every, strict=True) if b]
+    return Results(columns, blocks)
+
+
+def _repeats(metrics: Mapping[str, Any], baseline: str) -> bool:
+    """Return whether the run's own result is this baseline, which would then stand in the table twice."""
+    return (baseline, objective(metrics)) in {("raw_kmeans", "kmeans"), ("autoencoder_kmeans", "autoencoder")}
+
+
+def _lines(block: Sequence[tuple[str, int, Any, Mapping[str, Any], bool]], columns: list[Column]) -> list[ResultRow]:
+    top: dict[str, str] = {}
+    alike = len({line[1] for line in block}) == 1
+    for column in columns:
+        found = [line[3][column.key] for line in block if has(line[3], column.key)]
+        if column.comparable and alike and len(found) > 1:
+            top[column.key] = score(max(found))
+    lines = []
+    for name, groups, rows, scores, main in block:
+        cells = [score(scores.get(c.key)) for c in columns]
+        best = [c.key in top and cell == top[c.key] for c, cell in zip(columns, cells, strict=True)]
+        lines.append(ResultRow(name, count(groups), count(rows), cells, best, main))
+    return lines
+
+
+def accounts(metrics: Mapping[str, Any]) -> Accounts:
+    """Return where the input rows went."""
+    return Accounts(*(int(metrics["rows"][name]) for name in ("input", "labels", "rejects")))
+
+
+def stage_times(seconds: Mapping[str, float]) -> list[StageTime]:
+    """Return the stages in the order given, each with its share of the longest."""
+    longest = max(seconds.values(), default=0.0) or 1.0
+    return [StageTime(name, duration(value), value / longest) for name, value in seconds.items()]
+
+
+def facts(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int], seconds: float) -> list[tuple[str, str]]:
+    """Return the headline numbers, as (name, value)."""
+    leaf = leaf_scores(metrics)
+    shown = [("NMI", "nmi"), ("ACC", "acc")] if has(leaf, "nmi") else [("Silhouette", "silhouette")]
+    return [
+        ("Rows labeled", count(metrics["rows"]["labels"])),
+        ("Leaves", count(num_leaves)),
+        ("Levels", ", ".join(str(k) for k in levels) or "none"),
+        *[(name, score(leaf[key])) for name, key in shown if has(leaf, key)],
+        *([("Time", duration(seconds))] if seconds else []),
+    ]
+
+
+def summary(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) -> str:
+    """Return one sentence: how many rows are in how many leaves and levels."""
+    rows = plural(int(metrics["rows"]["labels"]), "row")
+    text = f"{rows} in {plural(num_leaves, 'leaf', 'leaves')}"
+    if not levels:
+        return f"{text}, without coarser levels."
+    sizes = " and ".join([", ".join(str(k) for k in levels[:-1]), str(levels[-1])] if levels[1:] else [str(levels[0])])
+    return f"{text}, which the tree groups into {sizes}."
+
+
+def space(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return how many directions the learned space has in effect, after pretraining and at the end, as sentences."""
+    found = [e for e in history if e.get("effective_rank") is not None]
+    if not found:
+        return []
+    before = [e["effective_rank"] for e in found if e["phase"] == "pretrain"]
+    last = found[-1]["effective_rank"]
+    if found[-1]["phase"] == "pretrain" or not before:
+        return [f"Effective rank of the code: {last:.1f}."]
+    return [f"Effective rank of the code: {before[-1]:.1f} after pretraining, {last:.1f} at the end."]
+
+
+def objective(metrics: Mapping[str, Any]) -> str:
+    """Return the run's objective."""
+    return str((metrics.get("fit") or {}).get("objective", "dec"))
+
+
+def has(scores: Mapping[str, Any], key: str) -> bool:
+    """Return whether a metric was measured."""
+    return scores.get(key) is not None

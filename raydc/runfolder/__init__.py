@@ -1,0 +1,1 @@
+"""A run folder: markers, lease, signals, artifacts."""

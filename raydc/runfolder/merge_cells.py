@@ -1,0 +1,65 @@
+"""The cells of merge, kept in the run folder as they finish: a merge whose driver dies does not do them again."""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import numpy as np
+
+from raydc.core.tree.cells import CellMerges, CellState, Runner
+from raydc.runfolder.folder import RunDir
+from raydc.storage.lake import join
+
+FOLDER = ("tree", "cells")
+_ARRAYS = ("left_P", "right_P", "delta_P")
+_COUNTS = ("num_rounds", "num_pairs", "num_searches", "num_exact_searches")
+
+
+def kept(run: RunDir, run_cells: Runner) -> Runner:
+    """Return a runner that runs only cells whose merges are not in the run folder yet, and leaves those of the others.
+
+    A cell's file is named by the fingerprint of its round, so another linkage, eps or set of leaves never finds it. It
+    is written where the cell was merged, not when the driver gets to it.
+    """
+
+    def runner(step: Callable[..., CellMerges], state: CellState, cells: Sequence[int]) -> Iterable[CellMerges]:
+        folder = run.uri(*FOLDER, fingerprint(step, state))
+        for done, merges in enumerate(run_cells(partial(merge_once, step, run, folder), state, cells), 1):
+            run.tell(f"{len(state.weight_M):,} clusters, {done} of {len(cells)} cells")
+            yield merges
+
+    return runner
+
+
+def merge_once(step: Callable[..., CellMerges], run: RunDir, folder: str, state: CellState, cell: int) -> CellMerges:
+    """Return the merges of a cell, from its file if it is there, else by `step`, which also writes the file."""
+    uri = join(folder, f"{cell:06d}.npz")
+    if run.lake.exists(uri):
+        return _from_bytes(run.lake.read_bytes(uri))
+    merges = step(state, cell)
+    run.check_owner()
+    run.lake.write_bytes(uri, _to_bytes(merges))
+    return merges
+
+
+def fingerprint(step: Callable[..., CellMerges], state: CellState) -> str:
+    """Return a 16-digit hash of all that decides the merges of a round: its clusters, its cells and eps."""
+    keywords = getattr(step, "keywords", {})
+    found = hashlib.sha256(f"{state.kind!r} {keywords.get('eps')!r}".encode())
+    for array in (state.center_MD, state.weight_M, state.spread_M, state.leaf_M, state.first_C):
+        found.update(f"{array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()[:16]
+
+
+def _to_bytes(merges: CellMerges) -> bytes:
+    buffer = io.BytesIO()
+    counts = np.array([getattr(merges, name) for name in _COUNTS], np.int64)
+    np.savez_compressed(buffer, counts=counts, **{name: getattr(merges, name) for name in _ARRAYS})
+    return buffer.getvalue()
+
+
+def _from_bytes(data: bytes) -> CellMerges:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return CellMerges(*(arrays[name] for name in _ARRAYS), *arrays["counts"].tolist())

@@ -1,0 +1,1 @@
+"""Ray: joining a cluster, the training group, the rows on their way."""

@@ -1,0 +1,246 @@
+"""neighbors: the nearest neighbors of every row that is trained on, for the objectives that learn from them.
+
+The rows of each slice, preprocessed, lie in the object store once, as shards. A task takes the rows of one slice as
+queries, goes through the shards one by one and writes the slice's file whole; a slice whose file is there is not done
+again. Exact search costs 2 N^2 D operations, and a task holds about 4 D (rows of its slice + rows of one shard) bytes.
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from raydc.config import Config, NeighborsConfig
+from raydc.core.hashing import sample_mask, stream_seed
+from raydc.core.models.preprocess import Preprocess
+from raydc.core.process import prepare_process
+from raydc.core.search.knn import Neighbors, Shard, cell_centers, nearest_cells, num_hits, prepare, search
+from raydc.data.slices import InputSpec, Slice, read_slice
+from raydc.errors import DataError, StageError
+from raydc.runfolder.folder import RunDir
+from raydc.runtime.session import in_one_line, root_cause
+from raydc.stages import profile as profiling
+from raydc.storage.lake import Lake
+
+log = logging.getLogger(__name__)
+
+_RETRIES = 10
+"""Workers and nodes that a task may lose: it is a pure function of its slice."""
+
+_CELL_SAMPLE = 64
+"""Rows per cell from which the cells of the approximate search are made."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task needs to know."""
+
+    run: RunDir
+    spec: InputSpec
+    preprocess: Preprocess
+    section: NeighborsConfig
+    seed: int
+    fraction: float
+    """Share of the rows that the fit is trained on."""
+
+    def uri(self, part: Slice) -> str:
+        """Return where the neighbors of a slice are."""
+        return file_uri(self.run.uri("neighbors"), part)
+
+
+def run(config: Config, run: RunDir) -> dict[str, Any]:
+    """Write neighbors/: one Parquet file per slice with the key, neighbors and similarities of each trained row."""
+    profile = profiling.load(run)
+    section = config.neighbors
+    job = Job(
+        run,
+        profile.spec,
+        profile.preprocess(config),
+        section,
+        config.seed,
+        profile.trained_fraction(config),
+    )
+    slices = [s for s in profile.slices if s.num_rows]
+    done = [s for s in slices if run.lake.exists(job.uri(s))]
+    if len(done) < len(slices):
+        if done:
+            log.info("neighbors: %d of %d slices are there already", len(done), len(slices))
+        try:
+            _search_all(job, slices, {s.index for s in done})
+        except ray.exceptions.RayError as error:
+            cause = root_cause(error)
+            if isinstance(cause, DataError):
+                raise DataError(f"neighbors: {cause}") from error
+            raise StageError(
+                f"neighbors: {in_one_line(cause)}. Complete slices are kept; the same command continues."
+            ) from error
+    metrics = _summary(job, slices)
+    if metrics["method"] == "ivf":
+        log.info("neighbors: approximate, recall %.4f on %d rows", metrics["recall"], metrics["recall_rows"])
+    return metrics
+
+
+def file_uri(root: str, part: Slice) -> str:
+    """Return where the neighbors of a slice are below the folder `root`."""
+    return f"{root.rstrip('/')}/{part.name}"
+
+
+def read(lake: Lake, root: str, part: Slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the keys (n,) of the trained rows of a slice, rising, and the keys (n, M) of their neighbors."""
+    with lake.open_parquet(file_uri(root, part)) as handle:
+        table = pq.read_table(handle, columns=["key", "neighbors"])
+    keys = table["key"].to_numpy()
+    return keys, table["neighbors"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
+
+
+def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
+    section = job.section
+    load = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES, num_returns=2)(_load)
+    loaded: list[Any] = [load.remote(job, part) for part in slices]
+    shards = [rows for rows, _ in loaded]
+    num_rows = sum(ray.get([count for _, count in loaded]))
+    if num_rows <= section.num:
+        raise StageError(
+            f"neighbors: {num_rows} rows cannot have {section.num} neighbors each. Lower neighbors.num, or raise "
+            "fit.max_rows."
+        )
+    exact = section.method == "exact" or (section.method == "auto" and num_rows <= section.exact_rows)
+    centers: Any = None
+    if not exact:
+        num_cells = max(1, math.isqrt(num_rows))
+        log.info("neighbors: %d rows, approximate search in %d cells", num_rows, num_cells)
+        train = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_train_cells)
+        centers = train.remote(job, shards, num_cells, num_rows)
+        sort = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_sort_into_cells)
+        shards = [sort.remote(job, shard, centers) for shard in shards]
+    recall_fraction = 0.0 if exact else section.recall_rows / num_rows
+    task = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_search_slice)
+    waiting = [
+        task.remote(job, part, shards, number, centers, recall_fraction)
+        for number, part in enumerate(slices)
+        if part.index not in done
+    ]
+    while waiting:
+        finished, waiting = ray.wait(waiting, num_returns=1)
+        ray.get(finished)
+        line = f"{len(slices) - len(waiting)} of {len(slices)} slices"
+        job.run.tell(line)
+        log.info("neighbors: %s", line)
+
+
+def _load(job: Job, part: Slice) -> tuple[Shard, int]:
+    """Return the trained rows of a slice, and how many they are."""
+    prepare_process(job.section.cpus_per_task)
+    keys, rows = [np.empty(0, np.int64)], [np.empty((0, job.spec.dim), np.float32)]
+    for batch in read_slice(job.run.lake, part, job.spec):
+        chosen = sample_mask(batch.keys, stream_seed(job.seed, 8), job.fraction)
+        x = job.preprocess(torch.from_numpy(np.require(batch.x[chosen], requirements=["C", "W"]))).numpy()
+        keys.append(batch.keys[chosen])
+        rows.append(prepare(x, job.section.metric))
+    shard = Shard.of(np.concatenate(keys), np.concatenate(rows))
+    return shard, len(shard.keys_N)
+
+
+def _train_cells(job: Job, shards: list[Any], num_cells: int, num_rows: int) -> npt.NDArray[np.float32]:
+    prepare_process(job.section.cpus_per_task)
+    sample = []
+    for reference in shards:
+        shard: Shard = ray.get(reference)
+        chosen = sample_mask(shard.keys_N, stream_seed(job.seed, 12), num_cells * _CELL_SAMPLE / num_rows)
+        sample.append(shard.x_ND[chosen])
+    return cell_centers(np.concatenate(sample), num_cells, seed=stream_seed(job.seed, 13))
+
+
+def _sort_into_cells(job: Job, shard: Shard, centers: npt.NDArray[np.float32]) -> Shard:
+    prepare_process(job.section.cpus_per_task)
+    return shard.in_cells(centers, job.section.metric)
+
+
+def _search_slice(
+    job: Job,
+    part: Slice,
+    shards: list[Any],
+    number: int,
+    centers: npt.NDArray[np.float32] | None,
+    recall_fraction: float,
+) -> None:
+    """Search the rows of shard `number` among all shards and write the file of their slice."""
+    prepare_process(job.section.cpus_per_task)
+    own: Shard = ray.get(shards[number])
+    order = np.argsort(own.keys_N)
+    keys, x = own.keys_N[order], np.ascontiguousarray(own.x_ND[order])
+    hits = wanted = 0
+    if centers is None:
+        found = _through(job, keys, x, shards, None)
+    else:
+        probes = nearest_cells(x, centers, min(job.section.num_probes, len(centers)), job.section.metric)
+        found = _through(job, keys, x, shards, probes)
+        asked = sample_mask(keys, stream_seed(job.seed, 14), recall_fraction)
+        # A row whose cells hold too few is looked up among all rows, so that every row has its number of neighbors.
+        again = np.flatnonzero(asked | found.missing_Q)
+        exact = _through(job, keys[again], x[again], shards, None)
+        sampled = asked[again]
+        hits = num_hits(found.take(again[sampled]), exact.take(np.flatnonzero(sampled)))
+        wanted = int(sampled.sum()) * job.section.num
+        short = found.missing_Q[again]
+        found.keys_QM[again[short]], found.scores_QM[again[short]] = exact.keys_QM[short], exact.scores_QM[short]
+    _write(job, part, keys, found, {"exact": centers is None, "hits": hits, "wanted": wanted})
+
+
+def _through(
+    job: Job, keys: npt.NDArray[np.int64], x: npt.NDArray[np.float32], shards: list[Any], probes: Any
+) -> Neighbors:
+    found = Neighbors.none(len(keys), job.section.num)
+    for reference in shards:
+        # One shard at a time: it is fetched, looked through and let go.
+        found = search(keys, x, ray.get(reference), found, metric=job.section.metric, probes_QP=probes)
+    return found
+
+
+def _write(job: Job, part: Slice, keys: npt.NDArray[np.int64], found: Neighbors, facts: dict[str, Any]) -> None:
+    num = job.section.num
+    similarities = found.scores_QM.astype(np.float32)
+    table = pa.table(
+        {
+            "key": keys,
+            "neighbors": pa.FixedSizeListArray.from_arrays(pa.array(found.keys_QM.reshape(-1)), num),
+            "similarities": pa.FixedSizeListArray.from_arrays(pa.array(similarities.reshape(-1)), num),
+        }
+    )
+    facts["similarity"] = float(found.scores_QM.sum())
+    table = table.replace_schema_metadata({"raydc": json.dumps(facts)})
+    # A worker outlives its driver by a moment; by then the run may have another one.
+    job.run.check_owner()
+    with job.run.lake.staged(job.uri(part)) as path:
+        pq.write_table(table, path)
+
+
+def _summary(job: Job, slices: list[Slice]) -> dict[str, Any]:
+    """Return what the files say, so that slices of an earlier attempt count like the others."""
+    rows = hits = wanted = 0
+    exact, similarity = True, 0.0
+    for part in slices:
+        with job.run.lake.open_parquet(job.uri(part)) as handle:
+            parquet = pq.ParquetFile(handle)
+            facts = json.loads(parquet.schema_arrow.metadata[b"raydc"])
+            rows += parquet.metadata.num_rows
+        hits, wanted = hits + facts["hits"], wanted + facts["wanted"]
+        exact, similarity = exact and facts["exact"], similarity + facts["similarity"]
+    num = job.section.num
+    return {
+        "rows": rows,
+        "num": num,
+        "metric": job.section.metric,
+        "method": "exact" if exact else "ivf",
+        "recall": 1.0 if exact else (hits / wanted if wanted else None),
+        "recall_rows": rows if exact else wanted // num,
+        "mean_similarity": similarity / max(rows * num, 1),
+    }

@@ -1,0 +1,1 @@
+"""The one door to the lake: local files, S3 and what must stay secret."""

@@ -1,0 +1,1 @@
+"""Label files in Delta and Iceberg tables."""
