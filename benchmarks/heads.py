@@ -28,7 +28,7 @@ from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, prepare, search
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
-from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import ResidentRows
 from raydc.stages.fit import fit_settings
 
@@ -163,8 +163,8 @@ def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None
         Ranks(),
         None if graph is None else torch.from_numpy(graph),
     )
-    partners = None if graph is None else NeighborPartners(rows, Ranks())
-    return fit(rows, _preprocess(data, values), fit_settings(parse_config(values), data.name), Launcher(), partners)
+    pairs = None if graph is None else NeighborPairs(rows, Ranks())
+    return fit(rows, _preprocess(data, values), fit_settings(parse_config(values), data.name), Launcher(), pairs)
 
 
 def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:

@@ -27,7 +27,7 @@ from raydc.core.metrics.choose_k import calinski_harabasz
 from raydc.core.metrics.neighbor_agreement import Neighbors, agreement, nearest_neighbors
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.models.preprocess import Preprocess
-from raydc.core.objectives.build import uses_autoencoder
+from raydc.core.objectives.build import needs_autoencoder
 from raydc.core.objectives.snapshot import encode
 from raydc.core.process import prepare_process
 from raydc.core.search.nearest import own_and_other
@@ -153,7 +153,7 @@ def _fitted(
             settings = replace(fit_settings(config, fingerprint), seed=seed, fingerprint="compare")
             started, before = time.perf_counter(), 0.0
             launcher = _Launcher()
-            if uses_autoencoder(name):
+            if needs_autoencoder(name):
                 if shared is None:
                     checkpoint.save(Path(folder), *pretrain(rows, preprocess, settings, _Launcher()))
                     shared = Path(folder), time.perf_counter() - started

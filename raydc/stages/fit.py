@@ -28,7 +28,7 @@ from raydc.core.process import prepare_process
 from raydc.core.training.collapse import WatchSettings, signs
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
-from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.training.settings import (
     ClusterSettings,
@@ -285,11 +285,11 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()
             rows = collect(job, ranks)
             load_seconds = time.perf_counter() - started
-            partners = None
+            pairs = None
             if job.settings.head is not None:
                 assert isinstance(rows, ResidentRows)
-                partners = NeighborPartners(rows, ranks)
-            fitted = fit(rows, job.preprocess, job.settings, context, partners, teacher=job.teacher)
+                pairs = NeighborPairs(rows, ranks)
+            fitted = fit(rows, job.preprocess, job.settings, context, pairs, teacher=job.teacher)
         except (ValueError, FloatingPointError) as error:
             # Raised alike on every rank, so every rank returns.
             return {"failure": (type(error).__name__, str(error))}

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raydc.core.objectives.kernel import Kernel, log_similarity, log_soft_assign
-from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, Pass
 from raydc.core.objectives.snapshot import Refresh, Snapshot
 from raydc.core.search.nearest import squared_distances
 from raydc.core.training.settings import RefineSettings
@@ -135,7 +135,7 @@ class Target:
     refreshes_per_epoch: int = 1
 
     @classmethod
-    def of(cls, refine: RefineSettings) -> "Target":
+    def from_settings(cls, refine: RefineSettings) -> "Target":
         """Return the target of the settings."""
         return cls(refine.target_exponent, refine.frequency_exponent, refine.size_prior, refine.refreshes_per_epoch)
 
@@ -167,23 +167,29 @@ class Dec(Objective):
         target: Target = PAPER_TARGET,
         *,
         arithmetic: str = "float32",
+        num_local_rows: int = 0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.centers = nn.Parameter(centers_KL.clone())
-        self.kernel = kernel
-        self.target = target
-        self.arithmetic = arithmetic
+        self.kernel, self.target, self.arithmetic = kernel, target, arithmetic
+        self.num_local_rows = num_local_rows
         self.register_buffer("log_prior", torch.zeros(len(centers_KL), dtype=torch.float64))
         self.snapshot: Snapshot | None = None
         """The frozen state at the last refresh; no submodule, so neither optimizer nor ranks touch it."""
 
     @classmethod
-    def of(cls, parts: Parts) -> "Dec":
-        """Return the objective that starts from these parts."""
-        assert parts.autoencoder is not None
-        target = Target.of(parts.settings.refine)
-        return cls(parts.autoencoder.encoder, parts.centers_KL, parts.kernel, target, arithmetic=parts.arithmetic)
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        assert inputs.autoencoder is not None
+        return cls(
+            inputs.autoencoder.encoder,
+            inputs.centers_KL,
+            inputs.kernel,
+            Target.from_settings(inputs.settings.refine),
+            arithmetic=inputs.arithmetic,
+            num_local_rows=inputs.num_local_rows,
+        )
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Return the pass that makes a new snapshot, `refreshes_per_epoch` times in an epoch."""
@@ -192,7 +198,7 @@ class Dec(Objective):
             return None
         assert self.encoder is not None
         return Refresh(
-            self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic, self.num_local
+            self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic, self.num_local_rows
         )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
@@ -224,18 +230,18 @@ class Dec(Objective):
         kl = self._divergence(self.encoder(x_ND), weights_N, log_p_of)
         return {"loss": kl, "kl": kl.detach()}
 
-    def memory(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """Return the centers and the snapshot."""
-        kept = super().memory()
-        return kept if self.snapshot is None else kept | self.snapshot.tensors()
+        own = super().state_tensors()
+        return own if self.snapshot is None else own | self.snapshot.tensors()
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `memory` gave."""
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state_tensors` gave."""
         assert self.encoder is not None
-        found = {n: t for n, t in tensors.items() if n.startswith("snapshot.")}
-        super().recall({n: t for n, t in tensors.items() if n not in found})
-        if found:
-            self.snapshot = Snapshot.of(found, self.encoder)
+        of_snapshot = {n: t for n, t in tensors.items() if n.startswith("snapshot.")}
+        super().load_state_tensors({n: t for n, t in tensors.items() if n not in of_snapshot})
+        if of_snapshot:
+            self.snapshot = Snapshot.from_tensors(of_snapshot, self.encoder)
 
     def _keep(self, snapshot: Snapshot) -> None:
         if self.snapshot is None:

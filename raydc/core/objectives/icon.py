@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raydc.core.hashing import stream_seed
 from raydc.core.objectives.heads import Heads, log_marginal, rotating_rows
-from raydc.core.objectives.objective import Minibatch, Parts
+from raydc.core.objectives.objective import Minibatch, ObjectiveInputs
 
 
 def log_lift(log_phi_NK: Tensor, log_phi2_NK: Tensor, log_pk_K: Tensor) -> Tensor:
@@ -52,35 +52,36 @@ class Icon(Heads):
     """
 
     negatives: Tensor
-    steps: Tensor
+    """(P, D) float32 pool of rows from which each step takes its negatives."""
 
-    def __init__(self, parts: Parts) -> None:
-        plan = parts.settings.head
-        assert plan is not None
-        super().__init__(parts, plan, 1)
-        self.register_buffer("negatives", torch.empty(0, parts.dim))
+    steps: Tensor
+    """() int64 steps so far."""
+
+    def __init__(self, inputs: ObjectiveInputs) -> None:
+        super().__init__(inputs)
+        self.register_buffer("negatives", torch.empty(0, inputs.dim))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def start(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor) -> None:
         """Start the head, and choose the rows from which each step takes its negatives."""
-        super().start(sample_NL)
+        super().initialize(sample_NL)
         if self.plan.alpha > 0:
             chosen = rotating_rows(len(sample_NL), 16 * self.plan.num_negatives, 0, stream_seed(self.seed, 16))
             self.negatives = sample_NL[chosen.to(sample_NL.device)].clone()
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `attraction`."""
-        assert batch.partners is not None
+        assert batch.positives is not None
         alpha, head, marginals = self.plan.alpha, self.heads[0], self.marginals[0]
         log_phi = head(batch.x_ND)
-        lift = log_lift(log_phi, head(batch.partners.x_ND), log_marginal(marginals))
+        lift = log_lift(log_phi, head(batch.positives.x_ND), log_marginal(marginals))
         losses = -(1.0 - alpha) * log_debiased(lift, alpha)
         attraction = (batch.weights_N * losses).sum()
         if alpha > 0:
             rows = rotating_rows(len(self.negatives), self.plan.num_negatives, int(self.steps), self.seed)
             others = head(self.negatives[rows.to(self.negatives.device)]).exp()
             losses = losses + alpha * negative_loss(log_phi.exp(), others, marginals, alpha)
-        self._keep_sums(batch, [log_phi], [losses])
+        self._note_step(batch, [log_phi], [losses])
         return {"loss": (batch.weights_N * losses).sum(), "attraction": attraction.detach()}
 
     def after_step(self, sums: Tensor | None) -> None:
@@ -88,7 +89,7 @@ class Icon(Heads):
         super().after_step(sums)
         self.steps += 1
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `memory` gave; the negatives' number is known only now."""
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state_tensors` gave; the negatives' number is known only now."""
         self.negatives = tensors["negatives"].to(self.negatives.device)
-        super().recall(tensors)
+        super().load_state_tensors(tensors)

@@ -73,7 +73,7 @@ class Sample:
     z_NL: Tensor
     weights_N: Tensor
 
-    def thin(self, num_leaves: int) -> None:
+    def shrink_to_calibrate(self, num_leaves: int) -> None:
         """Keep as many rows as a calibration takes, evenly spread: the start of k-means needs more, nothing after it.
 
         The bound keeps the (rows, K) distances small.
@@ -161,18 +161,18 @@ def cluster(trainer: Trainer, blocks: Blocks, sample: Sample, generator: torch.G
     Args:
         trainer: for the settings and the ranks.
         blocks: gives this rank's codes and weights, anew at each call.
-        sample: for the FAISS start; thinned after it.
+        sample: for the FAISS start; shrunk after it.
         generator: CPU generator in the same state on all ranks.
     """
     seed = stream_seed(trainer.settings.seed, 4)
     if trainer.settings.cluster.space == "codes":
         first = faiss_start(trainer, sample, seed)
-        sample.thin(len(first))
+        sample.shrink_to_calibrate(len(first))
         return run_lloyd(trainer, blocks, first, generator)
     ranks = trainer.ranks
-    turned = Directions.of(blocks(), sample.z_NL.shape[1], ranks)
+    turned = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
     first = faiss_start(trainer, Sample(turned(sample.z_NL), sample.weights_N), seed)
-    sample.thin(len(first))
+    sample.shrink_to_calibrate(len(first))
     found = run_lloyd(trainer, lambda: ((turned(z), weights) for z, weights in blocks()), first, generator)
 
     def assign(z_NL: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ class Directions:
     whiten_LL: Tensor
 
     @classmethod
-    def of(cls, blocks: Iterable[tuple[Tensor, Tensor]], width: int, ranks: Ranks) -> "Directions":
+    def from_blocks(cls, blocks: Iterable[tuple[Tensor, Tensor]], width: int, ranks: Ranks) -> "Directions":
         """Return those of all rows of all ranks, from float64 sums."""
         sums = torch.zeros(1 + width, 1 + width, dtype=torch.float64, device=ranks.device)
         for z, weights in blocks:
@@ -223,10 +223,10 @@ class Directions:
 def calibrated(trainer: Trainer, sample: Sample, centers_KL: Tensor) -> tuple[Kernel, float]:
     """Return the kernel that goes with centers, by rank 0's sample, and its mean largest q; the same on every rank.
 
-    The sample is thinned.
+    The sample is shrunk.
     """
     ranks, plan = trainer.ranks, trainer.settings.refine
-    sample.thin(len(centers_KL))
+    sample.shrink_to_calibrate(len(centers_KL))
     numbers = torch.zeros(3, dtype=torch.float64)
     if ranks.rank == 0:
         kernel, top_q = calibrate(

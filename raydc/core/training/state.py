@@ -1,4 +1,4 @@
-"""What a fit knows between two steps, and how it goes into a checkpoint and back: nothing of it depends on ranks."""
+"""What a fit knows between two epochs, and how it goes into a checkpoint and back: nothing depends on the ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class State:
     epoch: int = 0
     converged: bool = False
     centers: Tensor | None = None
-    """Those of k-means, from which the objective starts."""
+    """(K, L) centers of k-means, from which the objective starts."""
 
     kernel: Kernel | None = None
     baselines: dict[str, Clustering] = field(default_factory=dict)
@@ -76,7 +76,7 @@ def to_checkpoint(state: State, fingerprint: str) -> tuple[dict[str, Tensor], di
         if baseline.encoder is not None:
             tensors |= checkpoint.prefixed(f"baseline_encoder.{name}", baseline.encoder.state_dict())
     if state.objective is not None:
-        tensors |= checkpoint.prefixed("objective", state.objective.memory())
+        tensors |= checkpoint.prefixed("objective", state.objective.state_tensors())
     # safetensors refuses two names for one storage: the autoencoder_kmeans centers are the first centers.
     return {name: tensor.clone() for name, tensor in tensors.items()}, values
 

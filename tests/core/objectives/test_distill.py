@@ -134,7 +134,7 @@ def test_a_pass_moves_each_prototype_to_the_mean_direction_of_its_rows():
     x = torch.rand(200, 6)
     with torch.no_grad():
         z = model.encoder(x)
-        model.start(z)
+        model.initialize(z)
         u = torch.nn.functional.normalize(z - z.mean(0), dim=1)
     before = nearest(u, model.points.detach())[0][:, 0]
     batch = Minibatch(torch.arange(200), x, torch.ones(200), torch.arange(200), seed=0)
@@ -144,7 +144,7 @@ def test_a_pass_moves_each_prototype_to_the_mean_direction_of_its_rows():
         np.testing.assert_allclose(model.points[c].detach(), expected, atol=1e-5)
     assert seen["changed"] == 1.0 and seen["empty"] == 0
     # The ids that teach are those of the moved prototypes.
-    assert torch.equal(model.taught.ids(batch), nearest(u, model.points.detach())[0][:, 0])
+    assert torch.equal(model.class_source.ids(batch), nearest(u, model.points.detach())[0][:, 0])
     assert not model.points.requires_grad
     model.settings = replace(model.settings, num_reclusterings=1)
     points = model.points.detach().clone()
