@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from raydc.config import Config
 from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
-from raydc.core.tree.order import central_leaves, dendrogram_purity
+from raydc.core.tree.order import central_leaves
+from raydc.core.tree.purity import dendrogram_purity
 from raydc.data.schema import level_column
 from raydc.labeling.label_slice import Statistics, nearest_rows
 from raydc.model import Model

@@ -18,8 +18,9 @@ from threadpoolctl import threadpool_limits
 
 from raydc.config import Config, MergeConfig
 from raydc.core.tree.cells import CellMerges, CellState, Runner, run_here
+from raydc.core.tree.levels import level_statistics, levels
 from raydc.core.tree.linkage import Linkage, agglomerate
-from raydc.core.tree.order import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
+from raydc.core.tree.order import heavier_left, leaf_order, node_table, relabel
 from raydc.data.schema import level_column
 from raydc.errors import StageError
 from raydc.model import Model

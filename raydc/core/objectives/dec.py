@@ -14,8 +14,14 @@ from raydc.core.objectives.snapshot import Refresh, Snapshot
 from raydc.core.search.nearest import squared_distances
 from raydc.core.training.settings import RefineSettings
 
-_BLOCK_NUMBERS, _DEVICE_BLOCK_NUMBERS, _LEAST_BLOCK_ROWS = 2**19, 2**26, 256
-"""Of rows times centers in a block, on a CPU and on a GPU: 2 and 256 MiB in float32."""
+_BLOCK_NUMBERS = 2**19
+"""Rows times centers in a block on a CPU: 2 MiB in float32."""
+
+_DEVICE_BLOCK_NUMBERS = 2**26
+"""Rows times centers in a block on a GPU: 256 MiB in float32."""
+
+_LEAST_BLOCK_ROWS = 256
+"""Rows in a block at least, however many centers there are."""
 
 
 def log_target(
@@ -63,7 +69,13 @@ def divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
 
 
 def summed_divergence(
-    z_NL: Tensor, centers_KL: Tensor, weights_N: Tensor, kernel: Kernel, log_p_of: Callable[[slice], Tensor]
+    z_NL: Tensor,
+    centers_KL: Tensor,
+    weights_N: Tensor,
+    kernel: Kernel,
+    log_p_of: Callable[[slice], Tensor],
+    *,
+    block_rows: int | None = None,
 ) -> Tensor:
     """Return sum_i w_i KL(P || Q) of some rows, with gradients for z and the centers.
 
@@ -77,13 +89,20 @@ def summed_divergence(
         weights_N: (N,).
         kernel: of Q.
         log_p_of: gives the (n, K) log target of a slice of the rows.
+        block_rows: rows at once; by default as many as suit the device. Peak memory about 16 * block_rows * K bytes.
 
     Returns:
         A scalar of the type of z; it cannot be differentiated twice.
 
     Source: Xie, Girshick, Farhadi, arXiv:1511.06335, eq. 2 to 5.
     """
-    return _SummedDivergence.apply(z_NL, centers_KL, weights_N, kernel, log_p_of)
+    if block_rows is None:
+        numbers = _BLOCK_NUMBERS if z_NL.device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
+        block_rows = max(_LEAST_BLOCK_ROWS, numbers // len(centers_KL))
+    total: Tensor = _SummedDivergence.apply(  # type: ignore[no-untyped-call]
+        z_NL, centers_KL, weights_N, kernel, log_p_of, block_rows
+    )
+    return total
 
 
 class _SummedDivergence(torch.autograd.Function):
@@ -95,15 +114,14 @@ class _SummedDivergence(torch.autograd.Function):
         weights_N: Tensor,
         kernel: Kernel,
         log_p_of: Callable[[slice], Tensor],
+        block_rows: int,
     ) -> Tensor:
         total = z_NL.new_zeros(())
         grad_z_NL, grad_centers_KL = torch.empty_like(z_NL), torch.zeros_like(centers_KL)
         shift_L, unit = centers_KL.mean(dim=0), kernel.alpha * kernel.scale
         near_KL = centers_KL - shift_L
-        numbers = _BLOCK_NUMBERS if z_NL.device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
-        size = max(_LEAST_BLOCK_ROWS, numbers // len(centers_KL))
-        for start in range(0, len(z_NL), size):
-            rows = slice(start, start + size)
+        for start in range(0, len(z_NL), block_rows):
+            rows = slice(start, start + block_rows)
             squared_NK = squared_distances(z_NL[rows], centers_KL)
             log_q_NK, log_p_NK = log_similarity(squared_NK, kernel), log_p_of(rows)
             total += weights_N[rows] @ divergence(log_p_NK, log_q_NK)
@@ -118,9 +136,9 @@ class _SummedDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_z_NL, grad_centers_KL = ctx.saved_tensors
-        return grad * grad_z_NL, grad * grad_centers_KL, None, None, None
+        return grad * grad_z_NL, grad * grad_centers_KL, None, None, None, None
 
 
 @dataclass(frozen=True)

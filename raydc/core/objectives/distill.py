@@ -15,7 +15,7 @@ from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.models.prototypes import Prototypes, log_classes
 from raydc.core.models.teacher import Teacher
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, Pass
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, Pass, weighted_mean
 from raydc.core.objectives.reconstruction import squared_error
 from raydc.core.objectives.snapshot import encode
 from raydc.core.search.kmeans import LeafSums
@@ -114,21 +114,22 @@ class Distill(Objective):
         return self.teacher is None and self.settings.metric == "cosine"
 
     @torch.no_grad()
-    def initialize(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Set origin and width; without a teacher, turn the centers of k-means into prototypes.
 
         Under cosine the origin is the mean of the code, and k-means goes on over the directions of the sample from
         those of the centers.
         """
         if self.uses_directions:
-            self.shift.copy_(sample_NL.double().mean(dim=0))
+            self.shift.copy_(weighted_mean(sample_NL, weights_N))
             u = self.prototypes().place(sample_NL)
+            weighted = u.double() if weights_N is None else u.double() * weights_N.double()[:, None]
             points = self.prototypes().place(self.points)
             for _ in range(_START_ITERATIONS):
                 sums = torch.zeros_like(points, dtype=torch.float64)
-                points = direction_means(sums.index_add_(0, nearest(u, points)[0][:, 0], u.double()), points)
+                points = direction_means(sums.index_add_(0, nearest(u, points)[0][:, 0], weighted), points)
             self.points.copy_(points)
-        squared = nearest(self.prototypes().place(sample_NL), self.points)[1].double().mean()
+        squared = weighted_mean(nearest(self.prototypes().place(sample_NL), self.points)[1], weights_N)
         # On the unit sphere -|u - p|^2 / (2 T) is (cosine - 1) / T; elsewhere the unit of T comes from the rows.
         unit = 1.0 if self.uses_directions else max(float(squared), 1e-12)
         self.width.fill_(self.settings.temperature * unit)
@@ -231,7 +232,7 @@ class _Ids:
         self._prototypes = model.prototypes()
         num_classes, dim = model.centers.shape
         self._sums = LeafSums.zeros(num_classes, dim, model.points.device)
-        # Rows, rows whose id changed.
+        # Weights of the rows, and of those whose id changed.
         self._counts = torch.zeros(2, dtype=torch.float64, device=model.points.device)
         self._kept: list[Tensor] = []
 
@@ -240,15 +241,17 @@ class _Ids:
         model = self._model
         z = encode(model.encoder, batch.x_ND, model.arithmetic)
         ids = model.teacher.classes(batch.x_ND) if model.teacher is not None else _nearest_class(z, self._prototypes)
-        changed = len(batch) if model.class_source is None else int((model.class_source.ids(batch) != ids).sum())
-        self._counts += torch.tensor([len(batch), changed], dtype=torch.float64, device=z.device)
+        weights = changed = batch.weights_N.double()
+        if model.class_source is not None:
+            changed = weights * (model.class_source.ids(batch) != ids)
+        self._counts += torch.stack([weights.sum(), changed.sum()])
         u = self._prototypes.place(z)
         self._sums.add(u, ids, torch.zeros_like(u[:, 0]), batch.weights_N)
         if batch.positions_N is not None:
             self._kept.append(ids if model.teacher is not None else z)
 
     def sums(self) -> Tensor:
-        """Return masses and sums of the classes, and the counts of rows, as one tensor."""
+        """Return masses and sums of the classes, and the weights of all and of the changed rows, as one tensor."""
         return torch.cat([self._sums.packed().flatten(), self._counts])
 
     def end(self, sums: Tensor) -> dict[str, Any]:

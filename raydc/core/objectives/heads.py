@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from raydc.core.hashing import hash_keys, stream_seed
 from raydc.core.models.head import Head, HeadPredictor, calibrated_temperature
-from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, weighted_mean
 from raydc.core.search.kmeans import start as kmeans_start
 
 _RANDOM_TEMPERATURE = 0.1
@@ -70,9 +70,9 @@ class Heads(Objective):
         """Return the objective that starts from these inputs."""
         return cls(inputs)
 
-    def initialize(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Give the heads their first numbers: the first from the fit's k-means, others from k-means of other seeds."""
-        mean = sample_NL.double().mean(dim=0).float()
+        mean = weighted_mean(sample_NL, weights_N).float()
         for number, head in enumerate(self._heads()):
             seed = stream_seed(self.seed, 15, number)
             if self.plan.start == "random":
@@ -84,10 +84,15 @@ class Heads(Objective):
                 continue
             centers = self.centers
             if number:
-                centers = kmeans_start(sample_NL.cpu(), len(centers), num_restarts=1, seed=seed).to(centers.device)
+                weights = None if weights_N is None else weights_N.cpu()
+                centers = kmeans_start(sample_NL.cpu(), len(centers), num_restarts=1, seed=seed, weights_N=weights).to(
+                    centers.device
+                )
             head.start_at_centers(mean, 1.0, centers)
             if self.plan.temperature == "auto":
-                temperature = calibrated_temperature(head, sample_NL, target_top_p=self._target_top_p)
+                temperature = calibrated_temperature(
+                    head, sample_NL, target_top_p=self._target_top_p, weights_N=weights_N
+                )
             else:
                 temperature = float(self.plan.temperature)
             head.temperature.fill_(temperature)
@@ -136,15 +141,15 @@ class Heads(Objective):
 
 
 class MarginalPass:
-    """The exact marginals over all rows of all ranks, and how many rows have changed their leaf since the last pass."""
+    """The exact marginals over all rows of all ranks, and the share of the rows that changed their leaf."""
 
     def __init__(self, objective: Heads) -> None:
         self._objective = objective
         self._best = objective._best_now()
         self._mass = torch.zeros_like(objective.marginals)
         self._sizes = torch.zeros_like(objective.marginals[0])
-        # Weight, rows, changed rows, sum of the largest p.
-        self._scalars = torch.zeros(4, dtype=torch.float64, device=self._mass.device)
+        # Weights of the rows, of the changed ones, and of the largest p.
+        self._scalars = torch.zeros(3, dtype=torch.float64, device=self._mass.device)
 
     def add(self, batch: Minibatch) -> None:
         """Count rows of this rank."""
@@ -154,20 +159,19 @@ class MarginalPass:
             self._mass[number] += w @ p.double()
             if number == self._best:
                 top, leaves = p.max(dim=1)
-        self._sizes += torch.bincount(leaves, minlength=len(self._sizes))
-        changed = (self._objective.last_best(batch.x_ND).argmax(dim=1) != leaves).sum()
-        counted = (w.sum(), len(batch), changed, top.sum())
-        self._scalars += torch.stack([torch.as_tensor(v, device=w.device).double() for v in counted])
+        self._sizes.index_add_(0, leaves, w)
+        changed = w * (self._objective.last_best(batch.x_ND).argmax(dim=1) != leaves)
+        self._scalars += torch.stack([w.sum(), changed.sum(), (batch.weights_N * top).sum().double()])
 
     def sums(self) -> Tensor:
-        """Return the mass of every leaf, the sizes and the four scalars as one tensor."""
+        """Return the mass of every leaf, the sizes and the three scalars as one tensor."""
         return torch.cat([self._mass.flatten(), self._sizes, self._scalars])
 
     def end(self, sums: Tensor) -> dict[str, Any]:
         """Keep the marginals and the best head; return changed, top_q, empty and largest_share."""
         objective = self._objective
         mass, rest = sums[: self._mass.numel()].view_as(self._mass), sums[self._mass.numel() :]
-        sizes, (weight, count, changed, top) = rest[:-4], rest[-4:].tolist()
+        sizes, (weight, changed, top) = rest[:-3], rest[-3:].tolist()
         first = int(objective.passes) == 0
         objective.marginals.copy_(mass / weight)
         objective.best.fill_(self._best)
@@ -175,10 +179,10 @@ class MarginalPass:
         objective.passes += 1
         objective.last_best.load_state_dict(objective.labeling_heads()[self._best].state_dict())
         return {
-            "changed": 1.0 if first else changed / count,
-            "top_q": top / count,
+            "changed": 1.0 if first else changed / weight,
+            "top_q": top / weight,
             "empty": int((sizes == 0).sum()),
-            "largest_share": float(sizes.max()) / count,
+            "largest_share": float(sizes.max()) / weight,
             "best_head": self._best,
         }
 

@@ -31,13 +31,23 @@ def log_debiased(log_lift: Tensor, alpha: float) -> Tensor:
     return torch.logaddexp(log_lift + math.log1p(-alpha), log_lift.new_tensor(math.log(alpha)))
 
 
-def negative_loss(phi_NK: Tensor, phi_MK: Tensor, pk_K: Tensor, alpha: float) -> Tensor:
-    """Return -mean_j log(N q~(j | i)) over M rows drawn at random, as (N,); alpha > 0.
+def negative_loss(
+    phi_NK: Tensor, phi_MK: Tensor, pk_K: Tensor, alpha: float, weights_M: Tensor | None = None
+) -> Tensor:
+    """Return -mean_j log(N q~(j | i)) over M rows drawn at random, as (N,).
 
     Without logarithms inside: alpha keeps the sum away from 0, and one matrix product makes all N x M pairs.
+
+    Args:
+        phi_NK: (N, K) p(c | x) of the rows.
+        phi_MK: (M, K) p(c | x) of the drawn ones.
+        pk_K: (K,) marginals.
+        alpha: above 0.
+        weights_M: (M,) row weights of the mean; None for 1 each.
     """
     lift = (phi_NK / pk_K.clamp_min(1e-8).to(phi_NK.dtype)) @ phi_MK.T
-    return -torch.log((1.0 - alpha) * lift + alpha).mean(dim=1)
+    logs = torch.log((1.0 - alpha) * lift + alpha)
+    return -logs.mean(dim=1) if weights_M is None else -(logs @ weights_M) / weights_M.sum()
 
 
 class Icon(Heads):
@@ -54,20 +64,27 @@ class Icon(Heads):
     negatives: Tensor
     """(P, D) float32 pool of rows from which each step takes its negatives."""
 
+    negative_weights: Tensor
+    """(P,) float32 row weights of the pool; (0,) where all are 1."""
+
     steps: Tensor
     """() int64 steps so far."""
 
     def __init__(self, inputs: ObjectiveInputs) -> None:
         super().__init__(inputs)
         self.register_buffer("negatives", torch.empty(0, inputs.dim))
+        self.register_buffer("negative_weights", torch.empty(0))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def initialize(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Start the head, and choose the rows from which each step takes its negatives."""
-        super().initialize(sample_NL)
+        super().initialize(sample_NL, weights_N)
         if self.plan.alpha > 0:
             chosen = rotating_rows(len(sample_NL), 16 * self.plan.num_negatives, 0, stream_seed(self.seed, 16))
-            self.negatives = sample_NL[chosen.to(sample_NL.device)].clone()
+            chosen = chosen.to(sample_NL.device)
+            self.negatives = sample_NL[chosen].clone()
+            if weights_N is not None:
+                self.negative_weights = weights_N[chosen].clone()
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `attraction`."""
@@ -79,8 +96,10 @@ class Icon(Heads):
         attraction = (batch.weights_N * losses).sum()
         if alpha > 0:
             rows = rotating_rows(len(self.negatives), self.plan.num_negatives, int(self.steps), self.seed)
-            others = head(self.negatives[rows.to(self.negatives.device)]).exp()
-            losses = losses + alpha * negative_loss(log_phi.exp(), others, marginals, alpha)
+            rows = rows.to(self.negatives.device)
+            weights = self.negative_weights[rows].to(log_phi.dtype) if len(self.negative_weights) else None
+            others = head(self.negatives[rows]).exp()
+            losses = losses + alpha * negative_loss(log_phi.exp(), others, marginals, alpha, weights)
         self._note_step(batch, [log_phi], [losses])
         return {"loss": (batch.weights_N * losses).sum(), "attraction": attraction.detach()}
 
@@ -92,4 +111,5 @@ class Icon(Heads):
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take what `state_tensors` gave; the negatives' number is known only now."""
         self.negatives = tensors["negatives"].to(self.negatives.device)
+        self.negative_weights = tensors["negative_weights"].to(self.negatives.device)
         super().load_state_tensors(tensors)

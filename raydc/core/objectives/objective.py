@@ -167,13 +167,14 @@ class Objective(nn.Module):
         """Return the objective that starts from these inputs."""
         raise NotImplementedError
 
-    def initialize(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Begin a new fit.
 
         Every rank gets the same rows and must end with the same numbers.
 
         Args:
             sample_NL: (N, L) float32 codes, or preprocessed rows, on the training device; (0, L) for `sample_rows` 0.
+            weights_N: (N,) float32 row weights; None where all are 1.
         """
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -229,3 +230,11 @@ class Objective(nn.Module):
         lost = [k for k in missing if not k.startswith(_AUTOENCODER)]
         if lost or unexpected:
             raise ValueError(f"the checkpoint lacks {lost} and has {unexpected} that the objective does not know")
+
+
+def weighted_mean(z_NL: Tensor, weights_N: Tensor | None) -> Tensor:
+    """Return the (L,) float64 mean of rows by their weights; None for 1 each."""
+    if weights_N is None:
+        return z_NL.double().mean(dim=0)
+    weights = weights_N.double()
+    return weights @ z_NL.double() / weights.sum()

@@ -49,9 +49,9 @@ class Temi(Heads):
         super().__init__(inputs, inputs.settings.head.num_heads)
         self.teachers = copy.deepcopy(self.heads).requires_grad_(False)
 
-    def initialize(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Start the students, and the teachers at the same numbers."""
-        super().initialize(sample_NL)
+        super().initialize(sample_NL, weights_N)
         self.teachers.load_state_dict(self.heads.state_dict())
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:

@@ -179,11 +179,12 @@ class Vade(Objective):
         )
 
     @torch.no_grad()
-    def initialize(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Scale the code to a variance of 1 inside the k-means clusters, and fit the mixture to the sample from them.
 
         A plain autoencoder's code has any origin and unit, while the bounds of the variances, the steps of Adam and
-        the start of log v mean something for variances near 1 only.
+        the start of log v mean something for variances near 1 only. Row weights play no part: scikit-learn's mixture,
+        which is fitted here, takes none.
         """
         ids = nearest(sample_NL, self.means.to(sample_NL.device))[0][:, 0]
         inside = (sample_NL - self.means[ids]).double()

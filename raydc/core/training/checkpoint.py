@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-
 FORMAT = 2
 """Version of the names of tensors and values. 2: the best head of temi and icon is `last_best`, before `judged`."""
 

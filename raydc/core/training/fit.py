@@ -170,7 +170,7 @@ class _Fit:
         state.baselines[name] = Clustering(frozen, kmeans.centers_KD.cpu(), state.kernel)
         state.objective = self._objective()
         if state.objective is not None:
-            state.objective.initialize(shared_sample(trainer, encoder, state.objective.sample_rows))
+            state.objective.initialize(*shared_sample(trainer, encoder, state.objective.sample_rows))
         state.phase, state.epoch = ("refine" if state.objective is not None else "done"), 0
         entry = {
             "phase": "kmeans",

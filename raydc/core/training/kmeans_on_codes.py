@@ -105,15 +105,22 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     return Sample(z_NL[order], weights_N[order])
 
 
-def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> Tensor:
-    """Return the latents of `sample_latents` on every rank, on the training device; none for 0 rows."""
+def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> tuple[Tensor, Tensor | None]:
+    """Return the latents of `sample_latents` on every rank, on the training device, and their weights; none for 0 rows.
+
+    The weights are None where all are 1.
+    """
     ranks = trainer.ranks
     if not num_rows:
         width = trainer.rows.dim if encoder is None else trainer.settings.latent_dim
-        return torch.empty((0, width), device=ranks.device)
-    sample = sample_latents(trainer, encoder, num_rows).z_NL
-    size = int(ranks.broadcast(torch.tensor([len(sample)]))[0])
-    return ranks.broadcast(sample if ranks.rank == 0 else sample.new_empty((size, sample.shape[1]))).to(ranks.device)
+        return torch.empty((0, width), device=ranks.device), None
+    sample = sample_latents(trainer, encoder, num_rows)
+    z_NL, weights_N = sample.z_NL, sample.weights_N
+    size = int(ranks.broadcast(torch.tensor([len(z_NL)]))[0])
+    if ranks.rank != 0:
+        z_NL, weights_N = z_NL.new_empty((size, z_NL.shape[1])), weights_N.new_empty(size)
+    z_NL, weights_N = (ranks.broadcast(values).to(ranks.device) for values in (z_NL, weights_N))
+    return z_NL, None if bool((weights_N == 1.0).all()) else weights_N
 
 
 def faiss_start(trainer: Trainer, sample: Sample, seed: int) -> Tensor:

@@ -88,9 +88,7 @@ def test_the_gradient_of_the_divergence_is_the_closed_form():
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_the_summed_divergence_in_blocks_is_that_of_the_whole_batch(monkeypatch, offset):
-    monkeypatch.setattr("raydc.core.objectives.dec._BLOCK_NUMBERS", 100)
-    monkeypatch.setattr("raydc.core.objectives.dec._LEAST_BLOCK_ROWS", 3)
+def test_the_summed_divergence_in_blocks_is_that_of_the_whole_batch(offset):
     generator = torch.Generator().manual_seed(4)
     z = torch.randn(50, 6, generator=generator) + offset
     c = torch.randn(9, 6, generator=generator) + offset
@@ -103,7 +101,7 @@ def test_the_summed_divergence_in_blocks_is_that_of_the_whole_batch(monkeypatch,
         return log_p[rows].float()
 
     ours_z, ours_c = z.clone().requires_grad_(), c.clone().requires_grad_()
-    ours = summed_divergence(ours_z, ours_c, weights, KERNEL, log_p_of)
+    ours = summed_divergence(ours_z, ours_c, weights, KERNEL, log_p_of, block_rows=11)
     (3.0 * ours).backward()
     assert len(asked) == 5
     z, c = z.double().requires_grad_(), c.double().requires_grad_()

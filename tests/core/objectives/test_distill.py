@@ -184,6 +184,40 @@ def test_a_resumed_fit_ends_like_an_unbroken_one(tmp_path, stop_after, on_one_ra
     np.testing.assert_array_equal(resumed["centers"], on_one_rank["centers"])
 
 
+def test_the_changed_share_of_a_pass_is_of_the_weight_not_of_the_rows():
+    model = small(metric="euclidean")
+    x, weights = torch.rand(4, 6), torch.tensor([5.0, 1.0, 1.0, 1.0])
+    batch = Minibatch(torch.arange(4), x, weights, None, seed=0)
+    assert run_pass(model.refresh(0, 0, 1), [batch], lambda sums: sums)["changed"] == 1.0
+    # The source of the ids answers by the row: row 0, of weight 5, is another one now.
+    model.settings = replace(model.settings, num_reclusterings=0)
+    source = model.class_source
+    known = source.ids(batch)
+    prototypes = model.prototypes()
+    moved = prototypes.points_ML.clone()
+    others = [int(i) for i in known.unique() if i != known[0]] or [(int(known[0]) + 1) % 4]
+    with torch.no_grad():
+        moved[others[0]] = model.encoder(x[:1])[0]
+        model.points.copy_(moved)
+    now = nearest(model.encoder(x).detach(), moved)[0][:, 0]
+    expected = float((weights * (now != known)).sum() / weights.sum())
+    assert now[0] != known[0] and expected >= 5 / 8
+    seen = run_pass(model.refresh(1, 0, 1), [batch], lambda sums: sums)
+    assert seen["changed"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_prototypes_start_alike_from_a_row_of_weight_two_and_from_two_rows(metric):
+    sample = torch.randn(80, 3, generator=torch.Generator().manual_seed(1))
+    weights = torch.ones(80)
+    weights[:30] = 2.0
+    weighted, repeated = small(metric=metric), small(metric=metric)
+    weighted.initialize(sample, weights)
+    repeated.initialize(torch.cat([sample, sample[:30]]))
+    for name in ("points", "shift", "width"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-5)
+
+
 def test_an_id_means_the_same_cluster_in_every_epoch():
     """Compared id by id, without a matching."""
     x = blobs()[0]

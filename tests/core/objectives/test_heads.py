@@ -12,7 +12,7 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.heads import log_marginal
 from raydc.core.objectives.icon import Icon, log_debiased, log_lift, negative_loss
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Minibatch, ObjectiveInputs
+from raydc.core.objectives.objective import Minibatch, ObjectiveInputs, run_pass
 from raydc.core.objectives.temi import Temi, pair_loss, pair_weight
 from raydc.core.search.knn import Neighbors, Shard, prepare, search
 from raydc.core.training.collectives import Ranks
@@ -169,6 +169,60 @@ def test_the_marginals_follow_the_steps_and_the_best_head_has_the_least_loss():
         torch.testing.assert_close(
             objective.predictor().head.prototypes, objective.labeling_heads()[best].prototypes.data
         )
+
+
+def by_hand(kind):
+    """Return an objective of two leaves, toward (2, 1) and (-2, -1), and sharp probabilities."""
+    objective = kind(inputs(kind.__name__.lower(), dim=2, leaves=2, alpha=0.0))
+    for head in (objective.labeling_heads()[0], objective.last_best):
+        head.start_at_centers(torch.zeros(2), 0.01, torch.tensor([[2.0, 1.0], [-2.0, -1.0]]))
+    return objective
+
+
+@pytest.mark.parametrize("kind", [Temi, Icon])
+def test_the_numbers_of_a_pass_are_shares_of_the_weight_not_of_the_rows(kind):
+    objective = by_hand(kind)
+    x, weights = torch.tensor([[0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]]), torch.tensor([3.0, 1.0, 0.5])
+    first = run_pass(objective.refresh(0, 0, 1), [Minibatch(torch.arange(3), x, weights, None, 0)], lambda sums: sums)
+    # Rows 0 and 2 share a leaf: 3.5 of 4.5.
+    assert first["changed"] == 1.0 and first["empty"] == 0
+    assert first["largest_share"] == pytest.approx(3.5 / 4.5) and first["top_q"] == pytest.approx(1.0)
+    np.testing.assert_allclose(objective.marginals[0], [3.5 / 4.5, 1.0 / 4.5], atol=1e-12)
+    # The leaves turn to (2, -1) and (-2, 1): row 0 alone goes to the other one, 3 of 4.5 by weight, one row of three.
+    objective.labeling_heads()[0].start_at_centers(torch.zeros(2), 0.01, torch.tensor([[2.0, -1.0], [-2.0, 1.0]]))
+    second = run_pass(objective.refresh(1, 0, 1), [Minibatch(torch.arange(3), x, weights, None, 0)], lambda sums: sums)
+    assert second["changed"] == pytest.approx(3.0 / 4.5)
+    assert second["largest_share"] == pytest.approx(4.0 / 4.5)
+
+
+def test_a_leaf_whose_rows_weigh_nothing_is_empty():
+    objective = by_hand(Icon)
+    x, weights = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([1.0, 0.0])
+    numbers = run_pass(objective.refresh(0, 0, 1), [Minibatch(torch.arange(2), x, weights, None, 0)], lambda s: s)
+    assert numbers["empty"] == 1 and numbers["largest_share"] == 1.0
+
+
+def test_a_negative_of_weight_two_counts_as_two_rows():
+    (phi, _), (others, _) = probabilities(5, 3, 1), probabilities(4, 3, 2)
+    phi, others, pk = torch.from_numpy(phi), torch.from_numpy(others), torch.full((3,), 1 / 3, dtype=torch.float64)
+    weights = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    weighted = negative_loss(phi, others, pk, 0.6, weights)
+    torch.testing.assert_close(weighted, negative_loss(phi, torch.cat([others, others[:1]]), pk, 0.6))
+
+
+@pytest.mark.parametrize("kind", [Temi, Icon])
+def test_heads_start_alike_from_a_row_of_weight_two_and_from_two_rows(kind):
+    sample = torch.randn(60, 5, generator=torch.Generator().manual_seed(2))
+    weights = torch.ones(60)
+    weights[:20] = 2.0
+    weighted, repeated = (kind(inputs(kind.__name__.lower())) for _ in range(2))
+    weighted.initialize(sample, weights)
+    repeated.initialize(torch.cat([sample, sample[:20]]))
+    torch.testing.assert_close(weighted.heads[0].mean, repeated.heads[0].mean)
+    torch.testing.assert_close(weighted.heads[0].temperature, repeated.heads[0].temperature, rtol=1e-4, atol=0)
+    plain = kind(inputs(kind.__name__.lower()))
+    plain.initialize(sample)
+    assert not torch.allclose(weighted.heads[0].mean, plain.heads[0].mean, atol=1e-3)
 
 
 def test_the_temperature_is_calibrated_to_the_mean_largest_probability():
