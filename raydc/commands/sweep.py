@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 _NAME = SWEEP_KIND
 
 # What a sweep leaves in its folder; an interrupted one goes on from it, a new start removes it.
-_WRITES = ("checkpoints", "sweep.json", "sweep.md", "sweep.png")
+_WRITES = ("attempts", "checkpoints", "sweep.json", "sweep.md", "sweep.png")
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -131,7 +131,7 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
         evaluate.num_neighbors,
         evaluate.neighbor_queries,
     )
-    with session.watched(_NAME, folder.tell) as board:
+    with session.bounded(_NAME, config, folder.lake, folder.root, folder.tell) as bound:
         job = fit.Job(
             fit.fit_settings(config, found.fingerprint),
             found.preprocess(config),
@@ -142,7 +142,7 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
             expected,
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
-            board,
+            bound.board,
             WatchSettings(**config.watch.model_dump()),
             config.row_bytes(found.spec.dim, found.spec.dtype.itemsize),
         )
@@ -150,7 +150,7 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
             folder.lake,
             found.slices,
             found.spec,
-            board,
+            bound,
             seed=config.seed,
             fraction=expected / found.num_rows,
             num_readers=readers(config),
