@@ -92,6 +92,7 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.check_format()
     register.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
     settings = {stage.name: config.settings(stage.name) | inputs for stage in stages_of(config)}

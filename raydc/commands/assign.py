@@ -1,6 +1,7 @@
 """Labels for new data, with the model of a finished run: `raydc assign`."""
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 
 from raydc.config import Config, EmbeddingColumn, digest
@@ -31,7 +32,7 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
         section = config.input.model_copy(update={"embedding_columns": named})
         config = config.model_copy(update={"input": section})
     # K bounds the rows of a fit, not of a labeling.
-    leaves = config.cluster.model_copy(update={"num_leaves": 2})
+    leaves = replace(config.cluster, num_leaves=2)
     profile = profile_input(config.model_copy(update={"cluster": leaves}), lake)
     if profile.spec.dim != model.dim:
         raise DataError(f"assign: rows are {profile.spec.dim} wide, the model expects {model.dim}.")

@@ -27,7 +27,7 @@ from raydc.core.metrics.choose_k import calinski_harabasz
 from raydc.core.metrics.neighbor_agreement import Neighbors, agreement, nearest_neighbors
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.models.preprocess import Preprocess
-from raydc.core.objectives.build import uses_autoencoder
+from raydc.core.objectives.table import info
 from raydc.core.objectives.snapshot import encode
 from raydc.core.process import prepare_process
 from raydc.core.search.nearest import own_and_other
@@ -38,7 +38,6 @@ from raydc.core.training.rows import Batch, ResidentRows
 from raydc.data.slices import class_names, read_slice
 from raydc.errors import ConfigError, DataError
 from raydc.pipeline import make_lake
-from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
 from raydc.storage.lake import absolute, join
 
@@ -150,10 +149,10 @@ def _fitted(
     with tempfile.TemporaryDirectory(prefix="raydc-compare-") as folder:
         for name, config in configs.items():
             # One fingerprint for all: they differ in what comes after the pretraining.
-            settings = replace(fit_settings(config, fingerprint), seed=seed, fingerprint="compare")
+            settings = replace(config.fit_settings(fingerprint), seed=seed, fingerprint="compare")
             started, before = time.perf_counter(), 0.0
             launcher = _Launcher()
-            if uses_autoencoder(name):
+            if info(name).needs_autoencoder:
                 if shared is None:
                     checkpoint.save(Path(folder), *pretrain(rows, preprocess, settings, _Launcher()))
                     shared = Path(folder), time.perf_counter() - started

@@ -46,6 +46,20 @@ class RunDir:
         if self.fence is not None:
             self.fence.check()
 
+    def check_format(self) -> None:
+        """Return if this version can go on with the folder, or if no run has begun in it.
+
+        Raises:
+            StageError: another format wrote it; its names of stages and settings may be other ones.
+        """
+        uri = self.uri("run.json")
+        found = self.lake.read_json(uri).get("format_version") if self.lake.exists(uri) else FORMAT_VERSION
+        if found != FORMAT_VERSION:
+            raise StageError(
+                f"run {self.run_id!r} in {self.root} was written by format {found}, and this raydc writes format "
+                f"{FORMAT_VERSION}. Use a new --run-id; a finished model in it can still be loaded."
+            )
+
     def tell(self, line: str) -> None:
         """Note what the present stage is doing."""
         self.progress["line"] = line
