@@ -27,8 +27,8 @@ from raydc.core.metrics.choose_k import calinski_harabasz
 from raydc.core.metrics.neighbor_agreement import Neighbors, agreement, nearest_neighbors
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.models.preprocess import Preprocess
-from raydc.core.objectives.table import info
 from raydc.core.objectives.snapshot import encode
+from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
 from raydc.core.search.nearest import own_and_other
 from raydc.core.training import checkpoint

@@ -8,6 +8,7 @@ from typing import Any
 from raydc.config.section import dump, fields_of, is_operational
 from raydc.config.stages import SECTIONS_OF_STAGE, StageName, up_to
 
+
 def sections_until(stage: StageName) -> list[str]:
     """Return the sections that decide the result of a stage: its own and those of every stage before it."""
     return [s for name in up_to(stage) for s in SECTIONS_OF_STAGE[name]]

@@ -108,12 +108,12 @@ def _known_keys(parents: list[Any]) -> list[str]:
     for name in parents:
         field = fields_of(section).get(name)
         if field is not None:
-            section = _section_in(field.annotation) or section
+            section = section_in(field.annotation) or section
     return list(fields_of(section))
 
 
-def _section_in(annotation: Any) -> Any:
+def section_in(annotation: Any) -> Any:
     """Return the section in a type: itself, or a member of a union or a list; None where there is none."""
     if fields_of(annotation):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+    return next((found for part in get_args(annotation) if (found := section_in(part))), None)

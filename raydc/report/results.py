@@ -7,6 +7,7 @@ from typing import Any
 from raydc.core.objectives.table import OBJECTIVES
 from raydc.report.text import count, duration, plural, score
 
+
 @dataclass(frozen=True)
 class Column:
     """A metric of the results table."""

@@ -66,7 +66,7 @@ class Job:
     board: Any
     watch: WatchSettings
     row_bytes: int
-    """Of a resident row."""
+    """Bytes that a resident row takes."""
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:

@@ -42,7 +42,12 @@ class Ae(Objective):
         assert parts.autoencoder is not None
         net, refine = parts.autoencoder, parts.settings.refine
         return cls(
-            net.encoder, net.decoder, parts.centers_KL, parts.kernel, code_loss=refine.code_loss, beta=refine.code_weight
+            net.encoder,
+            net.decoder,
+            parts.centers_KL,
+            parts.kernel,
+            code_loss=refine.code_loss,
+            beta=refine.code_weight,
         )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:

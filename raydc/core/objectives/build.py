@@ -1,14 +1,29 @@
 """From the name of an objective to what is trained, by the table of objectives."""
 
+from importlib import import_module
+
 from raydc.core.objectives.objective import Objective, Parts, Pass
 from raydc.core.objectives.table import info
 from raydc.core.training.settings import FitSettings
 
 
+def class_of(name: str) -> type[Objective] | None:
+    """Return the class of an objective; None where nothing is trained after k-means.
+
+    Raises:
+        ValueError: no objective has this name.
+    """
+    about = info(name)
+    if about.module is None:
+        return None
+    found: type[Objective] = getattr(import_module(f"raydc.core.objectives.{about.module}"), about.class_name)
+    return found
+
+
 def check_inputs(settings: FitSettings) -> Pass | None:
     """Return a pass over all rows that comes before any training and refuses what the objective cannot take."""
-    found = info(settings.objective)
-    return found.load().check_inputs(settings) if found.is_trained else None
+    found = class_of(settings.objective)
+    return None if found is None else found.check_inputs(settings)
 
 
 def build(name: str, parts: Parts) -> Objective | None:
@@ -17,4 +32,5 @@ def build(name: str, parts: Parts) -> Objective | None:
     Raises:
         ValueError: no objective has this name.
     """
-    return info(name).load().from_parts(parts) if info(name).has_loss(parts.settings.refine) else None
+    found = class_of(name)
+    return found.from_parts(parts) if found is not None and info(name).has_loss(parts.settings.refine) else None

@@ -1,16 +1,11 @@
 """What every objective is and needs: the one table that the settings, the plan, the trainer and the report read.
 
 A new objective is one line here, one file beside this one, and one test. Nothing heavy is imported: the settings are
-checked without torch, so a class is named by its module and loaded when it is built.
+checked without torch, so a class is named by its module, and raydc.core.objectives.build loads it.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from raydc.core.objectives.objective import Objective
-    from raydc.core.training.settings import RefineSettings
 
 Passes = Literal["none", "one", "refreshes"]
 
@@ -61,20 +56,9 @@ class ObjectiveInfo:
         """Return whether there is a class to train after k-means."""
         return self.module is not None
 
-    def has_loss(self, refine: "RefineSettings") -> bool:
-        """Return whether a loss that weighs anything is left to train after k-means, under these settings."""
+    def has_loss(self, refine: object) -> bool:
+        """Return whether a loss that weighs anything is left to train after k-means, under settings of refine."""
         return self.is_trained and (self.weight is None or getattr(refine, self.weight) > 0)
-
-    def load(self) -> "type[Objective]":
-        """Return its class.
-
-        Raises:
-            ValueError: nothing is trained after k-means, so there is no class.
-        """
-        if self.module is None:
-            raise ValueError(f"{self.title} trains nothing after k-means and has no class")
-        found: type[Objective] = getattr(import_module(f"raydc.core.objectives.{self.module}"), self.class_name)
-        return found
 
 
 _VADE = ObjectiveInfo(title="VaDE", module="vade", class_name="Vade", takes_unit_rows=True)

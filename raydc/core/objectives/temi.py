@@ -70,7 +70,9 @@ class Temi(Heads):
         for head, (t, t2), marginals in zip(self.heads, taught, self.marginals, strict=True):
             log_pk = log_marginal(marginals)
             s, s2 = head(x), head(x2)
-            both = pair_loss(s, t2, log_pk, beta=self.plan.pair_exponent) + pair_loss(s2, t, log_pk, beta=self.plan.pair_exponent)
+            both = pair_loss(s, t2, log_pk, beta=self.plan.pair_exponent) + pair_loss(
+                s2, t, log_pk, beta=self.plan.pair_exponent
+            )
             losses.append(weight * 0.5 * both)
         self._keep_sums(batch, [t for t, _ in taught], losses)
         return {"loss": (batch.weights_N * torch.stack(losses).mean(dim=0)).sum()}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.settings import WatchSettings
 
-
 _WATCHED_STEPS = 64
 """Of an epoch, at least, where it has as many."""
 

@@ -351,7 +351,9 @@ class _Fit:
         return found, calibrated(trainer, sample, found)[0]
 
     def _new_autoencoder(self) -> Autoencoder:
-        return Autoencoder(self.trainer.rows.dim, self.settings.autoencoder.hidden_dims, self.settings.autoencoder.latent_dim)
+        return Autoencoder(
+            self.trainer.rows.dim, self.settings.autoencoder.hidden_dims, self.settings.autoencoder.latent_dim
+        )
 
     def _copy_encoder(self, encoder: nn.Module) -> nn.Module:
         copy = self._new_autoencoder().encoder

@@ -220,7 +220,7 @@ class DistillSettings:
     """Distillation: a softmax over prototypes learns the ids of a clustering, and trains the network with them."""
 
     metric: Literal["cosine", "euclidean"] = "cosine"
-    """How codes compare with prototypes: by direction from the mean, or by distance. A teacher always uses euclidean."""
+    """How codes compare with prototypes: by direction from the mean, or by distance. With a teacher it is distance."""
 
     temperature: float = Field(0.3, gt=0)
     """Softmax temperature over the prototypes. Lower it to train on rows between clusters only.
