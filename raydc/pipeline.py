@@ -10,6 +10,7 @@ from typing import Any
 
 from raydc.commands.show import resume_command
 from raydc.config import Config
+from raydc.config.stages import StageName
 from raydc.data.schema import MANIFEST
 from raydc.errors import StageError
 from raydc.runfolder.folder import RunDir, now
@@ -32,7 +33,7 @@ _SKIPPED = "%s: done earlier, skipped"
 class Stage:
     """One step of a run."""
 
-    name: str
+    name: StageName
     run: Callable[[Config, RunDir], dict[str, Any]]
     writes: tuple[str, ...]
     """What it leaves in the run folder; an interrupted stage goes on from it, a new start removes it."""

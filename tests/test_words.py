@@ -43,11 +43,11 @@ def docstrings(tree: ast.AST) -> list[str]:
     """Return every docstring of a file: of modules, classes and functions, and those below an attribute."""
     found = []
     for node in ast.walk(tree):
-        for statement in getattr(node, "body", None) or [] if not isinstance(node, ast.Lambda | ast.IfExp) else []:
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else []:
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(statement.value.value, str):
-                    found.append(statement.value.value.strip())
-    return found
+                found.append(statement.value.value)
+    return [text.strip() for text in found if isinstance(text, str)]
 
 
 def fragments(path: Path) -> list[str]:

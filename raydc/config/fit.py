@@ -29,37 +29,37 @@ class FitConfig(ObjectiveSettings):
     The fit starts from the teacher's network, so nothing is pretrained and the preprocessing is the teacher's. Set
     autoencoder.* to the teacher's widths. A teacher without a network (kmeans) gives its labels only."""
 
-    teacher_level: int | None = Field(None, ge=1)
+    teacher_level: int | None = Field(default=None, ge=1)
     """distill: number of groups of the teacher's tree level that teaches; null is its leaves.
 
     Set cluster.num_leaves to the same number."""
 
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     """Train on a sample of about this many rows, chosen by hash of the row key. Every row is still assigned."""
 
-    num_workers: Workers | tuple[Workers, Workers] = Field(1, json_schema_extra=OPERATIONAL)
+    num_workers: Workers | tuple[Workers, Workers] = Field(default=1, json_schema_extra=OPERATIONAL)
     """Training workers (ranks). [1, 4] is elastic: at least 1, at most 4.
 
     An elastic fit starts on as many workers as there is room for. It goes on from its last checkpoint with fewer when a
     node is lost, and with more when one joins."""
 
-    resize_seconds: float = Field(60.0, gt=0, json_schema_extra=OPERATIONAL)
+    resize_seconds: float = Field(default=60.0, gt=0, json_schema_extra=OPERATIONAL)
     """Seconds between two looks of an elastic fit for room for more workers.
 
     A resize starts the workers again from the last checkpoint."""
 
-    cpus_per_worker: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
+    cpus_per_worker: int = Field(default=1, ge=1, json_schema_extra=OPERATIONAL)
     """CPUs, and compute threads, of a training worker."""
 
-    use_gpu: bool = Field(False, json_schema_extra=OPERATIONAL)
+    use_gpu: bool = Field(default=False, json_schema_extra=OPERATIONAL)
     """Give each training worker one GPU (NCCL). Otherwise workers train on CPUs (gloo)."""
 
-    resident_bytes: int | None = Field(None, ge=0, json_schema_extra=OPERATIONAL)
+    resident_bytes: int | None = Field(default=None, ge=0, json_schema_extra=OPERATIONAL)
     """Most bytes of rows that a worker keeps in memory. A larger shard is streamed in each epoch.
 
     null is 60 % of the worker's memory."""
 
-    max_failures: int = Field(3, ge=-1, json_schema_extra=OPERATIONAL)
+    max_failures: int = Field(default=3, ge=-1, json_schema_extra=OPERATIONAL)
     """Restarts of the workers after a failure; -1 is no limit."""
 
     @pydantic.field_validator("num_workers")

@@ -84,10 +84,10 @@ class AssignConfig(Section):
 class EvaluateConfig(AgreementSettings, BaselineSettings):
     """What is measured beside the labels."""
 
-    num_exemplars: int = Field(10, ge=1)
+    num_exemplars: int = Field(default=10, ge=1)
     """Rows kept as exemplars of each leaf: those nearest to its center."""
 
-    map_rows: int = Field(2000, ge=10)
+    map_rows: int = Field(default=2000, ge=10)
     """Rows drawn in the report's map, chosen by hash of the row key."""
 
 
@@ -154,7 +154,7 @@ class PublishConfig(Section):
 class SweepConfig(StabilitySettings):
     """`raydc sweep`: how numbers of leaves are compared. It has no effect on a run."""
 
-    held_out: float = Field(0.1, gt=0, lt=0.9, json_schema_extra=OPERATIONAL)
+    held_out: float = Field(default=0.1, gt=0, lt=0.9, json_schema_extra=OPERATIONAL)
     """Share of the rows left out of training, by hash of the row key, to measure L_train / L_validation."""
 
 

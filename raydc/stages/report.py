@@ -80,7 +80,7 @@ def load(config: Config, run: RunDir) -> "RunData":
 def _seconds(run: RunDir, metrics: dict[str, Any]) -> dict[str, float]:
     """Return the seconds of the stages before this one: a page that counted itself would change with every rerun."""
     written = metrics.get("stages") or {}
-    found = {}
+    found: dict[str, float] = {}
     for stage in before("report"):
         seconds = (run.marker(stage) or {}).get("seconds", (written.get(stage) or {}).get("seconds"))
         if seconds is not None:
