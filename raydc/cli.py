@@ -216,6 +216,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from raydc.stages import evaluate
 
     folder, config = _open_run(options.run, options.set)
+    folder.check_format()
     evaluate.run(config, folder)
     print("\n".join(summary.lines(folder)))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from raydc.commands.show import resume_command
 from raydc.config import Config
+from raydc.config.stages import StageName
 from raydc.data.schema import MANIFEST
 from raydc.errors import StageError
 from raydc.runfolder.folder import RUN_KIND, RunDir, now
@@ -32,7 +33,7 @@ _SKIPPED = "%s: done earlier, skipped"
 class Stage:
     """One step of a run."""
 
-    name: str
+    name: StageName
     run: Callable[[Config, RunDir], dict[str, Any]]
     writes: tuple[str, ...]
     """What it leaves in the run folder; an interrupted stage goes on from it, a new start removes it."""
@@ -149,12 +150,14 @@ def run(config: Config, run_id: str) -> RunDir:
     return folder
 
 
-def _done(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> list[bool]:
+def _done(config: Config, folder: RunDir, settings: dict[StageName, dict[str, Any]]) -> list[bool]:
     """Return which stages are done; StageError where one was started with other settings."""
     return [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
 
 
-def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]], leave: Callable[[], None]) -> None:
+def _run_stages(
+    config: Config, folder: RunDir, settings: dict[StageName, dict[str, Any]], leave: Callable[[], None]
+) -> None:
     for stage in stages_of(config):
         if not stage.on_cluster:
             leave()

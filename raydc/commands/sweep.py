@@ -16,15 +16,15 @@ import pyarrow as pa
 import ray
 import torch
 
-from raydc.config import Config
+from raydc.config import Config, dump
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.choose_k import recommend
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
-from raydc.core.training.collapse import WatchSettings
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.training.sweep import Sample, SweepSettings, sweep
+from raydc.core.training.settings import SweepSettings
+from raydc.core.training.sweep import Sample, sweep
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
@@ -79,10 +79,10 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
     folder = RunDir(make_lake(config), config.output, run_id)
     folder.check(config, SWEEP_KIND)
     # The largest K must fit the rows; that of the settings only says for which K target_top_q was set.
-    wanted = config.cluster.model_copy(update={"num_leaves": max(config.cluster.num_leaves, numbers[-1])})
+    wanted = replace(config.cluster, num_leaves=max(config.cluster.num_leaves, numbers[-1]))
     found = profile.profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
     settings = config.settings("fit") | {
-        "sweep": config.sweep.model_dump(mode="json") | {"k": list(numbers)},
+        "sweep": dump(config.sweep) | {"k": list(numbers)},
         "input_fingerprint": found.fingerprint,
     }
     if folder.is_done(_NAME, settings):
@@ -124,16 +124,16 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
     )
     evaluate = config.evaluate
     plan = SweepSettings(
-        numbers,
-        config.sweep.stability_rows,
-        config.sweep.num_repeats,
-        evaluate.neighbor_rows,
-        evaluate.num_neighbors,
-        evaluate.neighbor_queries,
+        num_leaves=numbers,
+        stability_rows=config.sweep.stability_rows,
+        num_repeats=config.sweep.num_repeats,
+        neighbor_rows=evaluate.neighbor_rows,
+        num_neighbors=evaluate.num_neighbors,
+        neighbor_queries=evaluate.neighbor_queries,
     )
     with session.bounded(_NAME, config, folder.lake, folder.root, folder.tell) as bound:
         job = fit.Job(
-            fit.fit_settings(config, found.fingerprint),
+            config.fit_settings(found.fingerprint),
             found.preprocess(config),
             found.spec,
             folder,
@@ -143,7 +143,7 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
             bound.board,
-            WatchSettings(**config.watch.model_dump()),
+            config.watch,
             config.row_bytes(found.spec.dim, found.spec.dtype.itemsize),
         )
         dataset = slice_dataset(

@@ -48,9 +48,25 @@ class RunDir(OwnedFolder):
             problems += overlaps("fit.teacher=", config.fit.teacher, "the run folder ", self.root)
         if problems:
             raise ConfigError("\n".join(problems))
-        if self.header(kind) is None:
+        header = self.header(kind)
+        if header is None:
             # A run that began when its input could lie in `output` may go on: it does not touch the input there.
             check_output(config, self._output)
+        else:
+            self.check_format()
+
+    def check_format(self) -> None:
+        """Return if this version can go on with the folder, or if no run has begun in it.
+
+        Raises:
+            StageError: another format wrote it; its names of stages and settings may be other ones.
+        """
+        body = self.header()
+        if body is not None and body.get("format_version") != FORMAT_VERSION:
+            raise StageError(
+                f"run {self.run_id!r} in {self.root} was written by format {body.get('format_version')}, and this "
+                f"raydc writes format {FORMAT_VERSION}. Use a new --run-id; a finished model in it can still be loaded."
+            )
 
     def header(self, kind: str | None = None) -> dict[str, Any] | None:
         """Return run.json; None in a folder that is free.

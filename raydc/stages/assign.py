@@ -19,6 +19,7 @@ from ray.data import ActorPoolStrategy
 
 from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import agreement, gain, nearest_neighbors
+from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError
@@ -74,7 +75,7 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeli
         if run.lake.exists(run.uri("fit", "baselines", name, "config.json")):
             baselines[name] = Model.load(run.uri("fit", "baselines", name), run.lake)
     section = config.evaluate
-    learned = config.fit.objective != "kmeans"
+    learned = info(config.fit.objective).baseline != "raw_kmeans"
     return Labeling(
         run.lake,
         run.root,

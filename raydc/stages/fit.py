@@ -25,20 +25,12 @@ from raydc.core.models.autoencoder import choose_precision
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.models.teacher import Teacher
 from raydc.core.process import prepare_process
-from raydc.core.training.collapse import WatchSettings, signs
+from raydc.core.training.collapse import signs
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.neighbor_pairs import NeighborPartners
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.training.settings import (
-    ClusterSettings,
-    DistillSettings,
-    FitSettings,
-    HeadSettings,
-    PretrainSettings,
-    RefineSettings,
-    VadeSettings,
-)
+from raydc.core.training.settings import FitSettings, WatchSettings
 from raydc.core.training.state import Clustering
 from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
@@ -75,7 +67,7 @@ class Job:
     board: Any
     watch: WatchSettings
     row_bytes: int
-    """Of a resident row."""
+    """Bytes that a resident row takes."""
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -99,7 +91,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         slices = [s for s in slices if s.name not in missing]
     with bounded("fit", config, run.lake, run.root, run.tell) as bound:
         job = Job(
-            fit_settings(config, inputs),
+            config.fit_settings(inputs),
             profile.preprocess(config) if taught is None else taught.preprocess,
             profile.spec,
             run,
@@ -109,7 +101,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
             bound.board,
-            WatchSettings(**config.watch.model_dump()),
+            config.watch,
             config.row_bytes(profile.spec.dim, profile.spec.dtype.itemsize),
         )
         dataset = slice_dataset(
@@ -184,26 +176,6 @@ def launch(
         kind, text = outcome["failure"]
         raise (DataError if kind == "DataError" else StageError)(f"{name}: {text}")
     return outcome
-
-
-def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
-    """Return the core's settings of a config."""
-    return FitSettings(
-        objective=config.fit.objective,
-        seed=config.seed,
-        precision=config.fit.precision,
-        hidden_dims=tuple(config.autoencoder.hidden_dims),
-        latent_dim=config.autoencoder.latent_dim,
-        pretrain=PretrainSettings(**config.pretrain.model_dump()),
-        cluster=ClusterSettings(**config.cluster.model_dump()),
-        refine=RefineSettings(**config.refine.model_dump()),
-        vade=VadeSettings(**config.vade.model_dump()),
-        distill=DistillSettings(**config.distill.model_dump()),
-        head=HeadSettings(**config.head.model_dump()) if config.needs_neighbors else None,
-        baseline_rows=config.evaluate.baseline_rows,
-        fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
-        checkpoint_epochs=config.fit.checkpoint_epochs,
-    )
 
 
 class RayContext:
@@ -291,7 +263,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
             rows = collect(job, ranks)
             load_seconds = time.perf_counter() - started
             partners = None
-            if job.settings.head is not None:
+            if job.settings.needs_pairs:
                 assert isinstance(rows, ResidentRows)
                 partners = NeighborPartners(rows, ranks)
             fitted = fit(rows, job.preprocess, job.settings, context, partners, teacher=job.teacher)
@@ -330,7 +302,7 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
         allowed = int(0.6 * available_bytes()) // ray.train.get_context().get_local_world_size()
     # Every rank takes the same mode, that of the rank with the least memory.
     streamed = bool(ranks.max(torch.tensor([int(shard_bytes > allowed)]))[0])
-    if streamed and job.settings.head is not None:
+    if streamed and job.settings.needs_pairs:
         # The same on every rank, like every ValueError of the fit.
         raise ValueError(
             f"{job.settings.objective} meets each row with its neighbors and needs the rows resident, but a shard of "
