@@ -8,6 +8,7 @@ from typing import Any
 
 from raydc.config import LeaseConfig
 from raydc.data.schema import MANIFEST
+from raydc.report.results import baseline_of
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import Holder, holder
 
@@ -103,7 +104,7 @@ def _results(metrics: dict[str, Any], markers: dict[str, Any]) -> list[str]:
     text.append(f"{'':24s}" + "".join(f"{c.upper() if c in _QUALITY else c:>11s}" for c in columns))
     sampled = 0
     for name, title in names.items():
-        if name == "learned" and objective in ("kmeans", "autoencoder"):
+        if name == "learned" and baseline_of(metrics) is not None:
             continue
         found = metrics["baselines"].get(name)
         if found:

@@ -2,7 +2,11 @@
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version of a run folder and of its manifest. 2: American names of stages, settings and files."""
+
+MODEL_FORMAT_VERSION = 1
+"""Version of a saved model; it has not changed since the first."""
 
 MANIFEST = "_MANIFEST.json"
 
@@ -17,6 +21,7 @@ REJECT_REASONS = (
     "norm_underflow",
     "norm_overflow",
     "unreadable_file",
+    "killed_process",
     "bad_weight",
     "bad_id",
 )

@@ -4,21 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raydc.core.objectives.table import OBJECTIVES
 from raydc.report.text import count, duration, plural, score
-
-OBJECTIVES = {
-    "dec": "DEC",
-    "idec": "IDEC",
-    "ae": "Autoencoder with a code loss",
-    "dcn": "DCN",
-    "vade": "VaDE",
-    "vdc": "VaDE",
-    "distill": "Distillation",
-    "temi": "TEMI",
-    "icon": "I-Con",
-    "autoencoder": "Autoencoder + k-means",
-    "kmeans": "k-means",
-}
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ class Accounts:
 def objective_name(metrics: Mapping[str, Any]) -> str:
     """Return the name of the run's objective as people write it."""
     name = objective(metrics)
-    return OBJECTIVES.get(name, name.upper())
+    return OBJECTIVES[name].title if name in OBJECTIVES else name.upper()
 
 
 def leaf_scores(metrics: Mapping[str, Any], level: int | None = None) -> dict[str, Any]:
@@ -150,7 +137,7 @@ def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) 
 
 def _repeats(metrics: Mapping[str, Any], baseline: str) -> bool:
     """Return whether the run's own result is this baseline, which would then stand in the table twice."""
-    return (baseline, objective(metrics)) in {("raw_kmeans", "kmeans"), ("autoencoder_kmeans", "autoencoder")}
+    return baseline_of(metrics) == baseline
 
 
 def _lines(block: Sequence[tuple[str, int, Any, Mapping[str, Any], bool]], columns: list[Column]) -> list[ResultRow]:
@@ -217,6 +204,12 @@ def space(history: Sequence[Mapping[str, Any]]) -> list[str]:
 def objective(metrics: Mapping[str, Any]) -> str:
     """Return the run's objective."""
     return str((metrics.get("fit") or {}).get("objective", "dec"))
+
+
+def baseline_of(metrics: Mapping[str, Any]) -> str | None:
+    """Return the name of the baseline that the run's objective is itself; None where it is none of them."""
+    found = OBJECTIVES.get(objective(metrics))
+    return None if found is None else found.baseline
 
 
 def has(scores: Mapping[str, Any], key: str) -> bool:

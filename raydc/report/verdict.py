@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from raydc.report.results import has, leaf_scores, objective, objective_name
+from raydc.report.results import baseline_of, has, leaf_scores, objective_name
 from raydc.report.text import change, score
 
 # Differences below this are taken for noise: restarts of k-means alone move NMI and ACC by as much.
@@ -61,7 +61,7 @@ class Verdict:
 
 def verdict(metrics: Mapping[str, Any]) -> Verdict:
     """Return whether the learned space beats k-means on the raw rows, from the content of metrics.json."""
-    if objective(metrics) == "kmeans":
+    if baseline_of(metrics) == "raw_kmeans":
         return Verdict("none", "No space was learned: these are k-means clusters of the rows themselves.", [], [])
     baselines = metrics.get("baselines") or {}
     raw = baselines.get("raw_kmeans")
@@ -148,7 +148,7 @@ def _beside(tone: Tone, near: Criterion | None, why_not: str) -> list[str]:
 def _refinement(metrics: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Return what the objective has added to the autoencoder alone, by known classes."""
     before = (metrics.get("baselines") or {}).get("autoencoder_kmeans")
-    if objective(metrics) == "autoencoder" or not before or not has(before, "nmi"):
+    if baseline_of(metrics) == "autoencoder_kmeans" or not before or not has(before, "nmi"):
         return []
     gain = ours["nmi"] - before["nmi"]
     return [_added(metrics, f"reaches NMI {score(before['nmi'])}", gain)]
@@ -158,7 +158,7 @@ def _before(metrics: Mapping[str, Any]) -> list[str]:
     """Return what the objective has added to the autoencoder alone, by the neighbors."""
     methods = metrics["agreement"]["methods"]
     before = methods.get("autoencoder_kmeans")
-    if objective(metrics) == "autoencoder" or before is None:
+    if baseline_of(metrics) == "autoencoder_kmeans" or before is None:
         return []
     gain = methods["learned"]["score"] - before["score"]
     return [_added(metrics, f"has a neighbor agreement of {score(before['score'])}", gain)]

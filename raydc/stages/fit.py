@@ -25,31 +25,24 @@ from raydc.core.models.autoencoder import choose_precision
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.models.teacher import Teacher
 from raydc.core.process import prepare_process
-from raydc.core.training.collapse import WatchSettings, signs
+from raydc.core.training.collapse import signs
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.training.settings import (
-    ClusterSettings,
-    DistillSettings,
-    FitSettings,
-    HeadSettings,
-    PretrainSettings,
-    RefineSettings,
-    VadeSettings,
-)
+from raydc.core.training.settings import FitSettings, WatchSettings
 from raydc.core.training.state import Clustering
 from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
 from raydc.model import Model
+from raydc.runfolder.attempts import FOLDER, known_attempts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost
 from raydc.runfolder.teacher import load_teacher
 from raydc.runtime.memory import available_bytes, give_back
 from raydc.runtime.remedies import remedy
 from raydc.runtime.row_dataset import EverySlice, readers, slice_dataset
-from raydc.runtime.session import in_one_line, root_cause, watched
+from raydc.runtime.session import bounded, in_one_line, root_cause
 from raydc.stages import profile as profiling
 
 log = logging.getLogger(__name__)
@@ -74,7 +67,7 @@ class Job:
     board: Any
     watch: WatchSettings
     row_bytes: int
-    """Of a resident row."""
+    """Bytes that a resident row takes."""
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -92,9 +85,13 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         )
     taught = load_teacher(config, profile.spec.dim, run.lake)
     inputs = profile.fingerprint if taught is None else f"{profile.fingerprint}-{taught.fingerprint}"
-    with watched("fit", run.tell) as board:
+    slices = profile.slices
+    if config.needs_neighbors:
+        missing = {name for name, a in known_attempts(run.lake, run.uri(FOLDER, "neighbors")).items() if a.left_out}
+        slices = [s for s in slices if s.name not in missing]
+    with bounded("fit", config, run.lake, run.root, run.tell) as bound:
         job = Job(
-            fit_settings(config, inputs),
+            config.fit_settings(inputs),
             profile.preprocess(config) if taught is None else taught.preprocess,
             profile.spec,
             run,
@@ -103,15 +100,15 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             expected,
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
-            board,
-            WatchSettings(**config.watch.model_dump()),
+            bound.board,
+            config.watch,
             config.row_bytes(profile.spec.dim, profile.spec.dtype.itemsize),
         )
         dataset = slice_dataset(
             run.lake,
-            profile.slices,
+            slices,
             profile.spec,
-            board,
+            bound,
             seed=config.seed,
             fraction=fraction,
             num_readers=readers(config),
@@ -179,26 +176,6 @@ def launch(
         kind, text = outcome["failure"]
         raise (DataError if kind == "DataError" else StageError)(f"{name}: {text}")
     return outcome
-
-
-def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
-    """Return the core's settings of a config."""
-    return FitSettings(
-        objective=config.fit.objective,
-        seed=config.seed,
-        precision=config.fit.precision,
-        hidden_dims=tuple(config.autoencoder.hidden_dims),
-        latent_dim=config.autoencoder.latent_dim,
-        pretrain=PretrainSettings(**config.pretrain.model_dump()),
-        cluster=ClusterSettings(**config.cluster.model_dump()),
-        refine=RefineSettings(**config.refine.model_dump()),
-        vade=VadeSettings(**config.vade.model_dump()),
-        distill=DistillSettings(**config.distill.model_dump()),
-        head=HeadSettings(**config.head.model_dump()) if config.needs_neighbors else None,
-        baseline_rows=config.evaluate.baseline_rows,
-        fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
-        checkpoint_epochs=config.fit.checkpoint_epochs,
-    )
 
 
 class RayContext:
@@ -286,7 +263,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
             rows = collect(job, ranks)
             load_seconds = time.perf_counter() - started
             pairs = None
-            if job.settings.head is not None:
+            if job.settings.needs_pairs:
                 assert isinstance(rows, ResidentRows)
                 pairs = NeighborPairs(rows, ranks)
             fitted = fit(rows, job.preprocess, job.settings, context, pairs, teacher=job.teacher)
@@ -325,7 +302,7 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
         allowed = int(0.6 * available_bytes()) // ray.train.get_context().get_local_world_size()
     # Every rank takes the same mode, that of the rank with the least memory.
     streamed = bool(ranks.max(torch.tensor([int(shard_bytes > allowed)]))[0])
-    if streamed and job.settings.head is not None:
+    if streamed and job.settings.needs_pairs:
         # The same on every rank, like every ValueError of the fit.
         raise ValueError(
             f"{job.settings.objective} meets each row with its neighbors and needs the rows resident, but a shard of "

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydc.config import SECTIONS_OF_STAGE, Config
+from raydc.config import Config
+from raydc.config.stages import before
 from raydc.errors import StageError
 from raydc.runfolder.folder import RunDir
 
@@ -78,10 +79,9 @@ def load(config: Config, run: RunDir) -> "RunData":
 
 def _seconds(run: RunDir, metrics: dict[str, Any]) -> dict[str, float]:
     """Return the seconds of the stages before this one: a page that counted itself would change with every rerun."""
-    stages = list(SECTIONS_OF_STAGE)
     written = metrics.get("stages") or {}
-    found = {}
-    for stage in stages[: stages.index("report")]:
+    found: dict[str, float] = {}
+    for stage in before("report"):
         seconds = (run.marker(stage) or {}).get("seconds", (written.get(stage) or {}).get("seconds"))
         if seconds is not None:
             found[stage] = float(seconds)

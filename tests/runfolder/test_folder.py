@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from raydc import pipeline
 from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import StageError
 from raydc.runfolder import folder
@@ -99,6 +100,38 @@ def test_the_header_tells_of_the_last_driver_and_the_first_start(run, monkeypatc
     run.write_header(shards.settings("data", fit={"num_workers": 3}))
     header = run.lake.read_json(run.uri("run.json"))
     assert header["config"]["fit"]["num_workers"] == 3 and header["started"].startswith("20")
+
+
+def test_a_run_of_this_format_and_a_folder_without_a_run_may_be_gone_on_with(run):
+    run.check_format()
+    run.write_header(shards.settings("data"))
+    run.check_format()
+
+
+def header_of_format_1():
+    return {
+        "run_id": "r1",
+        "format_version": 1,
+        "started": "2026-11-21T00:00:00Z",
+        "versions": {},
+        "config": {"neighbours": {"num": 3}},
+    }
+
+
+def test_a_run_of_the_former_format_is_refused_with_what_to_do(run):
+    run.lake.write_json(run.uri("run.json"), header_of_format_1())
+    text = "run 'r1' in .* was written by format 1, and this raydc writes format 2. Use"
+    with pytest.raises(StageError, match=text):
+        run.check_format()
+
+
+def test_a_job_does_not_start_in_a_folder_of_the_former_format(tmp_path):
+    shards.write(tmp_path / "in" / "a.parquet", shards.rows(shards.vectors(50)))
+    config = shards.settings(tmp_path / "in", output=str(tmp_path / "runs"))
+    Lake().write_json(str(tmp_path / "runs" / "r1" / "run.json"), header_of_format_1())
+    with pytest.raises(StageError, match="written by format 1, .* Use a new --run-id"):
+        pipeline.run(config, "r1")
+    assert [p.name for p in (tmp_path / "runs" / "r1").iterdir()] == ["run.json"]
 
 
 def test_remove_forgets_files_folders_and_what_is_not_there(run):

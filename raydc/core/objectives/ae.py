@@ -44,7 +44,9 @@ class Ae(Objective):
         """Return the objective that starts from these inputs."""
         assert inputs.autoencoder is not None
         refine = inputs.settings.refine
-        return cls(inputs.autoencoder, inputs.centers_KL, inputs.kernel, code_loss=refine.code_loss, beta=refine.beta)
+        return cls(
+            inputs.autoencoder, inputs.centers_KL, inputs.kernel, code_loss=refine.code_loss, beta=refine.code_weight
+        )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its parts `reconstruction` and `code`."""

@@ -33,7 +33,6 @@ class Heads(Objective):
     """Heads, their marginals, and which of them is the best so far."""
 
     encoder = None
-    needs_pairs = True
 
     marginals: Tensor
     """(H, K) float64 p_k of each head."""
@@ -50,7 +49,6 @@ class Heads(Objective):
     def __init__(self, inputs: ObjectiveInputs, num_heads: int = 1) -> None:
         super().__init__()
         plan = inputs.settings.head
-        assert plan is not None
         num_leaves = len(inputs.centers_KL)
         self.plan, self.kernel, self.seed = plan, inputs.kernel, inputs.settings.seed
         self._target_top_p = inputs.settings.refine.target_top_q

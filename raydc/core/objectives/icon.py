@@ -79,7 +79,7 @@ class Icon(Heads):
     def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Start the head, and choose the rows from which each step takes its negatives."""
         super().initialize(sample_NL, weights_N)
-        if self.plan.alpha > 0:
+        if self.plan.debiasing > 0:
             chosen = rotating_rows(len(sample_NL), 16 * self.plan.num_negatives, 0, stream_seed(self.seed, 16))
             chosen = chosen.to(sample_NL.device)
             self.negatives = sample_NL[chosen].clone()
@@ -89,7 +89,7 @@ class Icon(Heads):
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `attraction`."""
         assert batch.positives is not None
-        alpha, head, marginals = self.plan.alpha, self.heads[0], self.marginals[0]
+        alpha, head, marginals = self.plan.debiasing, self.heads[0], self.marginals[0]
         log_phi = head(batch.x_ND)
         lift = log_lift(log_phi, head(batch.positives.x_ND), log_marginal(marginals))
         losses = -(1.0 - alpha) * log_debiased(lift, alpha)

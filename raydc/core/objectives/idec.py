@@ -48,7 +48,7 @@ class Idec(Dec):
             inputs.centers_KL,
             inputs.kernel,
             Target.from_settings(inputs.settings.refine),
-            gamma=inputs.settings.refine.gamma,
+            gamma=inputs.settings.refine.clustering_weight,
             arithmetic=inputs.arithmetic,
             num_local_rows=inputs.num_local_rows,
         )

@@ -8,7 +8,8 @@ from added-up sums alone.
 The course of a fit, and the member that is called:
 
 1. `check_inputs`, before anything is trained: a pass that refuses rows which the objective cannot take.
-2. `from_inputs` makes the objective, in a new fit and in a resumed one.
+2. `from_inputs` makes the objective, in a new fit and in a resumed one. What must be known before, such as its title
+   and whether it needs an autoencoder or pairs, is its line in raydc.core.objectives.table.
 3. New fit only: `initialize` with a sample of the codes, the same on every rank. Resumed fit: `load_state_tensors`,
    with what `state_tensors` gave to the checkpoint.
 4. Before an epoch `reclusters`: whether Lloyd's iterations move the centers (`set_centers`). Before each step
@@ -70,7 +71,7 @@ class Minibatch:
     """What `batch_sums` returned, added up over all ranks. None where it returned None, and in a pass."""
 
     positives: "Minibatch | None" = None
-    """(n,) a second row for each row, such as a neighbor, where the objective `needs_pairs`."""
+    """(n,) a second row for each row, such as a neighbor, where the table of objectives says `needs_pairs`."""
 
     def __len__(self) -> int:
         return len(self.keys_N)
@@ -81,7 +82,7 @@ class ObjectiveInputs:
     """What an objective is made from, the same on every rank."""
 
     autoencoder: Autoencoder | None
-    """Pretrained; None for an objective that works on the preprocessed rows (see `build.needs_autoencoder`)."""
+    """Pretrained; None for an objective that works on the preprocessed rows (see raydc.core.objectives.table)."""
 
     centers_KL: Tensor
     """(K, L) float32 centers of k-means over all rows, on the training device."""
@@ -150,9 +151,6 @@ class Objective(nn.Module):
 
     sample_rows = 0
     """Rows of the sample that `initialize` gets, about."""
-
-    needs_pairs = False
-    """Whether each row comes with a second one (`Minibatch.positives`)."""
 
     final_centers: Literal["keep", "lloyd", "kmeans"] = "keep"
     """After the last epoch: keep the centers; Lloyd's iterations from them; or k-means anew."""

@@ -45,7 +45,6 @@ class Temi(Heads):
     """
 
     def __init__(self, inputs: ObjectiveInputs) -> None:
-        assert inputs.settings.head is not None
         super().__init__(inputs, inputs.settings.head.num_heads)
         self.teachers = copy.deepcopy(self.heads).requires_grad_(False)
 
@@ -65,7 +64,9 @@ class Temi(Heads):
         for head, (t, t2), marginals in zip(self.heads, targets, self.marginals, strict=True):
             log_pk = log_marginal(marginals)
             s, s2 = head(x), head(x2)
-            both = pair_loss(s, t2, log_pk, beta=self.plan.beta) + pair_loss(s2, t, log_pk, beta=self.plan.beta)
+            both = pair_loss(s, t2, log_pk, beta=self.plan.pair_exponent) + pair_loss(
+                s2, t, log_pk, beta=self.plan.pair_exponent
+            )
             losses.append(weight * 0.5 * both)
         self._note_step(batch, [t for t, _ in targets], losses)
         return {"loss": (batch.weights_N * torch.stack(losses).mean(dim=0)).sum()}

@@ -14,7 +14,7 @@ from raydc.core.hashing import stream_seed
 from raydc.core.models.autoencoder import Autoencoder, choose_precision, initialize
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.models.teacher import Teacher
-from raydc.core.objectives.build import build, check_inputs, needs_autoencoder
+from raydc.core.objectives.build import build, check_inputs
 from raydc.core.objectives.objective import Objective, ObjectiveInputs, run_pass
 from raydc.core.process import release_memory
 from raydc.core.search.kmeans import LeafSums, leaf_sums
@@ -118,7 +118,7 @@ class _Fit:
         self.trainer = Trainer(rows, preprocess, settings, self.ranks, arithmetic)
         generator = torch.Generator().manual_seed(stream_seed(settings.seed, 1))
         autoencoder = None
-        if needs_autoencoder(settings.objective):
+        if settings.learns:
             autoencoder = self._new_autoencoder()
             initialize(autoencoder, generator)
         self.teacher = teacher.to(self.ranks.device) if teacher is not None else None
@@ -197,7 +197,7 @@ class _Fit:
     def refinement(self) -> Refinement:
         """Return the training on the objective."""
         assert self.state.objective is not None
-        pairs = self.pairs if self.state.objective.needs_pairs else None
+        pairs = self.pairs if self.settings.needs_pairs else None
         return Refinement(self.trainer, self.state, self.state.objective, pairs)
 
     def finish(self) -> Fitted:
@@ -244,12 +244,14 @@ class _Fit:
         objective = build(self.settings.objective, inputs)
         if objective is None:
             return None
-        if objective.needs_pairs and self.pairs is None:
+        if self.settings.needs_pairs and self.pairs is None:
             raise ValueError(f"objective={self.settings.objective} takes rows in pairs: give `pairs` a source of them")
         return objective.to(self.ranks.device)
 
     def _new_autoencoder(self) -> Autoencoder:
-        return Autoencoder(self.trainer.rows.dim, self.settings.hidden_dims, self.settings.latent_dim)
+        return Autoencoder(
+            self.trainer.rows.dim, self.settings.autoencoder.hidden_dims, self.settings.autoencoder.latent_dim
+        )
 
     def _copy_encoder(self, encoder: nn.Module) -> nn.Module:
         copy = self._new_autoencoder().encoder

@@ -88,7 +88,7 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     """Return a sample of about `num_rows` latents; of preprocessed rows where there is no encoder."""
     ranks, rows = trainer.ranks, trainer.rows
     fraction, seed = num_rows / max(rows.num_rows, 1), stream_seed(trainer.settings.seed, 6)
-    width = rows.dim if encoder is None else trainer.settings.latent_dim
+    width = rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
     share = int(_MARGIN * min(num_rows, rows.num_rows) / ranks.world_size)
     keys = RowStore([], torch.int64, share, ranks.device)
     values = RowStore([width], torch.float32, share, ranks.device)
@@ -112,7 +112,7 @@ def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) ->
     """
     ranks = trainer.ranks
     if not num_rows:
-        width = trainer.rows.dim if encoder is None else trainer.settings.latent_dim
+        width = trainer.rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
         return torch.empty((0, width), device=ranks.device), None
     sample = sample_latents(trainer, encoder, num_rows)
     z_NL, weights_N = sample.z_NL, sample.weights_N

@@ -24,7 +24,7 @@ def pretrain_layers(trainer: Trainer, state: State, recorder: Recorder) -> None:
     """Train one pair of layers after the other, each on the codes of those below it."""
     plan, autoencoder = trainer.settings.pretrain, state.autoencoder
     assert autoencoder is not None
-    num_layers = len(trainer.settings.hidden_dims) + 1
+    num_layers = len(trainer.settings.autoencoder.hidden_dims) + 1
     for layer in range(state.epoch // plan.layer_epochs, num_layers):
         pair = LayerPair(autoencoder, layer, share=plan.layer_corruption)
         module = trainer.distributed(pair)
