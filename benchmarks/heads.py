@@ -147,7 +147,7 @@ def _spherical_kmeans(data: Data, seed: int) -> npt.NDArray[np.int64]:
 def _graph(x_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     keys = np.arange(len(x_ND))
     found = Neighbors.none(len(x_ND), _NUM_NEIGHBORS)
-    return search(keys, x_ND, Shard.of(keys, x_ND), found, metric="cosine").keys_QM
+    return search(keys, x_ND, Shard.from_rows(keys, x_ND), found, metric="cosine").keys_QM
 
 
 def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None) -> Fitted:

@@ -20,7 +20,7 @@ from raydc.config import Config, MergeConfig
 from raydc.core.tree.cells import CellMerges, CellState, Runner, run_here
 from raydc.core.tree.levels import level_statistics, levels
 from raydc.core.tree.linkage import Linkage, agglomerate
-from raydc.core.tree.order import heavier_left, leaf_order, node_table, relabel
+from raydc.core.tree.order import in_tree_order, node_table
 from raydc.data.schema import level_column
 from raydc.errors import StageError
 from raydc.model import Model
@@ -50,9 +50,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         log.warning(
             "merge: %d of %d leaves hold no row and are left out of the model", len(tree.left_out), len(weights)
         )
-    turned = heavier_left(tree.merges, weights[tree.leaves])
-    order = tree.leaves[leaf_order(turned)]
-    linkage = relabel(turned, leaf_order(turned))
+    linkage, places = in_tree_order(tree.merges, weights[tree.leaves])
+    order = tree.leaves[places]
     weights, means, sse = weights[order], means[order], sse[order]
     sizes = [k for k in config.levels if k < len(order)]
     if sizes != config.levels:

@@ -149,7 +149,7 @@ class HeadPredictor:
         return HeadPredictor(copy.deepcopy(self.head).to(device))
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "HeadPredictor":
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "HeadPredictor":
         """Return the one that `tensors` gave.
 
         Raises:

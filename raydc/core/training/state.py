@@ -1,7 +1,7 @@
 """What a fit knows between two epochs, and how it goes into a checkpoint and back: nothing depends on the ranks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.models.predictor import Predictor
-from raydc.core.objectives.kernel import Kernel
+from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.objectives.objective import Objective
-from raydc.core.search.nearest import nearest
+from raydc.core.objectives.snapshot import encode
+from raydc.core.search.nearest import SquaredDistances, nearest
 from raydc.core.training import checkpoint
 
 
@@ -24,6 +25,31 @@ class Clustering:
     kernel: Kernel
     predictor: Predictor | None = None
     """What decides a row's leaf; None: the nearest center."""
+
+    @torch.no_grad()
+    def encode(self, x_ND: Tensor) -> Tensor:
+        """Return the (N, L) float32 points of (N, D) preprocessed rows in the clustering space."""
+        return encode(self.encoder, x_ND, "float32")
+
+    @torch.no_grad()
+    def label(self, z_NL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the leaf (N,) int64 of each point, decided in float64, and its confidence (N,) float32.
+
+        The confidence is the soft assignment to the nearest center, or the probability that the predictor gives. A
+        row's answer does not depend on the rows beside it.
+        """
+        if self.predictor is not None:
+            ids, top = self.predictor.best(z_NL, 1)
+            return ids[:, 0], top[:, 0]
+        distances = SquaredDistances(self.centers_KL)
+        squared_NK = distances(z_NL)
+        ids, _ = distances.nearest(z_NL, squared_NK, 1)
+        return ids[:, 0], top_soft_assign(squared_NK, self.kernel)
+
+    def reordered(self, order_K: Tensor) -> "Clustering":
+        """Return the one whose leaf i is the present leaf order_K[i] (int64); leaves that are left out are gone."""
+        predictor = None if self.predictor is None else self.predictor.reordered(order_K)
+        return replace(self, centers_KL=self.centers_KL[order_K.to(self.centers_KL.device)], predictor=predictor)
 
     def assign(self, z_NL: Tensor) -> tuple[Tensor, Tensor]:
         """Return the leaf (N,) int64 of each point and its squared distance (N,) to the leaf's center."""

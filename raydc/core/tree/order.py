@@ -141,6 +141,26 @@ def heavier_left(Z: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
     return turned
 
 
+def in_tree_order(Z: np.ndarray, weights_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tree whose leaf ids follow its leaf order, heavier branches first, and each new leaf's present id.
+
+    Neighboring ids are then neighboring leaves, whatever the leaves were called before.
+
+    Args:
+        Z: (K-1, 4) linkage matrix.
+        weights_K: (K,) weight of each leaf.
+
+    Returns:
+        The (K-1, 4) float64 linkage matrix, and the (K,) int64 order: new leaf i is the present leaf order[i].
+
+    Raises:
+        ValueError: Z is not a linkage matrix, or there is not one weight per leaf.
+    """
+    turned = heavier_left(Z, weights_K)
+    order_K = leaf_order(turned)
+    return relabel(turned, order_K), order_K
+
+
 def _top_nodes(children_T2: np.ndarray, num_groups: int, start_V: np.ndarray) -> np.ndarray:
     """Return the nodes left when the last num_groups - 1 merges are undone, in tree order."""
     num_leaves = len(children_T2) + 1

@@ -245,7 +245,7 @@ def test_a_predictor_labels_a_row_alike_in_any_company_and_survives_saving(hidde
     np.testing.assert_allclose(top, expected.topk(2, dim=1).values.exp(), rtol=1e-4)
     alone = torch.cat([predictor.best(x[i : i + 1], 2)[0] for i in range(200)])
     np.testing.assert_array_equal(alone, leaves)
-    again = HeadPredictor.of({name: t.clone() for name, t in predictor.tensors().items()})
+    again = HeadPredictor.from_tensors({name: t.clone() for name, t in predictor.tensors().items()})
     np.testing.assert_array_equal(again.best(x, 2)[0], leaves)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
     np.testing.assert_array_equal(order[predictor.reordered(order).best(x, 2)[0]], leaves)
@@ -262,7 +262,7 @@ def test_equal_prototypes_give_the_lower_leaf():
 def graph(x, num=5):
     """Return the keys of the neighbors of each row, the rows' keys being their numbers."""
     keys, rows = np.arange(len(x)), prepare(x, "cosine")
-    return search(keys, rows, Shard.of(keys, rows), Neighbors.none(len(x), num), metric="cosine").keys_QM
+    return search(keys, rows, Shard.from_rows(keys, rows), Neighbors.none(len(x), num), metric="cosine").keys_QM
 
 
 def paired_rows(ranks, x):
