@@ -25,6 +25,7 @@ from raydc.core.training.collapse import WatchSettings
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.training.sweep import Sample, SweepSettings, sweep
+from raydc.data.profile import Profile
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
@@ -104,7 +105,7 @@ def lines(run: RunDir) -> list[str]:
     return [*page(body), *(f"{name:12s}{run.uri(name)}" for name in ("sweep.json", "sweep.md", "sweep.png"))]
 
 
-def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
+def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
     expected = min(found.num_rows, config.fit.max_rows or found.num_rows)
     log.info(
         "sweep: K = %s on about %d of %d rows (%.2f %%), of which %.0f %% are held out; both by hash of the row key",
