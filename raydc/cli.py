@@ -265,6 +265,7 @@ def _loading() -> Iterator[None]:
 
 def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     from raydc.config import apply_override
+    from raydc.runfolder import artifacts
     from raydc.runfolder.folder import RunDir
 
     settings: dict[str, Any] = {}
@@ -276,9 +277,10 @@ def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     door = parse_config({"input": {"path": ""}, **settings}).storage
     output, _, run_id = absolute(uri).rstrip("/").rpartition("/")
     folder = RunDir(Lake(**door.model_dump()), output, run_id)
-    if not folder.lake.exists(folder.uri("run.json")):
+    header = artifacts.RUN.read_if_there(folder)
+    if header is None:
         raise StageError(f"{uri}: no run there. Give the folder <output>/<run_id> of a run.")
-    return folder, parse_config(folder.lake.read_json(folder.uri("run.json"))["config"] | settings)
+    return folder, parse_config(header["config"] | settings)
 
 
 def _with_overrides(base: dict[str, Any], overrides: Sequence[str]) -> Config:

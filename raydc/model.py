@@ -22,7 +22,7 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.process import block_rows as rows_at_once
 from raydc.core.search.nearest import SquaredDistances, cache_rows
-from raydc.data.schema import FORMAT_VERSION
+from raydc.data.schema import FORMAT_VERSION, MODEL_FOLDER
 from raydc.errors import DataError
 from raydc.storage.lake import Lake, join
 
@@ -38,6 +38,15 @@ _DAMAGE = (
     TypeError,
     ValueError,
 )
+
+
+HEAD, WEIGHTS, CENTROIDS, PREDICTOR = (
+    "config.json",
+    "weights.safetensors",
+    "centroids.safetensors",
+    "predictor.safetensors",
+)
+"""Files of a saved model; the head is written last."""
 
 
 @dataclass(frozen=True)
@@ -186,14 +195,14 @@ class Model:
         weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
         centroids = {"centers": self.centers_KL}
         centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in self.levels.items()}
-        files = {"weights": weights, "centroids": centroids}
+        files = {WEIGHTS: weights, CENTROIDS: centroids}
         if self.predictor is not None:
-            files["predictor"] = self.predictor.tensors()
+            files[PREDICTOR] = self.predictor.tensors()
         for name, tensors in files.items():
             body = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
-            lake.write_bytes(join(uri, f"{name}.safetensors"), body)
+            lake.write_bytes(join(uri, name), body)
         lake.write_json(
-            join(uri, "config.json"),
+            join(uri, HEAD),
             {
                 "format": "raydc-model",
                 "format_version": FORMAT_VERSION,
@@ -218,7 +227,7 @@ class Model:
         lake = lake or Lake()
         uri = cls.folder(uri, lake)
         try:
-            head = json.loads(lake.read_bytes(join(uri, "config.json")))
+            head = json.loads(lake.read_bytes(join(uri, HEAD)))
         except (FileNotFoundError, ValueError, RecursionError):
             raise DataError(f"model {uri}: no model there. Give the model folder of a finished run.") from None
         found = (head.get("format"), head.get("format_version")) if isinstance(head, dict) else (None, None)
@@ -236,15 +245,15 @@ class Model:
     @staticmethod
     def folder(uri: str, lake: Lake) -> str:
         """Return the model folder that `uri` means: itself, or its `model/` where it is a run folder."""
-        inside = join(uri, "model")
-        if not lake.exists(join(uri, "config.json")) and lake.exists(join(inside, "config.json")):
+        inside = join(uri, MODEL_FOLDER)
+        if not lake.exists(join(uri, HEAD)) and lake.exists(join(inside, HEAD)):
             return inside
         return uri
 
     @classmethod
     def _read(cls, uri: str, lake: Lake, head: dict[str, Any]) -> "Model":
-        weights = safetensors.torch.load(lake.read_bytes(join(uri, "weights.safetensors")))
-        centroids = safetensors.torch.load(lake.read_bytes(join(uri, "centroids.safetensors")))
+        weights = safetensors.torch.load(lake.read_bytes(join(uri, WEIGHTS)))
+        centroids = safetensors.torch.load(lake.read_bytes(join(uri, CENTROIDS)))
         blocks = [(int(a), int(b), float(w)) for a, b, w in head["preprocess"]["blocks"]]
         preprocess = Preprocess(
             head["preprocess"]["method"],
@@ -264,7 +273,7 @@ class Model:
         levels = {int(k): centroids[f"level_{k}"].numpy() for k in head["levels"]}
         kernel, predictor = Kernel(**head["kernel"]), None
         if head.get("predictor") is not None:
-            tensors = safetensors.torch.load(lake.read_bytes(join(uri, "predictor.safetensors")))
+            tensors = safetensors.torch.load(lake.read_bytes(join(uri, PREDICTOR)))
             predictor = build_predictor(head["predictor"], tensors)
         details = head.get("details", {})
         return cls(preprocess, encoder, centroids["centers"], kernel, tuple(head["widths"]), levels, details, predictor)

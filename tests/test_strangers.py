@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from raydc.core.training import checkpoint
+from raydc.data.statistics import Statistics
 from raydc.errors import DataError
-from raydc.labeling.label_slice import Statistics
 from raydc.model import Model
 from raydc.storage.lake import Lake
 from tests import shards

@@ -7,8 +7,10 @@ from raydc.config import Config, EmbeddingColumn, digest
 from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling
-from raydc.model import Model
+from raydc.model import CENTROIDS, HEAD, WEIGHTS, Model
 from raydc.pipeline import make_lake
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
 from raydc.stages.assign import label_all
 from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake, absolute, join
@@ -43,24 +45,25 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
 
 def _claim(lake: Lake, output: str, made_from: dict[str, str]) -> None:
     """Write down what the labels are made from; slices that are complete are skipped, so it must stay the same."""
-    uri = join(output, "labels.json")
-    if lake.exists(uri):
-        before = lake.read_json(uri)
+    place = Place(lake, output)
+    before = artifacts.LABELED_FROM.read_if_there(place)
+    if before is not None:
         changed = [name for name in made_from if before.get(name) != made_from[name]]
         if changed:
             raise StageError(
                 f"assign: {output} holds labels made from another {' and '.join(changed)}. Use another --output."
             )
-    lake.write_json(uri, made_from)
+    artifacts.LABELED_FROM.write(place, made_from)
 
 
 def _model_digest(lake: Lake, model_uri: str) -> str:
     found = Model.folder(absolute(model_uri), lake)
-    names = ("config.json", "weights.safetensors", "centroids.safetensors")
-    return digest([hashlib.sha256(lake.read_bytes(join(found, name))).hexdigest() for name in names])
+    return digest(
+        [hashlib.sha256(lake.read_bytes(join(found, name))).hexdigest() for name in (HEAD, WEIGHTS, CENTROIDS)]
+    )
 
 
 def _load(config: Config, model_uri: str, output: str, spec: InputSpec) -> Labeling:
     lake = make_lake(config)
     model = Model.load(absolute(model_uri), lake)
-    return Labeling(lake, absolute(output), spec, model, block_rows=config.assign.block_rows)
+    return Labeling(lake=lake, output=absolute(output), spec=spec, model=model, block_rows=config.assign.block_rows)

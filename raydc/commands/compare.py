@@ -38,9 +38,11 @@ from raydc.core.training.rows import Batch, ResidentRows
 from raydc.data.slices import class_names, read_slice
 from raydc.errors import ConfigError, DataError
 from raydc.pipeline import make_lake
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
 from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
-from raydc.storage.lake import absolute, join
+from raydc.storage.lake import absolute
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +93,10 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
             shown = None if name in DETERMINISTIC else seed
             note(name, shown, found.groups_N, time.perf_counter() - started, found.parameters)
     body = {"rows": len(x), "input_rows": total, "num_leaves": config.cluster.num_leaves, "entries": entries}
-    lake, folder = make_lake(config), absolute(config.output)
-    lake.write_json(join(folder, "compare.json"), body)
+    folder = Place(make_lake(config), absolute(config.output))
+    artifacts.COMPARISON.write(folder, body)
     page = "\n".join(_page(body)) + "\n"
-    lake.write_bytes(join(folder, "compare.md"), page.encode())
+    artifacts.COMPARISON_PAGE.write(folder, page.encode())
     return page
 
 

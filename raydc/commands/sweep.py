@@ -29,6 +29,7 @@ from raydc.data.profile import Profile
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import acquire
 from raydc.runtime import session
@@ -38,6 +39,9 @@ from raydc.stages import fit, profile
 log = logging.getLogger(__name__)
 
 _NAME = "sweep"
+
+WRITES = (artifacts.SWEEP, artifacts.SWEEP_PAGE, artifacts.SWEEP_FIGURE)
+"""What a sweep leaves in the run folder, beside its checkpoints."""
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -89,7 +93,7 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
     folder.fence = lease.fence
     with lease, session.connected(config):
         if folder.marker(_NAME) is None:
-            folder.remove("checkpoints", "sweep.json", "sweep.md", "sweep.png")
+            folder.remove(artifacts.CHECKPOINTS.path, *(file.path for file in WRITES))
             folder.write_header(config)
         folder.begin(_NAME, settings)
         started = time.perf_counter()
@@ -101,8 +105,7 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
 
 def lines(run: RunDir) -> list[str]:
     """Return what a person reads at the end: the table, the recommendation and the paths."""
-    body = run.lake.read_json(run.uri("sweep.json"))
-    return [*page(body), *(f"{name:12s}{run.uri(name)}" for name in ("sweep.json", "sweep.md", "sweep.png"))]
+    return [*page(artifacts.SWEEP.read(run)), *(f"{file.path:12s}{file.uri(run)}" for file in WRITES)]
 
 
 def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
@@ -162,9 +165,9 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
 
 
 def _write(folder: RunDir, body: dict[str, Any]) -> None:
-    folder.lake.write_json(folder.uri("sweep.json"), body)
-    folder.lake.write_bytes(folder.uri("sweep.md"), ("\n".join(page(body, markdown=True)) + "\n").encode())
-    folder.lake.write_bytes(folder.uri("sweep.png"), figure(body))
+    artifacts.SWEEP.write(folder, body)
+    artifacts.SWEEP_PAGE.write(folder, ("\n".join(page(body, markdown=True)) + "\n").encode())
+    artifacts.SWEEP_FIGURE.write(folder, figure(body))
 
 
 class _Split:

@@ -2,7 +2,6 @@
 
 from raydc.config.config import (
     MAX_PAIRWISE_LEAVES,
-    SECTIONS_OF_STAGE,
     AssignConfig,
     AutoencoderConfig,
     ClusterConfig,
@@ -37,7 +36,6 @@ from raydc.config.config import (
 
 __all__ = [
     "MAX_PAIRWISE_LEAVES",
-    "SECTIONS_OF_STAGE",
     "AssignConfig",
     "AutoencoderConfig",
     "ClusterConfig",

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from raydc.config import presets
+from raydc.config.stages import SECTIONS_OF_STAGE, STAGE_NAMES, StageName, up_to
 from raydc.errors import ConfigError
 from raydc.storage.secrets import REMEDY, has_credentials, masked
 
@@ -823,9 +824,9 @@ class Config(Section):
         return self.fit.objective in ("temi", "icon")
 
     @property
-    def stages(self) -> list[str]:
+    def stages(self) -> list[StageName]:
         """Return the names of the stages of a run with these settings, in order."""
-        return [name for name in SECTIONS_OF_STAGE if name != "neighbors" or self.needs_neighbors]
+        return [name for name in STAGE_NAMES if name != "neighbors" or self.needs_neighbors]
 
     def encoder_widths(self, dim: int) -> list[int]:
         """Return the encoder's layer widths, input first; of length 1 where the rows are clustered as they are."""
@@ -843,9 +844,9 @@ class Config(Section):
         codes = 4 * self.autoencoder.latent_dim + 8 if self.learns else 0
         return dim * itemsize + 20 + 8 * neighbors + codes
 
-    def settings(self, stage: str) -> dict[str, Any]:
+    def settings(self, stage: StageName) -> dict[str, Any]:
         """Return the settings that decide the result of `stage`: its own and those of every stage before it."""
-        sections = [s for name in _up_to(stage) for s in SECTIONS_OF_STAGE[name]]
+        sections = [s for name in up_to(stage) for s in SECTIONS_OF_STAGE[name]]
         if not self.needs_neighbors:
             # So that these sections may change, and new ones of their kind may come, without touching other runs.
             sections = [s for s in sections if s not in ("neighbors", "head")]
@@ -854,21 +855,9 @@ class Config(Section):
             found["sample"] = {"seed": self.seed, "max_rows": self.fit.max_rows}
         return found
 
-    def fingerprint(self, stage: str) -> str:
+    def fingerprint(self, stage: StageName) -> str:
         """Return a 16-digit hash of `settings(stage)`."""
         return digest(self.settings(stage))
-
-
-SECTIONS_OF_STAGE: dict[str, tuple[str, ...]] = {
-    "profile": ("input", "preprocess"),
-    "neighbors": ("neighbors",),
-    "fit": ("seed", "autoencoder", "pretrain", "cluster", "fit", "refine", "vade", "distill", "head", "evaluate"),
-    "merge": ("merge",),
-    "assign": ("assign",),
-    "evaluate": (),
-    "report": (),
-    "publish": ("publish",),
-}
 
 
 def digest(value: Any) -> str:
@@ -977,11 +966,6 @@ def _known_keys(parents: list[Any]) -> list[str]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)
-
-
-def _up_to(stage: str) -> list[str]:
-    names = list(SECTIONS_OF_STAGE)
-    return names[: names.index(stage) + 1]
 
 
 def _decisive(value: Any) -> Any:

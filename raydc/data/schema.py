@@ -4,7 +4,8 @@ import pyarrow as pa
 
 FORMAT_VERSION = 1
 
-MANIFEST = "_MANIFEST.json"
+MODEL_FOLDER = "model"
+"""Where a run folder has its model."""
 
 RUN_COLUMN = "run_id"
 """Partition column of the tables in which runs register their labels; not in the label files themselves."""

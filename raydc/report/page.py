@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jinja2
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import yaml
 
 from raydc.core.tree.order import truncate
+from raydc.data.records import Epoch, Header, Metrics
 from raydc.data.schema import level_column
 from raydc.report import colors, figures, results
 from raydc.report import text as wording
@@ -30,10 +31,10 @@ class RunData:
     """What the page is made from: the content of the run folder."""
 
     run_id: str
-    header: Mapping[str, Any]
+    header: Header
     """run.json."""
 
-    metrics: Mapping[str, Any]
+    metrics: Metrics
     """metrics.json."""
 
     seconds: Mapping[str, float]
@@ -245,7 +246,7 @@ def _most_frequent(leaves: Sequence[tuple[str | None, float | None, int]]) -> st
     return f"  \u00b7  {wording.clean(label, 24)} (\u2265 {wording.percent(math.floor(100 * share) / 100)})"
 
 
-def draw_training(metrics: Mapping[str, Any], tolerance: float | None) -> list[Drawing]:
+def draw_training(metrics: Metrics, tolerance: float | None) -> list[Drawing]:
     """Return the figures of the training history; none for a phase without epochs."""
     history = (metrics.get("fit") or {}).get("history") or []
     pretrain = [e for e in history if e.get("phase") == "pretrain"]
@@ -272,16 +273,17 @@ def draw_training(metrics: Mapping[str, Any], tolerance: float | None) -> list[D
     return drawings
 
 
-def _curves(entries: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> list[Curve]:
+def _curves(entries: Sequence[Epoch], keys: Mapping[str, str]) -> list[Curve]:
     found = []
     for key, name in keys.items():
-        points = [(e["epoch"] + 1, e[key]) for e in entries if e.get(key) is not None and np.isfinite(e[key])]
+        values = [(e["epoch"] + 1, cast(dict[str, float | None], e).get(key)) for e in entries]
+        points = [(epoch, value) for epoch, value in values if value is not None and np.isfinite(value)]
         if points:
             found.append(Curve(name, *zip(*points)))
     return found
 
 
-def _training_facts(metrics: Mapping[str, Any]) -> list[str]:
+def _training_facts(metrics: Metrics) -> list[str]:
     fit = metrics.get("fit") or {}
     facts = []
     if fit.get("num_workers"):

@@ -8,34 +8,38 @@ import datetime
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from raydc.config import Config, difference, digest
+from raydc.data.records import Marker
 from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import StageError
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
 from raydc.runfolder.lease import Fence
 from raydc.storage.lake import Lake, absolute, join
 from raydc.storage.secrets import masked
 
 
-class RunDir:
+class RunDir(Place):
     """The folder `<output>/<run_id>` of one run."""
 
     def __init__(self, lake: Lake, output: str, run_id: str) -> None:
-        self.lake = lake
+        super().__init__(lake, join(absolute(output), run_id))
         self.run_id = run_id
-        self.root = join(absolute(output), run_id)
         self.fence: Fence | None = None
         """The number under which this process may write; None for readers."""
 
         self.progress: dict[str, Any] = {}
         """What is being done, for `raydc show`; written with every heartbeat."""
 
-    def uri(self, *names: str) -> str:
-        """Return the URI of a name in the run folder."""
-        return join(self.root, *names)
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run from any machine that reaches its folder and its input."""
+        return f"raydc resume {self.root}"
 
     def check_owner(self) -> None:
         """Return if this process may write: before every durable step.
@@ -53,14 +57,13 @@ class RunDir:
     def write_header(self, config: Config) -> None:
         """Write run.json: the resolved config, versions, commit and seed, of the driver that works on the run now."""
         self.check_owner()
-        uri = self.uri("run.json")
-        started = self.lake.read_json(uri)["started"] if self.lake.exists(uri) else now()
-        self.lake.write_json(
-            self.uri("run.json"),
+        before = artifacts.RUN.read_if_there(self)
+        artifacts.RUN.write(
+            self,
             {
                 "run_id": self.run_id,
                 "format_version": FORMAT_VERSION,
-                "started": started,
+                "started": now() if before is None else before["started"],
                 "seed": config.seed,
                 "commit": _commit(),
                 "versions": versions(),
@@ -69,10 +72,9 @@ class RunDir:
             },
         )
 
-    def marker(self, stage: str) -> dict[str, Any] | None:
+    def marker(self, stage: str) -> Marker | None:
         """Return what is known of a stage: settings, state, seconds and metrics; None before its first start."""
-        uri = self.uri("stages", f"{stage}.json")
-        return self.lake.read_json(uri) if self.lake.exists(uri) else None
+        return artifacts.marker(stage).read_if_there(self)
 
     def is_done(self, stage: str, settings: dict[str, Any], *, repeatable: bool = False) -> bool:
         """Return whether the stage has finished with these settings.
@@ -94,19 +96,35 @@ class RunDir:
             changes = "; ".join(difference(marker["settings"], settings)) or "a setting was added or removed"
             raise StageError(
                 f"{stage}: run {self.run_id!r} was started with other settings: {changes}. "
-                f"Use a new --run-id, or delete {self.uri('stages', stage + '.json')} and the markers of the stages "
+                f"Use a new --run-id, or delete {artifacts.marker(stage).uri(self)} and the markers of the stages "
                 "after it to do them again."
             )
         return marker["state"] == "done"
 
     def begin(self, stage: str, settings: dict[str, Any]) -> None:
         """Record that the stage has started with these settings."""
-        self._write_marker(stage, settings, {"state": "running", "started": now()})
+        self._write_marker(
+            {
+                "stage": stage,
+                "fingerprint": digest(settings),
+                "state": "running",
+                "started": now(),
+                "settings": settings,
+            }
+        )
 
-    def mark_done(self, stage: str, settings: dict[str, Any], seconds: float, metrics: dict[str, Any]) -> None:
+    def mark_done(self, stage: str, settings: dict[str, Any], seconds: float, metrics: Mapping[str, Any]) -> None:
         """Record that the stage has finished."""
         self._write_marker(
-            stage, settings, {"state": "done", "finished": now(), "seconds": round(seconds, 3), "metrics": metrics}
+            {
+                "stage": stage,
+                "fingerprint": digest(settings),
+                "state": "done",
+                "finished": now(),
+                "seconds": round(seconds, 3),
+                "metrics": dict(metrics),
+                "settings": settings,
+            }
         )
 
     def metrics(self, stage: str) -> dict[str, Any]:
@@ -122,10 +140,9 @@ class RunDir:
         for name in names:
             self.lake.remove(self.uri(name))
 
-    def _write_marker(self, stage: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
+    def _write_marker(self, body: Marker) -> None:
         self.check_owner()
-        body = {"stage": stage, "fingerprint": digest(settings), **state, "settings": settings}
-        self.lake.write_json(self.uri("stages", f"{stage}.json"), body)
+        artifacts.marker(body["stage"]).write(self, body)
 
 
 def now() -> str:

@@ -30,11 +30,12 @@ from types import TracebackType
 from typing import Any
 
 from raydc.errors import StageError
+from raydc.runfolder import artifacts
 from raydc.storage.lake import Lake, join
 
 log = logging.getLogger(__name__)
 
-FOLDER = "lease"
+FOLDER = artifacts.LEASE.path
 
 
 class LeaseLost(StageError):

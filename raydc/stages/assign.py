@@ -7,29 +7,27 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
 from raydc.config import Config
-from raydc.core.metrics.neighbor_agreement import agreement, gain, nearest_neighbors
+from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
 from raydc.core.process import prepare_process
+from raydc.data.records import AgreementRecord, Baseline, MethodAgreement
 from raydc.data.slices import InputSpec, Slice
+from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
-from raydc.labeling.label_slice import Labeling, Statistics, label_slice
-from raydc.model import Model
+from raydc.labeling.label_slice import Labeling, label_slice
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
-from raydc.stages import merge
-from raydc.stages import profile as profiling
-from raydc.storage.lake import Lake
 from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
@@ -46,48 +44,48 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     agreement.json says how the learned partition and the baselines treat nearest neighbors; the rows among which these
     are looked up are not kept.
     """
-    profile = profiling.load(run)
+    profile = artifacts.PROFILE.read(run)
     load = partial(_load, config, run, profile.spec, profile.num_rows)
     total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, run)
-    _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
-    _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
+    for file, table in ((artifacts.EXEMPLARS, total.exemplars), (artifacts.MAP_ROWS, total.map_rows)):
+        if table is not None:
+            file.write(run, table.sort_by("key"))
     # What the slices took on their way.
     give_back()
     if (found := neighbor_agreement(config, total)) is not None:
-        run.lake.write_json(run.uri("agreement.json"), found)
-    counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
-    run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
+        artifacts.AGREEMENT.write(run, found)
+    artifacts.STATISTICS.write(run, total)
     return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
 
 
 def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeling:
     """Return what an actor needs, read from the run folder by the actor itself."""
-    model = Model.load(run.uri("model"), run.lake)
-    statistics = merge.leaf_statistics(run)
+    model, leaves = artifacts.MODEL.load(run), artifacts.LEAVES.read(run)
     baselines = {}
-    for name in ("raw_kmeans", "autoencoder_kmeans"):
-        if run.lake.exists(run.uri("fit", "baselines", name, "config.json")):
-            baselines[name] = Model.load(run.uri("fit", "baselines", name), run.lake)
+    for name in get_args(Baseline):
+        if (saved := artifacts.baseline(name)).exists(run):
+            baselines[name] = saved.load(run)
     section = config.evaluate
     learned = config.fit.objective != "kmeans"
+    near_rows = min(section.neighbor_rows, section.baseline_rows) if baselines and learned else 0
     return Labeling(
-        run.lake,
-        run.root,
-        spec,
-        model,
-        {k: merge.group_centers(groups, statistics) for k, groups in model.levels.items()},
-        baselines,
-        config.seed,
-        section.baseline_rows / num_rows,
-        min(section.map_rows, section.baseline_rows) / num_rows,
-        min(section.neighbor_rows, section.baseline_rows) / num_rows if baselines and learned else 0.0,
-        section.num_exemplars,
-        config.input.image_shape is not None,
-        config.assign.block_rows,
+        lake=run.lake,
+        output=run.root,
+        spec=spec,
+        model=model,
+        group_centers={k: leaves.group_centers(groups) for k, groups in model.levels.items()},
+        baselines=baselines,
+        seed=config.seed,
+        baseline_fraction=section.baseline_rows / num_rows,
+        map_fraction=min(section.map_rows, section.baseline_rows) / num_rows,
+        neighbor_fraction=near_rows / num_rows,
+        num_exemplars=section.num_exemplars,
+        keep_vectors=config.input.image_shape is not None,
+        block_rows=config.assign.block_rows,
     )
 
 
-def neighbor_agreement(config: Config, total: Statistics) -> dict[str, Any] | None:
+def neighbor_agreement(config: Config, total: Statistics) -> AgreementRecord | None:
     """Return how each method's partition agrees with the nearest neighbors of raw rows; None without a sample of them.
 
     Args:
@@ -106,18 +104,25 @@ def neighbor_agreement(config: Config, total: Statistics) -> dict[str, Any] | No
     near = nearest_neighbors(x, num=section.num_neighbors, max_queries=section.neighbor_queries)
     methods = {name: agreement(leaf, near) for name, leaf in leaves.items()}
     raw = methods["raw_kmeans"]
-    found = {}
-    for name, own in methods.items():
-        difference, error = gain(own, raw)
-        values = asdict(own)
-        del values["score_Q"]
-        found[name] = values | {"gain": difference, "standard_error": error}
+    found = {name: _method(own, raw) for name, own in methods.items()}
     return {
         "rows": len(x),
         "queries": len(near.queries_Q),
         "num_neighbors": section.num_neighbors,
         "num_leaves": config.cluster.num_leaves,
         "methods": found,
+    }
+
+
+def _method(own: Agreement, raw: Agreement) -> MethodAgreement:
+    difference, error = gain(own, raw)
+    return {
+        "score": own.score,
+        "share": own.share,
+        "chance": own.chance,
+        "num_effective": own.num_effective,
+        "gain": difference,
+        "standard_error": error,
     }
 
 
@@ -251,10 +256,3 @@ def _free_slots(config: Config) -> int:
         # This machine alone: a local cluster may count more CPUs than it has, so that training leaves one for Ray Data.
         cpus = min(cpus, os.cpu_count() or 1)
     return max(1, int(cpus // section.cpus_per_actor))
-
-
-def _write_table(lake: Lake, uri: str, table: pa.Table | None) -> None:
-    if table is None:
-        return
-    with lake.staged(uri) as path:
-        pq.write_table(table.sort_by("key"), path)

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import ray.train
-import safetensors.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
@@ -43,6 +42,8 @@ from raydc.core.training.state import Clustering
 from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
 from raydc.model import Model
+from raydc.runfolder import artifacts
+from raydc.runfolder.artifacts import Leaves
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost
 from raydc.runfolder.teacher import load_teacher
@@ -50,7 +51,6 @@ from raydc.runtime.memory import available_bytes, give_back
 from raydc.runtime.remedies import remedy
 from raydc.runtime.row_dataset import EverySlice, readers, slice_dataset
 from raydc.runtime.session import in_one_line, root_cause, watched
-from raydc.stages import profile as profiling
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Job:
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Fit on all rows and write fit/: the model before it has a tree, its baselines and its leaf statistics."""
-    profile = profiling.load(run)
+    profile = artifacts.PROFILE.read(run)
     fraction = profile.trained_fraction(config)
     expected = round(fraction * profile.num_rows)
     if expected < profile.num_rows:
@@ -115,7 +115,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             seed=config.seed,
             fraction=fraction,
             num_readers=readers(config),
-            neighbors_root=run.uri("neighbors") if config.needs_neighbors else None,
+            neighbors_of=run if config.needs_neighbors else None,
         )
         outcome = launch(config, run, dataset, _train_loop, {"job": job}, "fit")
     return outcome["metrics"]
@@ -142,7 +142,7 @@ def launch(
     Raises:
         DataError, StageError: the loop told of a failure, or the workers failed too often.
     """
-    file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
+    file_system, path = run.lake.arrow_file_system(artifacts.CHECKPOINTS.uri(run))
     trainer = TorchTrainer(
         loop,  # type: ignore[arg-type]
         train_loop_config=loop_config,
@@ -172,7 +172,7 @@ def launch(
         if not isinstance(error, ray.train.ControllerError):
             who = f"the workers failed {config.fit.max_failures + 1} times, at last with"
         raise StageError(
-            f"{name}: {who} {in_one_line(cause)}.{remedy(name, cause)} Checkpoints are kept; the same command "
+            f"{name}: {who} {in_one_line(cause)}.{remedy('fit', cause)} Checkpoints are kept; the same command "
             "continues."
         ) from error
     if outcome.get("failure"):
@@ -402,26 +402,20 @@ def resizes(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _write(job: Job, fitted: Fitted) -> None:
     check_owner(job)
-    lake, uri = job.run.lake, job.run.uri
     details = {
         "objective": job.settings.objective,
         "fingerprint": job.settings.fingerprint,
         "columns": [asdict(c) for c in job.spec.columns],
     }
-    _to_model(job, fitted.clustering, details).save(lake, uri("fit", "model"))
+    artifacts.FIT_MODEL.save(job.run, _to_model(job, fitted.clustering, details))
     for name, clustering in fitted.baselines.items():
-        _to_model(job, clustering, {"objective": name}).save(lake, uri("fit", "baselines", name))
+        artifacts.baseline(name).save(job.run, _to_model(job, clustering, {"objective": name}))
     leaves = fitted.leaves
-    statistics: dict[str, Tensor] = {
-        "weights": leaves.weights_K,
-        "means": leaves.means(fitted.clustering.centers_KL),
-        "sse": leaves.sse_around_means(fitted.clustering.centers_KL),
-    }
-    body = safetensors.torch.save({k: t.cpu().contiguous() for k, t in statistics.items()})
-    lake.write_bytes(uri("fit", "leaves.safetensors"), body)
+    centers = fitted.clustering.centers_KL
+    statistics = leaves.weights_K, leaves.means(centers), leaves.sse_around_means(centers)
+    artifacts.FIT_LEAVES.write(job.run, Leaves(*(tensor.cpu().numpy() for tensor in statistics)))
     if fitted.decoder is not None:
-        weights = {k: t.cpu().contiguous() for k, t in fitted.decoder.state_dict().items()}
-        lake.write_bytes(uri("fit", "decoder.safetensors"), safetensors.torch.save(weights))
+        artifacts.FIT_DECODER.write(job.run, fitted.decoder.state_dict())
 
 
 def _to_model(job: Job, clustering: Clustering, details: dict[str, Any]) -> Model:

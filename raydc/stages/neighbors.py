@@ -5,7 +5,6 @@ queries, goes through the shards one by one and writes the slice's file whole; a
 again. Exact search costs 2 N^2 D operations, and a task holds about 4 D (rows of its slice + rows of one shard) bytes.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -23,12 +20,12 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, cell_centers, nearest_cells, num_hits, prepare, search
+from raydc.data.records import NeighborsMetrics
 from raydc.data.slices import InputSpec, Slice, read_slice
 from raydc.errors import DataError, StageError
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runtime.session import in_one_line, root_cause
-from raydc.stages import profile as profiling
-from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +48,10 @@ class Job:
     fraction: float
     """Share of the rows that the fit is trained on."""
 
-    def uri(self, part: Slice) -> str:
-        """Return where the neighbors of a slice are."""
-        return file_uri(self.run.uri("neighbors"), part)
 
-
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> NeighborsMetrics:
     """Write neighbors/: one Parquet file per slice with the key, neighbors and similarities of each trained row."""
-    profile = profiling.load(run)
+    profile = artifacts.PROFILE.read(run)
     section = config.neighbors
     job = Job(
         run,
@@ -69,7 +62,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         profile.trained_fraction(config),
     )
     slices = [s for s in profile.slices if s.num_rows]
-    done = [s for s in slices if run.lake.exists(job.uri(s))]
+    done = [s for s in slices if artifacts.NEIGHBORS.of(s).exists(run)]
     if len(done) < len(slices):
         if done:
             log.info("neighbors: %d of %d slices are there already", len(done), len(slices))
@@ -86,19 +79,6 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     if metrics["method"] == "ivf":
         log.info("neighbors: approximate, recall %.4f on %d rows", metrics["recall"], metrics["recall_rows"])
     return metrics
-
-
-def file_uri(root: str, part: Slice) -> str:
-    """Return where the neighbors of a slice are below the folder `root`."""
-    return f"{root.rstrip('/')}/{part.name}"
-
-
-def read(lake: Lake, root: str, part: Slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the keys (n,) of the trained rows of a slice, rising, and the keys (n, M) of their neighbors."""
-    with lake.open_parquet(file_uri(root, part)) as handle:
-        table = pq.read_table(handle, columns=["key", "neighbors"])
-    keys = table["key"].to_numpy()
-    return keys, table["neighbors"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
 
 
 def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
@@ -206,32 +186,20 @@ def _through(
 
 
 def _write(job: Job, part: Slice, keys: npt.NDArray[np.int64], found: Neighbors, facts: dict[str, Any]) -> None:
-    num = job.section.num
-    similarities = found.scores_QM.astype(np.float32)
-    table = pa.table(
-        {
-            "key": keys,
-            "neighbors": pa.FixedSizeListArray.from_arrays(pa.array(found.keys_QM.reshape(-1)), num),
-            "similarities": pa.FixedSizeListArray.from_arrays(pa.array(similarities.reshape(-1)), num),
-        }
-    )
-    facts["similarity"] = float(found.scores_QM.sum())
-    table = table.replace_schema_metadata({"raydc": json.dumps(facts)})
+    facts = facts | {"similarity": float(found.scores_QM.sum())}
     # A worker outlives its driver by a moment; by then the run may have another one.
     job.run.check_owner()
-    with job.run.lake.staged(job.uri(part)) as path:
-        pq.write_table(table, path)
+    similarities = found.scores_QM.astype(np.float32)
+    artifacts.NEIGHBORS.write(job.run, part, keys, found.keys_QM, similarities, facts)
 
 
-def _summary(job: Job, slices: list[Slice]) -> dict[str, Any]:
+def _summary(job: Job, slices: list[Slice]) -> NeighborsMetrics:
     """Return what the files say, so that slices of an earlier attempt count like the others."""
     rows = hits = wanted = 0
     exact, similarity = True, 0.0
     for part in slices:
-        with job.run.lake.open_parquet(job.uri(part)) as handle:
-            parquet = pq.ParquetFile(handle)
-            facts = json.loads(parquet.schema_arrow.metadata[b"raydc"])
-            rows += parquet.metadata.num_rows
+        num_rows, facts = artifacts.NEIGHBORS.read_facts(job.run, part)
+        rows += num_rows
         hits, wanted = hits + facts["hits"], wanted + facts["wanted"]
         exact, similarity = exact and facts["exact"], similarity + facts["similarity"]
     num = job.section.num

@@ -22,6 +22,7 @@ from raydc.core.hashing import stream_seed
 from raydc.core.models.preprocess import Moments
 from raydc.data import duplicate_ids
 from raydc.data.profile import Profile
+from raydc.data.records import BadFile
 from raydc.data.slices import (
     Column,
     Footer,
@@ -35,6 +36,7 @@ from raydc.data.slices import (
     shown,
 )
 from raydc.errors import ConfigError, DataError
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
 
@@ -49,7 +51,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Read the input's footers and sample, and write profile.json."""
     profile = profile_input(config, run.lake)
     repeated = _repeated_ids(config, profile, run.lake)
-    run.lake.write_json(run.uri("profile.json"), profile.to_json())
+    artifacts.PROFILE.write(run, profile)
     assert profile.moments is not None
     return {
         "rows": profile.num_rows,
@@ -61,11 +63,6 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "bad_files": profile.bad_files,
         "repeated_ids": repeated,
     }
-
-
-def load(run: RunDir) -> Profile:
-    """Return the profile of a run."""
-    return Profile.from_json(run.lake.read_json(run.uri("profile.json")))
 
 
 def profile_input(config: Config, lake: Lake) -> Profile:
@@ -113,7 +110,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
 
     good = [f for f in readable if f.uri not in file_problems]
     num_rows = sum(f.num_rows for f in good)
-    bad_files: list[dict[str, Any]] = []
+    bad_files: list[BadFile] = []
     if section.on_bad_files == "quarantine" and num_rows:
         rows = {f.uri: f.num_rows if not f.problem else None for f in footers}
         bad_files = [{"uri": u, "problem": p, "rows": rows[u]} for u, p in sorted(file_problems.items())]

@@ -17,9 +17,10 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from raydc.config import Config, StorageConfig
 from raydc.data.schema import RUN_COLUMN
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
-from raydc.tables.register import (
+from raydc.tables.common import (
     BrokenOff,
     Conflict,
     LabelFile,
@@ -52,7 +53,7 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
         StageError: the table has other columns or other files of this run (append), or is too busy.
         StorageUnavailable: the store gave no good answer.
     """
-    shared = root.rstrip("/") != run.uri("labels")
+    shared = root.rstrip("/") != artifacts.LABELS.uri(run)
     target = _Target(
         root,
         run.run_id,

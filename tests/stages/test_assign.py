@@ -32,7 +32,7 @@ def test_no_reader_outlives_a_labeling_that_fails(ray_cluster, tmp_path):
     (tmp_path / "in" / "part-01.parquet").write_bytes(b"no parquet")
 
     def load() -> Labeling:
-        return Labeling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
+        return shards.corner_labeling(Lake(), str(tmp_path / "out"), profile.spec)
 
     # Slices enough for more than a minute are left when the error comes.
     slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(3), tell=lambda line: None)
@@ -59,7 +59,7 @@ def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp
         give_up = time.monotonic() + 60
         while len(list(seen.iterdir())) < 2 and time.monotonic() < give_up:
             time.sleep(0.1)
-        return Labeling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
+        return shards.corner_labeling(Lake(), str(tmp_path / "out"), profile.spec)
 
     # Room for one at the start.
     monkeypatch.setattr(assign, "_free_slots", lambda config: 1)
