@@ -5,23 +5,19 @@ on with the K that were not done.
 """
 
 import logging
-import tempfile
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
 from raydc.config import Config
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.choose_k import recommend
 from raydc.core.models.preprocess import Preprocess
-from raydc.core.process import prepare_process
-from raydc.core.training.collapse import WatchSettings
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.training.sweep import Sample, SweepSettings, sweep
@@ -33,8 +29,11 @@ from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import acquire
 from raydc.runtime import session
+from raydc.runtime.board import watched
 from raydc.runtime.row_dataset import readers, slice_dataset
-from raydc.stages import fit, profile
+from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
+from raydc.stages import profile
+from raydc.stages.fit import fit_settings
 
 log = logging.getLogger(__name__)
 
@@ -127,21 +126,9 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
         evaluate.num_neighbors,
         evaluate.neighbor_queries,
     )
-    with session.watched(_NAME, folder.tell) as board:
-        job = fit.Job(
-            fit.fit_settings(config, found.fingerprint),
-            found.preprocess(config),
-            found.spec,
-            folder,
-            tuple(config.encoder_widths(found.spec.dim)),
-            None,
-            expected,
-            config.fit.resident_bytes,
-            config.fit.cpus_per_worker,
-            board,
-            WatchSettings(**config.watch.model_dump()),
-            config.row_bytes(found.spec.dim, found.spec.dtype.itemsize),
-        )
+    with watched(_NAME, folder.tell) as board:
+        settings = fit_settings(config, found.fingerprint)
+        job = Job.of(config, settings, found, folder, board, expected_rows=expected)
         dataset = slice_dataset(
             folder.lake,
             found.slices,
@@ -153,13 +140,13 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
             with_classes=found.spec.label_column is not None,
         )
         loop_config = {"job": job, "plan": plan, "held_out": config.sweep.held_out, "rows": evaluate.baseline_rows}
-        outcome = fit.launch(config, folder, dataset, _train_loop, loop_config, _NAME)
-    advice = recommend(outcome["entries"])
+        outcome = launch(config, folder, dataset, _train_loop, loop_config, _NAME)
+    advice = recommend(outcome.entries)
     return {
         "objective": config.fit.objective,
         "seed": config.seed,
-        "rows": outcome["rows"] | {"input": found.num_rows},
-        "entries": outcome["entries"],
+        "rows": outcome.rows | {"input": found.num_rows},
+        "entries": outcome.entries,
         "recommendation": asdict(advice),
     }
 
@@ -205,38 +192,38 @@ class _Split:
         return torch.from_numpy(sample_mask(batch.keys_N.numpy(), stream_seed(self._seed, 13), self._share))
 
 
-def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
-    job: fit.Job = loop_config["job"]
-    failure = ray.get(job.board.failure.remote())
-    if failure:
-        return {"failure": failure}
-    prepare_process(job.num_threads)
+@dataclass(frozen=True)
+class _Done:
+    """What the workers have found."""
+
+    entries: list[dict[str, Any]]
+    rows: dict[str, int]
+
+
+def _train_loop(loop_config: dict[str, Any]) -> _Done | Failure:
+    return in_worker(loop_config["job"], partial(_swept, loop_config))
+
+
+def _swept(loop_config: dict[str, Any], context: RayContext, ranks: Ranks) -> _Done:
+    job: Job = loop_config["job"]
     share = loop_config["held_out"]
-    with tempfile.TemporaryDirectory(prefix="raydc-sweep-") as name:
-        context = fit.RayContext(job, Path(name))
-        ranks = Ranks(context.rank, context.world_size, context.device)
-        trained = job.expected_rows * (1 - share)
-        split = _Split(job.settings.seed, share, loop_config["rows"] / max(trained, 1.0))
-        rows, held_out = _collected(job, ranks, split, share)
-        sample = _sample(rows, split, job.preprocess, ranks, job.settings.block_rows)
-        try:
-            entries = sweep(rows, held_out, sample, job.preprocess, job.settings, loop_config["plan"], context)
-        except (ValueError, FloatingPointError) as error:
-            return {"failure": (type(error).__name__, str(error))}
-    return {
-        "entries": entries,
-        "rows": {"trained": rows.num_rows, "held_out": held_out.num_rows, "sample": len(sample.x_ND)},
-    }
+    trained = job.expected_rows * (1 - share)
+    split = _Split(job.settings.seed, share, loop_config["rows"] / max(trained, 1.0))
+    rows, held_out = _collected(job, ranks, split, share)
+    sample = _sample(rows, split, job.preprocess, ranks, job.settings.block_rows)
+    entries = sweep(rows, held_out, sample, job.preprocess, job.settings, loop_config["plan"], context)
+    counts = {"trained": rows.num_rows, "held_out": held_out.num_rows, "sample": len(sample.x_ND)}
+    return _Done(entries, counts)
 
 
-def _collected(job: fit.Job, ranks: Ranks, split: _Split, share: float) -> tuple[Rows, Rows]:
+def _collected(job: Job, ranks: Ranks, split: _Split, share: float) -> tuple[Rows, Rows]:
     """Return the training rows and the held-out rows; resident rows are read once for both."""
     job = replace(job, expected_rows=max(1, round(job.expected_rows * (1 - share))))
-    rows = fit.collect(job, ranks, split.training)
+    rows = collect(job, ranks, split.training)
     if isinstance(rows, StreamedRows):
         split.waiting = None
         few = replace(job, expected_rows=max(1, round(job.expected_rows * share / (1 - share))), resident_bytes=0)
-        return rows, fit.collect(few, ranks, split.held_out)
+        return rows, collect(few, ranks, split.held_out)
     assert split.waiting is not None
     dtype = torch.float16 if job.spec.dtype == np.float16 else torch.float32
     held_out = ResidentRows.collect(iter(split.waiting), job.spec.dim, dtype, ranks)
