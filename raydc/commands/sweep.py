@@ -26,10 +26,10 @@ from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
 from raydc.runfolder import artifacts
-from raydc.runfolder.folder import RunDir
+from raydc.runfolder.folder import SWEEP_KIND, RunDir
 from raydc.runfolder.lease import acquire
 from raydc.runtime import session
-from raydc.runtime.board import watched
+from raydc.runtime.board import bounded
 from raydc.runtime.row_dataset import readers, slice_dataset
 from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
 from raydc.stages import profile
@@ -37,10 +37,11 @@ from raydc.stages.fit import fit_settings
 
 log = logging.getLogger(__name__)
 
-_NAME = "sweep"
+_NAME = SWEEP_KIND
 
-WRITES = (artifacts.SWEEP, artifacts.SWEEP_PAGE, artifacts.SWEEP_FIGURE)
-"""What a sweep leaves in the run folder, beside its checkpoints."""
+_RESULTS = (artifacts.SWEEP, artifacts.SWEEP_PAGE, artifacts.SWEEP_FIGURE)
+_WRITES = (artifacts.ATTEMPTS, artifacts.CHECKPOINTS, *_RESULTS)
+"""What a sweep leaves in its folder; an interrupted one goes on from it, a new start removes it."""
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -78,6 +79,7 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
             "sweep: fit.teacher brings its own number of leaves. Leave it out of the settings of a sweep."
         )
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.check(config, SWEEP_KIND)
     # The largest K must fit the rows; that of the settings only says for which K target_top_q was set.
     wanted = config.cluster.model_copy(update={"num_leaves": max(config.cluster.num_leaves, numbers[-1])})
     found = profile.profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
@@ -90,21 +92,25 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
         return folder
     lease = acquire(folder.lake, folder.root, progress=folder.progress, **config.lease.model_dump())
     folder.fence = lease.fence
-    with lease, session.connected(config):
-        if folder.marker(_NAME) is None:
-            folder.remove(artifacts.CHECKPOINTS.path, *(file.path for file in WRITES))
-            folder.write_header(config)
-        folder.begin(_NAME, settings)
-        started = time.perf_counter()
-        body = _sweep(config, folder, found, numbers)
-        _write(folder, body)
-        folder.mark_done(_NAME, settings, time.perf_counter() - started, {"recommended": body["recommendation"]})
+    with lease:
+        # Another sweep may have ended here since the first look.
+        if folder.is_done(_NAME, settings):
+            return folder
+        folder.write_header(config, SWEEP_KIND)
+        with session.connected(config):
+            if folder.marker(_NAME) is None:
+                folder.remove(*(artifact.path for artifact in _WRITES))
+            folder.begin(_NAME, settings)
+            started = time.perf_counter()
+            body = _sweep(config, folder, found, numbers)
+            _write(folder, body)
+            folder.mark_done(_NAME, settings, time.perf_counter() - started, {"recommended": body["recommendation"]})
     return folder
 
 
 def lines(run: RunDir) -> list[str]:
     """Return what a person reads at the end: the table, the recommendation and the paths."""
-    return [*page(artifacts.SWEEP.read(run)), *(f"{file.path:12s}{file.uri(run)}" for file in WRITES)]
+    return [*page(artifacts.SWEEP.read(run)), *(f"{file.path:12s}{file.uri(run)}" for file in _RESULTS)]
 
 
 def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
@@ -126,14 +132,14 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
         evaluate.num_neighbors,
         evaluate.neighbor_queries,
     )
-    with watched(_NAME, folder.tell) as board:
+    with bounded(_NAME, config, folder, folder.tell) as bound:
         settings = fit_settings(config, found.fingerprint)
-        job = Job.of(config, settings, found, folder, board, expected_rows=expected)
+        job = Job.of(config, settings, found, folder, bound.board, expected_rows=expected)
         dataset = slice_dataset(
             folder.lake,
             found.slices,
             found.spec,
-            board,
+            bound,
             seed=config.seed,
             fraction=expected / found.num_rows,
             num_readers=readers(config),

@@ -316,6 +316,10 @@ class ProfileRecord(TypedDict):
 class Header(TypedDict):
     """run.json: how the run is made, by the driver that works on it now."""
 
+    format: NotRequired[str]
+    kind: NotRequired[Literal["run", "sweep"]]
+    """The command that the folder belongs to."""
+
     run_id: str
     format_version: int
     started: str

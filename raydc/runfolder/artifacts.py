@@ -212,8 +212,8 @@ class NeighborFiles(SliceFiles):
         """Return the keys (n,) of the trained rows of a slice, rising, and the keys (n, M) of their neighbors."""
         with place.lake.open_parquet(self.of(part).uri(place)) as handle:
             table = pq.read_table(handle, columns=["key", "neighbors"])
-        keys = table["key"].to_numpy()
-        return keys, table["neighbors"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
+        keys, lists = table["key"].to_numpy(), table["neighbors"]
+        return keys, lists.combine_chunks().flatten().to_numpy().reshape(len(keys), lists.type.list_size)
 
     def read_facts(self, place: Place, part: "Slice") -> tuple[int, dict[str, Any]]:
         """Return the number of rows of a slice's file, and what its search said of itself."""
@@ -256,6 +256,7 @@ class NeighborFiles(SliceFiles):
 RUN = JsonFile[Header]("run.json")
 STAGES = Folder("stages")
 LEASE = Folder("lease")
+ATTEMPTS = Folder("attempts")
 PROFILE = ProfileFile("profile.json")
 NEIGHBORS = NeighborFiles("neighbors")
 CHECKPOINTS = Folder("checkpoints")
@@ -290,15 +291,21 @@ SWEEP_PAGE = BytesFile("sweep.md")
 SWEEP_FIGURE = BytesFile("sweep.png")
 COMPARISON = JsonFile[dict[str, Any]]("compare.json")
 COMPARISON_PAGE = BytesFile("compare.md")
-LABELED_FROM = JsonFile[dict[str, str]]("labels.json")
+LABELED_FROM = JsonFile[dict[str, Any]]("labels.json")
 """Beside labels of new rows: what they are made from."""
 
+
+def attempts(stage: str) -> Folder:
+    """Return the counts of the attempts of a stage that were lost; see raydc.runfolder.attempts."""
+    return Folder(join(ATTEMPTS.path, stage))
+
+
 WRITES: dict[StageName, tuple[Artifact, ...]] = {
-    "profile": (PROFILE,),
-    "neighbors": (NEIGHBORS,),
-    "fit": (CHECKPOINTS, FIT),
-    "merge": (TREE, MODEL),
-    "assign": (LABELS, REJECTS, SLICES, STATISTICS, EXEMPLARS, MAP_ROWS, AGREEMENT),
+    "profile": (PROFILE, attempts("profile")),
+    "neighbors": (NEIGHBORS, attempts("neighbors")),
+    "fit": (CHECKPOINTS, FIT, attempts("fit")),
+    "merge": (TREE, MODEL, attempts("merge")),
+    "assign": (LABELS, REJECTS, SLICES, STATISTICS, EXEMPLARS, MAP_ROWS, AGREEMENT, attempts("assign")),
     "evaluate": (METRICS, LEAF_TABLE),
     "report": (REPORT,),
     "publish": (MANIFEST,),

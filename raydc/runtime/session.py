@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from raydc.errors import StageError
 from raydc.runtime.environment import LOCAL_CLUSTER
 from raydc.storage.secrets import masked
 
+_RAYLET_SECONDS = 2.0
 _READERS = ("iter_threaded", "StreamingExecutor")
 
 
@@ -106,6 +108,21 @@ def nodes_with_cpus() -> dict[str, str] | None:
     """Return the label selector that keeps work which books no CPU off nodes that offer none, such as a bare head."""
     bare = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not n["Resources"].get("CPU")]
     return {"ray.io/node-id": f"!in({','.join(bare)})"} if bare else None
+
+
+def node_is_gone(node: str) -> bool:
+    """Return whether a node is lost: the cluster says so, or nothing answers where its raylet listened.
+
+    The cluster takes seconds to miss a node; whoever asks after a death wants to know now.
+    """
+    found = next((n for n in ray.nodes() if n["NodeID"] == node), None)
+    if found is None or not found["Alive"]:
+        return True
+    try:
+        with socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), _RAYLET_SECONDS):
+            return False
+    except OSError:
+        return True
 
 
 def root_cause(error: BaseException) -> BaseException:

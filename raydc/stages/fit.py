@@ -31,9 +31,10 @@ from raydc.data.records import Epoch, FitMetrics, Resize
 from raydc.model import Model
 from raydc.runfolder import artifacts
 from raydc.runfolder.artifacts import Leaves
+from raydc.runfolder.attempts import known_attempts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.teacher import load_teacher
-from raydc.runtime.board import watched
+from raydc.runtime.board import bounded
 from raydc.runtime.row_dataset import readers, slice_dataset
 from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
 
@@ -55,13 +56,19 @@ def run(config: Config, run: RunDir) -> FitMetrics:
         )
     taught = load_teacher(config, profile.spec.dim, run.lake)
     inputs = profile.fingerprint if taught is None else f"{profile.fingerprint}-{taught.fingerprint}"
-    with watched("fit", run.tell) as board:
-        job = Job.of(config, fit_settings(config, inputs), profile, run, board, expected_rows=expected, teaching=taught)
+    slices = profile.slices
+    if config.needs_neighbors:
+        lost = known_attempts(run.lake, artifacts.attempts("neighbors").uri(run))
+        missing = {name for name, attempts in lost.items() if attempts.left_out}
+        slices = [s for s in slices if s.name not in missing]
+    with bounded("fit", config, run, run.tell) as bound:
+        settings = fit_settings(config, inputs)
+        job = Job.of(config, settings, profile, run, bound.board, expected_rows=expected, teaching=taught)
         dataset = slice_dataset(
             run.lake,
-            profile.slices,
+            slices,
             profile.spec,
-            board,
+            bound,
             seed=config.seed,
             fraction=fraction,
             num_readers=readers(config),

@@ -68,7 +68,7 @@ def test_the_lists_of_stages_are_one():
 
 
 def test_every_file_of_a_run_is_written_by_one_stage_or_by_the_run_itself():
-    own = {artifacts.RUN, artifacts.STAGES, artifacts.LEASE}
+    own = {artifacts.RUN, artifacts.STAGES, artifacts.LEASE, artifacts.ATTEMPTS}
     others = {artifacts.SWEEP, artifacts.SWEEP_PAGE, artifacts.SWEEP_FIGURE}
     others |= {artifacts.COMPARISON, artifacts.COMPARISON_PAGE, artifacts.LABELED_FROM}
     for artifact in set(NAMED.values()) - own - others:
