@@ -49,7 +49,7 @@ HEAD, WEIGHTS, CENTROIDS, PREDICTOR = (
 """Files of a saved model; the head is written last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Labels of N rows."""
 
@@ -67,7 +67,7 @@ class Prediction:
     second_distance: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A clustering that labels rows."""
 
@@ -147,12 +147,12 @@ class Model:
         leaf = ids[:, 0].cpu().numpy().astype(np.int32)
         distances = squared.sqrt().float().cpu().numpy()
         return Prediction(
-            leaf,
-            {k: groups[leaf] for k, groups in self.levels.items()},
-            confidence.float().cpu().numpy(),
-            distances[:, 0],
-            ids[:, 1].cpu().numpy().astype(np.int32),
-            distances[:, 1],
+            leaf=leaf,
+            levels={k: groups[leaf] for k, groups in self.levels.items()},
+            confidence=confidence.float().cpu().numpy(),
+            distance=distances[:, 0],
+            second_leaf=ids[:, 1].cpu().numpy().astype(np.int32),
+            second_distance=distances[:, 1],
         )
 
     def _nearest(self, z_NL: Tensor, num: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +237,7 @@ class Model:
                 f"'raydc-model', version {FORMAT_VERSION}. Fit again, or use the raydc that wrote it."
             )
         try:
-            return cls._read(uri, lake, head)
+            return _read(uri, lake, head)
         except _DAMAGE as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             raise DataError(f"model {uri}: damaged ({reason}). Restore the folder, or fit again.") from None
@@ -250,38 +250,46 @@ class Model:
             return inside
         return uri
 
-    @classmethod
-    def _read(cls, uri: str, lake: Lake, head: dict[str, Any]) -> "Model":
-        weights = safetensors.torch.load(lake.read_bytes(join(uri, WEIGHTS)))
-        centroids = safetensors.torch.load(lake.read_bytes(join(uri, CENTROIDS)))
-        blocks = [(int(a), int(b), float(w)) for a, b, w in head["preprocess"]["blocks"]]
-        preprocess = Preprocess(
-            head["preprocess"]["method"],
-            blocks,
-            weights.pop("preprocess.mean", None),
-            weights.pop("preprocess.scale", None),
-        )
-        encoder = None
-        if head["encoder"] is not None:
-            # Before any memory is taken for widths that a stranger wrote down.
-            asked, held = _num_weights(head["widths"]), sum(t.numel() for t in weights.values())
-            if asked > held:
-                raise ValueError(f"widths {head['widths']} ask for {asked} weights, the file holds {held}")
-            encoder = perceptron(head["widths"])
-            encoder.load_state_dict(weights)
-            encoder.eval().requires_grad_(False)
-        levels = {int(k): centroids[f"level_{k}"].numpy() for k in head["levels"]}
-        kernel, predictor = Kernel(**head["kernel"]), None
-        if head.get("predictor") is not None:
-            tensors = safetensors.torch.load(lake.read_bytes(join(uri, PREDICTOR)))
-            predictor = build_predictor(head["predictor"], tensors)
-        details = head.get("details", {})
-        return cls(preprocess, encoder, centroids["centers"], kernel, tuple(head["widths"]), levels, details, predictor)
-
     def _encode_block(self, x_BD: Tensor) -> Tensor:
         x = self.preprocess(x_BD)
         # float32 whatever the training precision: a label must not depend on the machine that assigns it.
         return x if self.encoder is None else self.encoder(x)
+
+
+def _read(uri: str, lake: Lake, head: dict[str, Any]) -> Model:
+    weights = safetensors.torch.load(lake.read_bytes(join(uri, WEIGHTS)))
+    centroids = safetensors.torch.load(lake.read_bytes(join(uri, CENTROIDS)))
+    blocks = [(int(a), int(b), float(w)) for a, b, w in head["preprocess"]["blocks"]]
+    preprocess = Preprocess(
+        head["preprocess"]["method"],
+        blocks,
+        weights.pop("preprocess.mean", None),
+        weights.pop("preprocess.scale", None),
+    )
+    encoder = None
+    if head["encoder"] is not None:
+        # Before any memory is taken for widths that a stranger wrote down.
+        asked, held = _num_weights(head["widths"]), sum(t.numel() for t in weights.values())
+        if asked > held:
+            raise ValueError(f"widths {head['widths']} ask for {asked} weights, the file holds {held}")
+        encoder = perceptron(head["widths"])
+        encoder.load_state_dict(weights)
+        encoder.eval().requires_grad_(False)
+    levels = {int(k): centroids[f"level_{k}"].numpy() for k in head["levels"]}
+    kernel, predictor = Kernel(**head["kernel"]), None
+    if head.get("predictor") is not None:
+        tensors = safetensors.torch.load(lake.read_bytes(join(uri, PREDICTOR)))
+        predictor = build_predictor(head["predictor"], tensors)
+    return Model(
+        preprocess=preprocess,
+        encoder=encoder,
+        centers_KL=centroids["centers"],
+        kernel=kernel,
+        widths=tuple(head["widths"]),
+        levels=levels,
+        details=head.get("details", {}),
+        predictor=predictor,
+    )
 
 
 def _num_weights(widths: Sequence[int]) -> int:

@@ -184,6 +184,9 @@ def _checked_fingerprint(config: Config, folder: RunDir) -> str:
     found, data_problems, config_problems = profile.inspect(config, folder.lake)
     profile.refuse(data_problems, config_problems)
     if found is None:
-        raise StageError("profile: the input could not be read.")
+        raise StageError(
+            f"profile: input.path={config.input.path}: no file says what its columns are. Check the path and the "
+            "columns of the settings."
+        )
     load_teacher(config, found.spec.dim, folder.lake)
     return found.fingerprint

@@ -98,7 +98,10 @@ def _profile(config: Config, model: Model, lake: Lake) -> Profile:
     leaves = config.cluster.model_copy(update={"num_leaves": 2})
     profile = profile_input(config.model_copy(update={"cluster": leaves}), lake)
     if profile.spec.dim != model.dim:
-        raise DataError(f"assign: rows are {profile.spec.dim} wide, the model expects {model.dim}.")
+        raise DataError(
+            f"assign: rows are {profile.spec.dim} wide, the model expects {model.dim}. Give input of "
+            "the model's columns, or name them in input.embedding_columns."
+        )
     return profile
 
 

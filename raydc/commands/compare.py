@@ -70,7 +70,7 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
     check(config)
     unknown = sorted(set(classical) - set(METHODS))
     if unknown:
-        raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose of {', '.join(METHODS)}.")
+        raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose from {', '.join(METHODS)}.")
     configs = {name: _with_objective(config, name) for name in objectives}
     paired = [name for name, found in configs.items() if found.needs_neighbors]
     if paired:
@@ -78,7 +78,10 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
     prepare_process(config.fit.cpus_per_worker)
     data, preprocess, classes, fingerprint, total = _read(config, rows)
     if data.num_rows < config.cluster.num_leaves:
-        raise ConfigError(f"--rows {rows}: {data.num_rows} rows for cluster.num_leaves={config.cluster.num_leaves}.")
+        raise ConfigError(
+            f"--rows {rows}: the sample has {data.num_rows} rows, fewer than cluster.num_leaves="
+            f"{config.cluster.num_leaves}. Raise --rows, or lower cluster.num_leaves."
+        )
     x = torch.cat([preprocess(batch.x_ND) for batch in data.blocks(8192)]).numpy()
     evaluate = config.evaluate
     near = nearest_neighbors(x, num=evaluate.num_neighbors, max_queries=evaluate.neighbor_queries)

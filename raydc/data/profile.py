@@ -12,7 +12,7 @@ from raydc.data.slices import Column, InputSpec, Slice
 from raydc.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """What is known of the input before any worker starts."""
 
@@ -78,10 +78,10 @@ class Profile:
         columns = tuple(Column(**c) for c in spec["columns"])
         moments = value["moments"]
         return cls(
-            InputSpec(**(spec | {"columns": columns, "carry_columns": tuple(spec["carry_columns"])})),
-            [Slice.from_row(cast(dict[str, Any], s)) for s in value["slices"]],
-            value["fingerprint"],
-            value["bad_files"],
-            Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
-            value["sample_rejects"],
+            spec=InputSpec(**(spec | {"columns": columns, "carry_columns": tuple(spec["carry_columns"])})),
+            slices=[Slice.from_row(cast(dict[str, Any], s)) for s in value["slices"]],
+            fingerprint=value["fingerprint"],
+            bad_files=value["bad_files"],
+            moments=Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
+            sample_rejects=value["sample_rejects"],
         )

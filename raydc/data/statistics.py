@@ -30,7 +30,7 @@ _DAMAGE = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Statistics:
     """What labeling has counted; additive over slices."""
 
@@ -67,7 +67,7 @@ class Statistics:
 
     def without_rows(self) -> "Statistics":
         """Return the counts alone."""
-        return Statistics(self.rows, self.labels, self.rejects, self.tallies)
+        return Statistics(rows=self.rows, labels=self.labels, rejects=self.rejects, tallies=self.tallies)
 
     def to_bytes(self) -> bytes:
         """Return the statistics as npz, without pickle."""
@@ -102,7 +102,7 @@ class Statistics:
                 f"statistics of the labels: damaged ({type(error).__name__}: {reason}). Delete slices/, statistics.npz "
                 "and stages/assign.json of the run, and run it again."
             ) from None
-        return cls(rows, labels, rejects, tallies, **tables)
+        return cls(rows=rows, labels=labels, rejects=rejects, tallies=tallies, **tables)
 
 
 def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +26,7 @@ from raydc.report.verdict import verdict
 _MOST_GROUPS_IN_TREE = 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunData:
     """What the page is made from: the content of the run folder."""
 
@@ -72,7 +72,7 @@ class Page:
     num_leaves_shown: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Map:
     """The maps of the row sample: one line of them for each way to color."""
 
@@ -184,7 +184,7 @@ def draw_map(data: RunData, leaf_legend: Legend) -> Map:
         [Panel(f"map_{way}_{place}", title, p, legend) for place, (title, p) in enumerate(zip(titles, points))]
         for way, legend in enumerate(legends)
     ]
-    matched = Legend(leaf_legend.title, leaf_legend.names, by_leaf.colors, leaf_legend.index, leaf_legend.note)
+    matched = replace(leaf_legend, colors=by_leaf.colors)
     return Map(
         lines=[(line[0].legend, [figures.map_panel(panel) for panel in line]) for line in panels],
         titles=titles,

@@ -45,7 +45,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
     """One line of the results table."""
 
@@ -129,20 +129,22 @@ def results(metrics: Measured, num_leaves: int, levels: Sequence[int]) -> Result
     learned = baselines.get("learned")
     measured = [b["rows"] for b in baselines.values() if b and "rows" in b]
     sampled = bool(measured) and min(measured) < labels
-    leaf_line = _Line(objective_name(metrics), num_leaves, labels, leaf, main=True)
+    leaf_line = _Line(name=objective_name(metrics), groups=num_leaves, rows=labels, scores=leaf, main=True)
 
     titles: dict[Baseline, str] = {
         "raw_kmeans": "k-means on the raw rows",
         "autoencoder_kmeans": "Autoencoder + k-means",
     }
     compared: list[_Line] = [
-        _Line(name, num_leaves, found.get("rows"), found)
+        _Line(name=name, groups=num_leaves, rows=found.get("rows"), scores=found)
         for key, name in titles.items()
         if (found := baselines.get(key)) and not _repeats(metrics, key)
     ]
     if sampled and learned:
-        compared.append(_Line(objective_name(metrics), num_leaves, learned.get("rows"), learned))
-    tree = [_Line(f"Level {k}", k, labels, leaf_scores(metrics, k)) for k in levels]
+        compared.append(
+            _Line(name=objective_name(metrics), groups=num_leaves, rows=learned.get("rows"), scores=learned)
+        )
+    tree = [_Line(name=f"Level {k}", groups=k, rows=labels, scores=leaf_scores(metrics, k)) for k in levels]
     separate = sampled and bool(compared)
     every = (compared if separate else [*compared, leaf_line], [leaf_line, *tree[::-1]] if separate else tree[::-1])
 
@@ -158,7 +160,7 @@ def _repeats(metrics: Measured, baseline: Baseline) -> bool:
     return baseline_of(metrics) == baseline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Line:
     """One line of the table before it is text."""
 
@@ -180,7 +182,16 @@ def _lines(block: Sequence[_Line], columns: list[Column]) -> list[ResultRow]:
     for line in block:
         cells = [score(cast(dict[str, Any], line.scores).get(c.key)) for c in columns]
         best = [c.key in top and cell == top[c.key] for c, cell in zip(columns, cells, strict=True)]
-        lines.append(ResultRow(line.name, count(line.groups), count(line.rows), cells, best, line.main))
+        lines.append(
+            ResultRow(
+                name=line.name,
+                groups=count(line.groups),
+                rows=count(line.rows),
+                cells=cells,
+                best=best,
+                main=line.main,
+            )
+        )
     return lines
 
 

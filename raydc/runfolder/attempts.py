@@ -109,7 +109,7 @@ class Ledger:
         return line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bound:
     """The bound on the attempts of one stage; goes to whatever works for it."""
 

@@ -163,7 +163,9 @@ class RunDir(OwnedFolder):
         """Return what a finished stage returned."""
         marker = self.marker(stage)
         if marker is None or marker["state"] != "done":
-            raise StageError(f"{stage}: run {self.run_id!r} has not finished this stage.")
+            raise StageError(
+                f"{stage}: run {self.run_id!r} has not finished this stage. Continue it with `{self.resume_command}`."
+            )
         return marker["metrics"]
 
     def remove(self, *names: str) -> None:

@@ -46,7 +46,7 @@ class LeaseLost(StageError):
     """Another driver has taken the run over; this one must not write any more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Owner:
     """A driver process, and how to tell on its own machine whether it still lives."""
 
@@ -65,7 +65,13 @@ class Owner:
     def here(cls) -> "Owner":
         """Return this process."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _process_start(pid) or "", _process_space(), os.urandom(8).hex())
+        return cls(
+            host=socket.gethostname(),
+            pid=pid,
+            started=_process_start(pid) or "",
+            process_space=_process_space(),
+            token=os.urandom(8).hex(),
+        )
 
     def is_dead_here(self) -> bool:
         """Return whether this is a process of this machine that has ended; False where that cannot be told."""
@@ -293,7 +299,9 @@ def _read(lake: Lake, uri: str) -> dict[str, Any] | None:
 
 
 def _owner(body: dict[str, Any]) -> Owner:
-    return Owner(**body["owner"]) if "owner" in body else Owner("an unknown host", 0, "", "", "")
+    if "owner" in body:
+        return Owner(**body["owner"])
+    return Owner(host="an unknown host", pid=0, started="", process_space="", token="")
 
 
 def _generation_uri(folder: str, generation: int) -> str:

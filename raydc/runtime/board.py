@@ -82,7 +82,7 @@ def bounded(stage: str, config: Config, place: Place, tell: Callable[[str], None
     """
     folder = artifacts.attempts(stage).uri(place)
     with watched(stage, tell, known_attempts(place.lake, folder)) as board:
-        yield Bound(board, config.ray.max_attempts, place.lake, folder)
+        yield Bound(board=board, most=config.ray.max_attempts, lake=place.lake, folder=folder)
 
 
 @contextmanager

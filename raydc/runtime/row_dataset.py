@@ -26,7 +26,7 @@ from raydc.runtime.session import nodes_with_cpus
 from raydc.storage.lake import Lake
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockJob:
     """What a reader needs to know."""
 
@@ -96,7 +96,15 @@ def slice_dataset(
     """
     from raydc.core.hashing import stream_seed
 
-    job = BlockJob(lake, spec, bound, stream_seed(seed, 8), fraction, neighbors_of, with_classes)
+    job = BlockJob(
+        lake=lake,
+        spec=spec,
+        bound=bound,
+        seed=stream_seed(seed, 8),
+        fraction=fraction,
+        neighbors_of=neighbors_of,
+        with_classes=with_classes,
+    )
     items = [asdict(s) for s in slices if s.num_rows]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read_blocks,  # type: ignore[arg-type]

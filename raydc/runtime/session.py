@@ -39,7 +39,10 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StageError(f"ray: cannot reach the cluster at {address!r}: {error}") from None
+        raise StageError(
+            f"ray: cannot reach the cluster at {address!r}: {error}. Check that it runs and can be reached from "
+            "here, or set ray.address=local for one on this machine."
+        ) from None
     _quiet_data()
     leaving = threading.Thread(target=_leave)
 

@@ -149,6 +149,8 @@ def label_all(
     num_exemplars: int,
     bound: Bound,
     run: OwnedFolder | None = None,
+    *,
+    slots: int | None = None,
 ) -> Statistics:
     """Return the sum of all slices' statistics, after every slice was labeled.
 
@@ -162,6 +164,7 @@ def label_all(
         num_exemplars: nearest rows kept for each leaf.
         bound: on the attempts at a slice.
         run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
+        slots: actors for which there is room at the start. Default: what the cluster offers now.
 
     Raises:
         DataError: a bad row or file that the settings do not let pass, or a slice that kills its process.
@@ -172,7 +175,8 @@ def label_all(
     expected = sum(s.num_rows for s in slices)
     check = run.check_owner if run is not None else None
     # Closed at once when something stops the loop: an error's traceback would keep the actors and their readers alive.
-    with closing(_labeled(config, load, slices, bound, check)) as labeled:
+    slots = free_slots(config) if slots is None else slots
+    with closing(_labeled(config, load, slices, bound, check, slots)) as labeled:
         for done, statistics in enumerate(labeled, 1):
             total.merge(statistics, num_exemplars)
             now = time.monotonic()
@@ -198,9 +202,9 @@ def _labeled(
     slices: list[Slice],
     bound: Bound,
     check: Callable[[], None] | None,
+    slots: int,
 ) -> Generator[Statistics]:
     section = config.assign
-    slots = _free_slots(config)
     actors = min(section.num_actors or slots, max(len(slices), 1))
 
     class Labeler:
@@ -243,17 +247,22 @@ def _labeled(
     # A lost actor or node is retried by Ray; a lost slice is done again whole, and a complete one is skipped.
     try:
         for row in dataset.iter_rows():
-            if row["kind"] == DataError.__name__:
-                raise DataError(f"assign: {row['failure']}")
-            if row["kind"] is not None:
-                told = f"{row['kind']}: {row['failure']}"
-                raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
-            yield Statistics.from_bytes(row["statistics"])
+            yield _counted(row)
     except ray.exceptions.RayError as error:
         told = f"{type(error).__name__}: {error}"
         raise StageError(
             f"assign: the actors were lost: {masked(told)}.{remedy('assign', told)} {_CONTINUES}"
         ) from error
+
+
+def _counted(row: dict[str, Any]) -> Statistics:
+    """Return the statistics that an actor sent, or raise what it met."""
+    if row["kind"] == DataError.__name__:
+        raise DataError(f"assign: {row['failure']}")
+    if row["kind"] is not None:
+        told = f"{row['kind']}: {row['failure']}"
+        raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
+    return Statistics.from_bytes(row["statistics"])
 
 
 def label_or_reject(job: Labeling, part: Slice, bound: Bound) -> bytes:
@@ -284,7 +293,8 @@ def _on_gpu(job: Labeling) -> Labeling:
     return replace(job, model=job.model.to(device), baselines={name: m.to(device) for name, m in job.baselines.items()})
 
 
-def _free_slots(config: Config) -> int:
+def free_slots(config: Config) -> int:
+    """Return the actors for which the cluster has room."""
     resources, section = ray.cluster_resources(), config.assign
     if section.use_gpu:
         return max(1, int(resources.get("GPU", 1)))

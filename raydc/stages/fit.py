@@ -181,5 +181,11 @@ def _to_model(job: Job, clustering: Clustering, details: dict[str, Any]) -> Mode
     encoder = clustering.encoder.cpu() if clustering.encoder is not None else None
     predictor = clustering.predictor.to(torch.device("cpu")) if clustering.predictor is not None else None
     return Model(
-        job.preprocess, encoder, clustering.centers_KL.cpu(), clustering.kernel, widths, {}, details, predictor
+        preprocess=job.preprocess,
+        encoder=encoder,
+        centers_KL=clustering.centers_KL.cpu(),
+        kernel=clustering.kernel,
+        widths=widths,
+        details=details,
+        predictor=predictor,
     )

@@ -37,7 +37,7 @@ _CELL_SAMPLE = 64
 """Rows per cell from which the cells of the approximate search are made."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What every task needs to know."""
 
@@ -62,13 +62,13 @@ def run(config: Config, run: RunDir) -> NeighborsMetrics:
 def _run(config: Config, run: RunDir, bound: Bound) -> NeighborsMetrics:
     profile = artifacts.PROFILE.read(run)
     job = Job(
-        run,
-        profile.spec,
-        profile.preprocess(config),
-        config.neighbors,
-        config.seed,
-        profile.trained_fraction(config),
-        bound,
+        run=run,
+        spec=profile.spec,
+        preprocess=profile.preprocess(config),
+        section=config.neighbors,
+        seed=config.seed,
+        fraction=profile.trained_fraction(config),
+        bound=bound,
     )
     slices = [s for s in profile.slices if s.num_rows]
     done = [s for s in slices if artifacts.NEIGHBORS.of(s).exists(run)]

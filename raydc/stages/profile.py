@@ -145,7 +145,9 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
         section.on_bad_rows,
         section.on_bad_files,
     )
-    return Profile(spec, plan_slices(good, section.slice_bytes), fingerprint, bad_files), general, settings
+    slices = plan_slices(good, section.slice_bytes)
+    profile = Profile(spec=spec, slices=slices, fingerprint=fingerprint, bad_files=bad_files)
+    return profile, general, settings
 
 
 def _resolve_column(

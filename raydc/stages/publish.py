@@ -88,7 +88,13 @@ def _rows_in(folder: Folder, entries: list[FileEntry]) -> int:
 def _label_files(run: RunDir, entries: list[FileEntry]) -> list[LabelFile]:
     folder = artifacts.LABELS
     return [
-        LabelFile(e["path"].removeprefix(f"{folder.path}/"), run.uri(e["path"]), e["bytes"], e["rows"], e["sha256"])
+        LabelFile(
+            path=e["path"].removeprefix(f"{folder.path}/"),
+            uri=run.uri(e["path"]),
+            size=e["bytes"],
+            rows=e["rows"],
+            sha256=e["sha256"],
+        )
         for e in entries
         if folder.holds(e["path"])
     ]

@@ -22,7 +22,7 @@ COMMIT_TRIES = 8
 """Commits of other writers that one of ours may meet before it gives up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelFile:
     """One label file as it is in storage."""
 

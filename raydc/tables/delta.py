@@ -55,12 +55,12 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
     """
     shared = root.rstrip("/") != artifacts.LABELS.uri(run)
     target = _Target(
-        root,
-        run.run_id,
-        Schema.from_arrow(with_run_column(schema) if shared else schema),
-        [RUN_COLUMN] if shared else [],
-        config.publish.mode,
-        storage_options(config.storage),
+        root=root,
+        run_id=run.run_id,
+        schema=Schema.from_arrow(with_run_column(schema) if shared else schema),
+        partition_by=[RUN_COLUMN] if shared else [],
+        mode=config.publish.mode,
+        options=storage_options(config.storage),
     )
     actions = [_add_action(run, target, file) for file in files]
 
@@ -80,7 +80,7 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
     return with_retries(target.name, attempt)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Target:
     root: str
     run_id: str

@@ -165,7 +165,7 @@ def test_a_cell_of_the_merge_that_kills_each_time_ends_and_is_named(ray_cluster,
     state = CellState("ward", four[:, None], four, four, np.arange(4), np.array([0, 2, 4]))
     told = "cell 1 of 4 clusters killed its process 2 times"
     with watched("merge") as board, pytest.raises(StageError, match=told):
-        list(merge.run_on_cluster(kill, state, [0, 1], num_cpus=1, bound=Bound(board, 2)))
+        list(merge.run_on_cluster(kill, state, [0, 1], num_cpus=1, bound=Bound(board=board, most=2)))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -176,14 +176,14 @@ def test_ids_that_kill_the_process_are_not_compared_and_that_is_told(ray_cluster
     profile = profile_input(shards.settings(tmp_path / "in"), Lake())
     lake = killing_lake(tmp_path / "kills", 99)
     with caplog.at_level(logging.WARNING), watched("profile") as board:
-        found = profiling.repeats_by_tasks(profile.slices, profile.spec, lake, 2, Bound(board, 2))
+        found = profiling.repeats_by_tasks(profile.slices, profile.spec, lake, 2, Bound(board=board, most=2))
     assert found.rows == 1 and len(list((tmp_path / "kills").iterdir())) == 2
     assert f"profile: {POISON} killed its process 2 times: its 2 ids are not compared" in caplog.text
 
 
 def test_work_that_the_run_cannot_do_without_is_told_apart_from_data(ray_cluster):
     with watched("merge") as board:
-        bound = Bound(board, 2)
+        bound = Bound(board=board, most=2)
         with pytest.raises(StageError, match=r"cell 3 killed its process 2 times .* Take more\."):
             bound.require(Attempts(deaths=2), "cell 3", "Take more.")
         bound.require(Attempts(deaths=1, losses=7), "cell 3", "Take more.")

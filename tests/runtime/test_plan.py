@@ -18,7 +18,7 @@ def profile(num_rows: int = 1000, dim: int = 8, dtype: str = "float32") -> Profi
         Slice(i, f"{i}.parquet", f"/in/{i}.parquet", (0,), 0, i * half, half, half * dim * spec.dtype.itemsize)
         for i in range(2)
     ]
-    return Profile(spec, parts, "f", moments=Moments(1, np.zeros(dim), np.zeros(dim)))
+    return Profile(spec=spec, slices=parts, fingerprint="f", moments=Moments(1, np.zeros(dim), np.zeros(dim)))
 
 
 def config(**sections) -> Config:

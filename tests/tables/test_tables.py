@@ -62,7 +62,9 @@ class Runs:
             with self.lake.staged(uri) as path:
                 pq.write_table(table, path)
             digest = str(hash(self.lake.read_bytes(uri)))
-            found.append(LabelFile(f"{name}.parquet", uri, self.lake.size(uri), table.num_rows, digest))
+            found.append(
+                LabelFile(path=f"{name}.parquet", uri=uri, size=self.lake.size(uri), rows=table.num_rows, sha256=digest)
+            )
         return found
 
     def commit(self, run_id, files, mode="replace", schema=None, **storage):
