@@ -144,9 +144,11 @@ def test_every_document_of_a_run_has_the_keys_of_its_schema(on_one_worker, name)
 
 
 def test_every_marker_of_a_run_has_the_keys_of_its_schema(on_one_worker):
-    assert set(json_schema.DOCUMENTS) == {*DOCUMENTS, "stage"}
+    assert set(json_schema.DOCUMENTS) == {*DOCUMENTS, "stage", "sweep"}
     for stage in pipeline.stages_of(settings("in", "out")):
-        jsonschema.validate(on_one_worker.marker(stage.name), json_schema.schema("stage"))
+        marker = on_one_worker.marker(stage.name)
+        jsonschema.validate(marker, json_schema.schema("stage"))
+        jsonschema.validate(marker["metrics"], json_schema.schema_of(json_schema.STAGE_METRICS[stage.name]))
 
 
 def test_every_file_of_a_run_is_on_the_list_of_what_a_run_writes(on_one_worker):

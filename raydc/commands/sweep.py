@@ -8,7 +8,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.training.sweep import Sample, SweepSettings, sweep
 from raydc.data.profile import Profile
+from raydc.data.records import RecommendationRecord, SweepEntry, SweepRecord
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
@@ -113,7 +114,7 @@ def lines(run: RunDir) -> list[str]:
     return [*page(artifacts.SWEEP.read(run)), *(f"{file.path:12s}{file.uri(run)}" for file in _RESULTS)]
 
 
-def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
+def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, ...]) -> SweepRecord:
     expected = min(found.num_rows, config.fit.max_rows or found.num_rows)
     log.info(
         "sweep: K = %s on about %d of %d rows (%.2f %%), of which %.0f %% are held out; both by hash of the row key",
@@ -147,17 +148,17 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
         )
         loop_config = {"job": job, "plan": plan, "held_out": config.sweep.held_out, "rows": evaluate.baseline_rows}
         outcome = launch(config, folder, dataset, _train_loop, loop_config, _NAME)
-    advice = recommend(outcome.entries)
+    advice = recommend(cast(list[dict[str, Any]], outcome.entries))
     return {
         "objective": config.fit.objective,
         "seed": config.seed,
-        "rows": outcome.rows | {"input": found.num_rows},
+        "rows": {**outcome.rows, "input": found.num_rows},
         "entries": outcome.entries,
-        "recommendation": asdict(advice),
+        "recommendation": cast(RecommendationRecord, asdict(advice)),
     }
 
 
-def _write(folder: RunDir, body: dict[str, Any]) -> None:
+def _write(folder: RunDir, body: SweepRecord) -> None:
     artifacts.SWEEP.write(folder, body)
     artifacts.SWEEP_PAGE.write(folder, ("\n".join(page(body, markdown=True)) + "\n").encode())
     artifacts.SWEEP_FIGURE.write(folder, figure(body))
@@ -198,12 +199,18 @@ class _Split:
         return torch.from_numpy(sample_mask(batch.keys_N.numpy(), stream_seed(self._seed, 13), self._share))
 
 
+class _Counts(TypedDict):
+    trained: int
+    held_out: int
+    sample: int
+
+
 @dataclass(frozen=True)
 class _Done:
     """What the workers have found."""
 
-    entries: list[dict[str, Any]]
-    rows: dict[str, int]
+    entries: list[SweepEntry]
+    rows: _Counts
 
 
 def _train_loop(loop_config: dict[str, Any]) -> _Done | Failure:
@@ -218,8 +225,8 @@ def _swept(loop_config: dict[str, Any], context: RayContext, ranks: Ranks) -> _D
     rows, held_out = _collected(job, ranks, split, share)
     sample = _sample(rows, split, job.preprocess, ranks, job.settings.block_rows)
     entries = sweep(rows, held_out, sample, job.preprocess, job.settings, loop_config["plan"], context)
-    counts = {"trained": rows.num_rows, "held_out": held_out.num_rows, "sample": len(sample.x_ND)}
-    return _Done(entries, counts)
+    counts: _Counts = {"trained": rows.num_rows, "held_out": held_out.num_rows, "sample": len(sample.x_ND)}
+    return _Done(cast(list[SweepEntry], entries), counts)
 
 
 def _collected(job: Job, ranks: Ranks, split: _Split, share: float) -> tuple[Rows, Rows]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from raydc.config.stages import StageName
 from raydc.data import records
 
 DOCUMENTS: dict[str, Any] = {
@@ -17,13 +18,32 @@ DOCUMENTS: dict[str, Any] = {
     "profile": records.ProfileRecord,
     "run": records.Header,
     "stage": records.Marker,
+    "sweep": records.SweepRecord,
 }
 """Type of each document, by the name of its schema."""
 
 
+STAGE_METRICS: dict[StageName, Any] = {
+    "profile": records.ProfileMetrics,
+    "neighbors": records.NeighborsMetrics,
+    "fit": records.FitMetrics,
+    "merge": records.MergeMetrics,
+    "assign": records.AssignMetrics,
+    "evaluate": records.EvaluateMetrics,
+    "report": records.ReportMetrics,
+    "publish": records.PublishMetrics,
+}
+"""Type of what each stage returns, which its marker keeps under `metrics`."""
+
+
 def schema(name: str) -> dict[str, Any]:
     """Return the JSON schema of a document of DOCUMENTS."""
-    body = TypeAdapter(DOCUMENTS[name]).json_schema()
+    return schema_of(DOCUMENTS[name])
+
+
+def schema_of(type_: Any) -> dict[str, Any]:
+    """Return the JSON schema of a type of raydc.data.records."""
+    body = TypeAdapter(type_).json_schema()
     for part in (body, *body.get("$defs", {}).values()):
         if "properties" in part:
             # A document has these keys and no others: a key that a stage adds must be written down here first.

@@ -192,6 +192,18 @@ class VerdictRecord(TypedDict):
     criteria: list[CriterionRecord]
 
 
+class NeighborFacts(TypedDict):
+    """What the search of one slice says of itself, in the metadata of its file."""
+
+    exact: bool
+    hits: int
+    """Neighbors that the approximate search has found too, of those asked for."""
+
+    wanted: int
+    similarity: float
+    """Sum over all neighbors."""
+
+
 class NeighborsMetrics(TypedDict):
     """What stage neighbors says of its search."""
 
@@ -331,24 +343,6 @@ class Header(TypedDict):
     """The resolved settings; see raydc.config."""
 
 
-class Marker(TypedDict):
-    """stages/<name>.json: the state of a stage."""
-
-    stage: str
-    fingerprint: str
-    state: Literal["running", "done"]
-    started: NotRequired[str]
-    """While it runs."""
-
-    finished: NotRequired[str]
-    seconds: NotRequired[float]
-    metrics: NotRequired[dict[str, Any]]
-    """What the stage returned."""
-
-    settings: dict[str, Any]
-    """Settings that decide its result."""
-
-
 class FileEntry(TypedDict):
     """One file of the manifest."""
 
@@ -367,6 +361,91 @@ class TableEntry(TypedDict):
     version: str
 
 
+class ProfileMetrics(TypedDict):
+    """What stage profile says of the input."""
+
+    rows: int
+    bytes: int
+    slices: int
+    dim: int
+    sampled_rows: int
+    sample_rejects: dict[str, int]
+    bad_files: list[BadFile]
+    repeated_ids: int
+
+
+class MergeMetrics(TypedDict):
+    """What stage merge says of the tree."""
+
+    leaves: int
+    left_out: int
+    """Leaves that hold no row, and are not in the model."""
+
+    levels: list[int]
+    level_statistics: dict[str, LevelRecord]
+    method: str
+    reason: str
+    rounds: int
+    cells: int
+    cell_merges: int
+    inversions: int
+
+
+class AssignMetrics(TypedDict):
+    """What stage assign has written."""
+
+    rows: int
+    labels: int
+    rejects: int
+    slices: int
+
+
+class EvaluateMetrics(TypedDict):
+    """What of metrics.json the marker repeats."""
+
+    rows: Rows
+    quality: NotRequired[Quality]
+    internal: InternalOfTree
+    baselines: dict[Method, Scores]
+    agreement: NotRequired[AgreementRecord]
+    verdict: VerdictRecord
+    warnings: list[str]
+
+
+class ReportMetrics(TypedDict):
+    """What is on the page."""
+
+    figures: int
+    bytes: int
+    leaves_shown: int
+
+
+class PublishMetrics(TypedDict):
+    """What the manifest lists."""
+
+    files: int
+    bytes: int
+    tables: list[TableEntry]
+
+
+class Marker(TypedDict):
+    """stages/<name>.json: the state of a stage."""
+
+    stage: str
+    fingerprint: str
+    state: Literal["running", "done"]
+    started: NotRequired[str]
+    """While it runs."""
+
+    finished: NotRequired[str]
+    seconds: NotRequired[float]
+    metrics: NotRequired[dict[str, Any]]
+    """What the stage returned."""
+
+    settings: dict[str, Any]
+    """Settings that decide its result."""
+
+
 class Manifest(TypedDict):
     """_MANIFEST.json: what a reader may trust."""
 
@@ -377,3 +456,68 @@ class Manifest(TypedDict):
     rows: Rows
     files: list[FileEntry]
     tables: list[TableEntry]
+
+
+class SweepEntry(TypedDict, total=False):
+    """The criteria of one K of a sweep; null where one could not be measured."""
+
+    k: Required[int]
+    seconds: Required[float]
+    inertia: float
+    silhouette: float | None
+    davies_bouldin: float | None
+    calinski_harabasz: float | None
+    size_max_over_mean: float
+    empty: int
+    train_loss: float | None
+    held_out_loss: float | None
+    g: float | None
+    """Training loss over held-out loss."""
+
+    g_error: float | None
+    alpha: float
+    epochs: int
+    sample_rows: int
+    neighbor_agreement: float
+    stability: float
+    stability_error: float
+    acc: float
+    nmi: float
+    ari: float
+
+
+class SweepRows(TypedDict):
+    """Rows of a sweep."""
+
+    trained: int
+    held_out: int
+    sample: int
+    input: int
+
+
+class VoteRecord(TypedDict):
+    """What one criterion says of K."""
+
+    criterion: str
+    num_leaves: int | None
+    reason: str
+
+
+class RecommendationRecord(TypedDict):
+    """A number of leaves, and how it came about; see raydc.core.metrics.choose_k."""
+
+    num_leaves: int | None
+    sentence: str
+    votes: list[VoteRecord]
+    agree: bool
+    drop: int | None
+
+
+class SweepRecord(TypedDict):
+    """sweep.json."""
+
+    objective: str
+    seed: int
+    rows: SweepRows
+    entries: list[SweepEntry]
+    recommendation: RecommendationRecord

@@ -16,7 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config.stages import StageName
-from raydc.data.records import AgreementRecord, Header, LevelRecord, Manifest, Marker, Metrics, ProfileRecord
+from raydc.data.records import (
+    AgreementRecord,
+    Header,
+    LevelRecord,
+    Manifest,
+    Marker,
+    Metrics,
+    NeighborFacts,
+    ProfileRecord,
+    SweepRecord,
+)
 from raydc.data.schema import MODEL_FOLDER, level_column
 from raydc.runfolder.formats import Artifact, BytesFile, Folder, JsonFile, Place, TableFile
 from raydc.storage.lake import join
@@ -215,7 +225,7 @@ class NeighborFiles(SliceFiles):
         keys, lists = table["key"].to_numpy(), table["neighbors"]
         return keys, lists.combine_chunks().flatten().to_numpy().reshape(len(keys), lists.type.list_size)
 
-    def read_facts(self, place: Place, part: "Slice") -> tuple[int, dict[str, Any]]:
+    def read_facts(self, place: Place, part: "Slice") -> tuple[int, NeighborFacts]:
         """Return the number of rows of a slice's file, and what its search said of itself."""
         with place.lake.open_parquet(self.of(part).uri(place)) as handle:
             parquet = pq.ParquetFile(handle)
@@ -228,7 +238,7 @@ class NeighborFiles(SliceFiles):
         keys_N: npt.NDArray[np.int64],
         neighbors_NM: npt.NDArray[np.int64],
         similarities_NM: npt.NDArray[np.float32],
-        facts: dict[str, Any],
+        facts: NeighborFacts,
     ) -> None:
         """Write the file of a slice whole.
 
@@ -238,7 +248,7 @@ class NeighborFiles(SliceFiles):
             keys_N: (N,) keys of its trained rows, rising.
             neighbors_NM: (N, M) keys of their neighbors, the nearest first.
             similarities_NM: (N, M) float32.
-            facts: what the search says of itself, JSON values.
+            facts: what the search says of itself.
         """
         num = neighbors_NM.shape[1]
         table = pa.table(
@@ -286,7 +296,7 @@ PAGE = BytesFile("report/index.html")
 MANIFEST = JsonFile[Manifest]("_MANIFEST.json")
 
 # Of the other commands.
-SWEEP = JsonFile[dict[str, Any]]("sweep.json")
+SWEEP = JsonFile[SweepRecord]("sweep.json")
 SWEEP_PAGE = BytesFile("sweep.md")
 SWEEP_FIGURE = BytesFile("sweep.png")
 COMPARISON = JsonFile[dict[str, Any]]("compare.json")

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
 from raydc.config import Config, difference, digest
-from raydc.data.records import Header, Marker
+from raydc.data.records import FitMetrics, Header, Marker, MergeMetrics, NeighborsMetrics, ProfileMetrics
 from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import ConfigError, StageError
 from raydc.runfolder import artifacts
@@ -159,8 +159,24 @@ class RunDir(OwnedFolder):
             }
         )
 
-    def metrics(self, stage: str) -> dict[str, Any]:
-        """Return what a finished stage returned."""
+    @overload
+    def metrics(self, stage: Literal["profile"]) -> ProfileMetrics: ...
+
+    @overload
+    def metrics(self, stage: Literal["neighbors"]) -> NeighborsMetrics: ...
+
+    @overload
+    def metrics(self, stage: Literal["fit"]) -> FitMetrics: ...
+
+    @overload
+    def metrics(self, stage: Literal["merge"]) -> MergeMetrics: ...
+
+    def metrics(self, stage: str) -> Any:
+        """Return what a finished stage returned.
+
+        Raises:
+            StageError: it has not finished.
+        """
         marker = self.marker(stage)
         if marker is None or marker["state"] != "done":
             raise StageError(

@@ -93,7 +93,7 @@ class Beat:
     released: str | None = None
     """Why the lease was given back; None while it is held."""
 
-    progress: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Fence:
 class Lease:
     """The lease that this process holds, with its heartbeat; a context manager that gives it back."""
 
-    def __init__(self, fence: Fence, *, heartbeat_seconds: float, progress: dict[str, Any]) -> None:
+    def __init__(self, fence: Fence, *, heartbeat_seconds: float, progress: dict[str, str]) -> None:
         self.fence = fence
         self.progress = progress
         """Written with every heartbeat; filled by others."""
@@ -204,7 +204,7 @@ class Lease:
 
 
 def acquire(
-    lake: Lake, root: str, *, heartbeat_seconds: float, stale_seconds: float, progress: dict[str, Any] | None = None
+    lake: Lake, root: str, *, heartbeat_seconds: float, stale_seconds: float, progress: dict[str, str] | None = None
 ) -> Lease:
     """Return the lease of a run folder, not yet beating: enter it as a context.
 

@@ -82,7 +82,7 @@ class OwnedFolder(Place):
         self.fence: Fence | None = None
         """The number under which this process may write; None for readers."""
 
-        self.progress: dict[str, Any] = {}
+        self.progress: dict[str, str] = {}
         """What is being done, for `raydc show`; written with every heartbeat."""
 
     def check_owner(self) -> None:

@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy
 from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
 from raydc.core.process import prepare_process
-from raydc.data.records import AgreementRecord, Baseline, MethodAgreement
+from raydc.data.records import AgreementRecord, AssignMetrics, Baseline, MethodAgreement
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
@@ -42,7 +42,7 @@ _CONTINUES = "Complete slices are kept; the same command continues."
 _RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), ("failure", pa.string())])
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> AssignMetrics:
     """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric.
 
     agreement.json says how the learned partition and the baselines treat nearest neighbors; the rows among which these

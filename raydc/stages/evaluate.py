@@ -13,15 +13,14 @@ from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.tree.order import central_leaves, dendrogram_purity
 from raydc.data.records import (
+    EvaluateMetrics,
     External,
-    FitMetrics,
     Internal,
     InternalOfTree,
     Marker,
     Measured,
     Method,
     Metrics,
-    NeighborsMetrics,
     Quality,
     Scores,
 )
@@ -36,11 +35,9 @@ from raydc.runfolder.folder import RunDir
 log = logging.getLogger(__name__)
 
 _LOW_RECALL = 0.9
-_KEPT = ("rows", "quality", "internal", "baselines", "agreement", "verdict", "warnings")
-"""What of the metrics the marker repeats."""
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> EvaluateMetrics:
     """Write metrics.json and leaves.parquet, and the medoids into tree/nodes.parquet."""
     statistics, model = artifacts.STATISTICS.read(run), artifacts.MODEL.load(run)
     leaves, linkage = artifacts.LEAVES.read(run), artifacts.LINKAGE.read(run)
@@ -52,7 +49,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     artifacts.METRICS.write(run, body)
     artifacts.LEAF_TABLE.write(run, _leaf_table(statistics.tallies["leaf"], model))
     _write_medoids(run, leaves, linkage)
-    return {name: value for name, value in body.items() if name in _KEPT}
+    return cast(EvaluateMetrics, {name: body[name] for name in EvaluateMetrics.__annotations__ if name in body})  # type: ignore[literal-required]
 
 
 def _measured(
@@ -66,14 +63,14 @@ def _measured(
         "internal": _internal(statistics, model, leaves),
         "baselines": _baselines(statistics, run),
         "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
-        "fit": cast(FitMetrics, run.metrics("fit")),
+        "fit": run.metrics("fit"),
     }
     if (quality := _quality(statistics, model, linkage)) is not None:
         found["quality"] = quality
     if (agreement := artifacts.AGREEMENT.read_if_there(run)) is not None:
         found["agreement"] = agreement
     if markers["neighbors"] is not None:
-        found["neighbors"] = cast(NeighborsMetrics, run.metrics("neighbors"))
+        found["neighbors"] = run.metrics("neighbors")
     return cast(Measured, {name: found[name] for name in Measured.__annotations__ if name in found})  # type: ignore[literal-required]
 
 

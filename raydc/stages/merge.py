@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from raydc.config import Config, MergeConfig
 from raydc.core.tree.cells import CellMerges, CellState, Runner, run_here
 from raydc.core.tree.linkage import Linkage, agglomerate
 from raydc.core.tree.order import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
-from raydc.data.records import LevelRecord
+from raydc.data.records import LevelRecord, MergeMetrics
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.artifacts import Leaves
@@ -35,7 +35,7 @@ _CELL_RETRIES = 10
 _LESS_MEMORY = "If memory was short, raise merge.cpus_per_cell, or give the workers more."
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> MergeMetrics:
     """Write model/ and tree/: linkage.npy, nodes.parquet, levels.parquet, level_statistics.json, leaves.safetensors."""
     leaves = artifacts.FIT_LEAVES.read(run)
     tree = merge_leaves(config, leaves.means_KL, leaves.weights_K, leaves.sse_K, run)

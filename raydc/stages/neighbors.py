@@ -20,7 +20,7 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, cell_centers, nearest_cells, num_hits, prepare, search
-from raydc.data.records import NeighborsMetrics
+from raydc.data.records import NeighborFacts, NeighborsMetrics
 from raydc.data.slices import InputSpec, Slice, read_slice
 from raydc.errors import DataError, StageError
 from raydc.runfolder import artifacts
@@ -200,7 +200,11 @@ def _search_rows(
         wanted = int(sampled.sum()) * job.section.num
         short = found.missing_Q[again]
         found.keys_QM[again[short]], found.scores_QM[again[short]] = exact.keys_QM[short], exact.scores_QM[short]
-    _write(job, part, keys, found, {"exact": centers is None, "hits": hits, "wanted": wanted})
+    similarity = float(found.scores_QM.sum())
+    facts: NeighborFacts = {"exact": centers is None, "hits": hits, "wanted": wanted, "similarity": similarity}
+    # A worker outlives its driver by a moment; by then the run may have another one.
+    job.run.check_owner()
+    artifacts.NEIGHBORS.write(job.run, part, keys, found.keys_QM, found.scores_QM.astype(np.float32), facts)
 
 
 def _through(
@@ -211,14 +215,6 @@ def _through(
         # One shard at a time: it is fetched, looked through and let go.
         found = search(keys, x, ray.get(reference), found, metric=job.section.metric, probes_QP=probes)
     return found
-
-
-def _write(job: Job, part: Slice, keys: npt.NDArray[np.int64], found: Neighbors, facts: dict[str, Any]) -> None:
-    facts = facts | {"similarity": float(found.scores_QM.sum())}
-    # A worker outlives its driver by a moment; by then the run may have another one.
-    job.run.check_owner()
-    similarities = found.scores_QM.astype(np.float32)
-    artifacts.NEIGHBORS.write(job.run, part, keys, found.keys_QM, similarities, facts)
 
 
 def _summary(job: Job, slices: list[Slice]) -> NeighborsMetrics:

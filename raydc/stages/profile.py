@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from raydc.core.hashing import stream_seed
 from raydc.core.models.preprocess import Moments
 from raydc.data import duplicate_ids
 from raydc.data.profile import Profile
-from raydc.data.records import BadFile
+from raydc.data.records import BadFile, ProfileMetrics
 from raydc.data.slices import (
     Column,
     Footer,
@@ -50,7 +49,7 @@ _MOST_LISTED = 20
 _READERS = 16
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> ProfileMetrics:
     """Read the input's footers and sample, and write profile.json."""
     profile = profile_input(config, run.lake)
     repeated = _repeated_ids(config, profile, run)

@@ -3,14 +3,13 @@
 import hashlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config import Config
 from raydc.data.profile import Profile
-from raydc.data.records import FileEntry, Manifest
+from raydc.data.records import FileEntry, Manifest, PublishMetrics
 from raydc.data.schema import FORMAT_VERSION, labels_schema
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 _BLOCK = 8 * 2**20
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> PublishMetrics:
     """Check that the counts add up, register the label files in the tables of the settings and write _MANIFEST.json.
 
     The manifest lists path, rows, bytes and checksum of every file, and the version of every table. The files stay as

@@ -3,11 +3,11 @@
 What draws takes a second to load, so it is loaded when it is needed, or by `load_libraries` while a run waits.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raydc.config import Config
 from raydc.config.stages import before
-from raydc.data.records import Metrics
+from raydc.data.records import Metrics, ReportMetrics
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
@@ -19,7 +19,7 @@ _NEEDED = (artifacts.RUN, artifacts.METRICS, artifacts.LEAF_TABLE, artifacts.LIN
 """Files that the page cannot do without."""
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> ReportMetrics:
     """Write report/index.html and report/*.png."""
     from raydc.report.page import build
 

@@ -12,6 +12,7 @@ import raydc
 from raydc import pipeline
 from raydc.config.stages import SECTIONS_OF_STAGE, STAGE_NAMES
 from raydc.core.metrics.partition_stats import Tally
+from raydc.data.json_schema import STAGE_METRICS
 from raydc.data.slices import Slice
 from raydc.data.statistics import Statistics
 from raydc.runfolder import artifacts
@@ -64,6 +65,7 @@ def test_no_two_artifacts_share_a_path():
 def test_the_lists_of_stages_are_one():
     assert tuple(stage.name for stage in pipeline.STAGES) == STAGE_NAMES
     assert tuple(SECTIONS_OF_STAGE) == tuple(artifacts.WRITES) == STAGE_NAMES
+    assert tuple(STAGE_METRICS) == STAGE_NAMES
     assert set(LESS_MEMORY) < set(STAGE_NAMES)
 
 
