@@ -164,18 +164,28 @@ def launch(
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
-        cause = root_cause(error)
-        # Train tries again after a failure of the workers alone.
-        who = "Ray Train's controller failed with"
-        if not isinstance(error, ray.train.ControllerError):
-            who = f"the workers failed {config.fit.max_failures + 1} times, at last with"
-        raise StageError(
-            f"{name}: {who} {in_one_line(cause)}.{remedy('fit', cause)} Checkpoints are kept; the same command "
-            "continues."
-        ) from error
+        raise StageError(failed(name, error, config.fit.max_failures + 1)) from error
     if isinstance(outcome, Failure):
         raise (DataError if outcome.kind == DataError.__name__ else StageError)(f"{name}: {outcome.text}")
     return outcome
+
+
+def failed(name: str, error: ray.train.TrainingFailedError, num_attempts: int) -> str:
+    """Return what a person reads when the training was given up.
+
+    Args:
+        name: of the step.
+        error: as Train raises it.
+        num_attempts: how often the workers were tried.
+    """
+    cause = root_cause(error)
+    # Train tries again after a failure of the workers alone.
+    who = "Ray Train's controller failed with"
+    if not isinstance(error, ray.train.ControllerError):
+        who = f"the workers failed {num_attempts} times, at last with"
+    return (
+        f"{name}: {who} {in_one_line(cause)}.{remedy('fit', cause)} Checkpoints are kept; the same command continues."
+    )
 
 
 def in_worker(job: Job, work: Callable[["RayContext", Ranks], Result]) -> Result | Failure:
