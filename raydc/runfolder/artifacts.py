@@ -306,7 +306,7 @@ LABELED_FROM = JsonFile[dict[str, Any]]("labels.json")
 
 
 def attempts(stage: str) -> Folder:
-    """Return the counts of the attempts of a stage that were lost; see raydc.runfolder.attempts."""
+    """Return the counts of the attempts of a stage that were lost; see raydc.runtime.attempts."""
     return Folder(join(ATTEMPTS.path, stage))
 
 

@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydc.config import Config
 from raydc.runfolder import artifacts
-from raydc.runfolder.attempts import Attempts, Bound, Ledger, known_attempts
 from raydc.runfolder.formats import Place
+from raydc.runtime.attempts import Attempts, Bound, Ledger, known_attempts
 from raydc.runtime.session import node_is_gone
 
 log = logging.getLogger(__name__)

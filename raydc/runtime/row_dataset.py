@@ -20,8 +20,8 @@ from raydc.config import Config
 from raydc.data.slices import InputSpec, RowBatch, Slice, class_names, read_slice
 from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.runfolder import artifacts
-from raydc.runfolder.attempts import Bound
 from raydc.runfolder.formats import Place
+from raydc.runtime.attempts import Bound
 from raydc.runtime.session import nodes_with_cpus
 from raydc.storage.lake import Lake
 

@@ -25,9 +25,9 @@ from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling, label_slice, reject_slice
 from raydc.runfolder import artifacts
-from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.ownership import OwnedFolder
+from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy

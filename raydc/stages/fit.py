@@ -31,9 +31,9 @@ from raydc.data.records import Epoch, FitMetrics, Resize
 from raydc.model import Model
 from raydc.runfolder import artifacts
 from raydc.runfolder.artifacts import Leaves
-from raydc.runfolder.attempts import known_attempts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.teacher import load_teacher
+from raydc.runtime.attempts import known_attempts
 from raydc.runtime.board import bounded
 from raydc.runtime.row_dataset import readers, slice_dataset
 from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch

@@ -20,9 +20,9 @@ from raydc.data.records import LevelRecord, MergeMetrics
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.artifacts import Leaves
-from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.merge_cells import fingerprint, kept
+from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
 from raydc.runtime.remedies import remedy
 from raydc.runtime.session import in_one_line, root_cause

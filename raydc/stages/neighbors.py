@@ -24,8 +24,8 @@ from raydc.data.records import NeighborFacts, NeighborsMetrics
 from raydc.data.slices import InputSpec, Slice, read_slice
 from raydc.errors import DataError, StageError
 from raydc.runfolder import artifacts
-from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
+from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
 from raydc.runtime.session import in_one_line, root_cause
 

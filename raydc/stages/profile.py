@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +37,11 @@ from raydc.data.slices import (
 )
 from raydc.errors import ConfigError, DataError, StageError
 from raydc.runfolder import artifacts
-from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
-from raydc.runtime.board import bounded
-from raydc.runtime.session import in_one_line, root_cause
 from raydc.storage.lake import Lake
+
+if TYPE_CHECKING:
+    from raydc.runtime.attempts import Bound
 
 log = logging.getLogger(__name__)
 
@@ -342,6 +343,8 @@ def _repeated_ids(config: Config, profile: Profile, run: RunDir) -> int:
                 np.concatenate(list(pool.map(lambda s: duplicate_ids.slice_keys(lake, s, spec), slices)))
             )
     else:
+        from raydc.runtime.board import bounded
+
         with bounded("profile", config, run) as bound:
             found = repeats_by_tasks(slices, spec, lake, num_parts, bound)
     if not found.rows:
@@ -355,7 +358,7 @@ def _repeated_ids(config: Config, profile: Profile, run: RunDir) -> int:
 
 
 def repeats_by_tasks(
-    slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int, bound: Bound
+    slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int, bound: "Bound"
 ) -> duplicate_ids.Repeats:
     """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks.
 
@@ -363,6 +366,8 @@ def repeats_by_tasks(
         StageError: a task was lost too often.
     """
     import ray
+
+    from raydc.runtime.session import in_one_line, root_cause
 
     @ray.remote(num_returns=num_parts, max_retries=bound.retries)
     def split(some: Sequence[Slice]) -> list[npt.NDArray[np.void]]:
@@ -384,7 +389,7 @@ def repeats_by_tasks(
         raise StageError(f"profile: {in_one_line(root_cause(error))}. The same command tries again.") from error
 
 
-def _keys_or_none(lake: Lake, part: Slice, spec: InputSpec, bound: Bound) -> npt.NDArray[np.void]:
+def _keys_or_none(lake: Lake, part: Slice, spec: InputSpec, bound: "Bound") -> npt.NDArray[np.void]:
     """Return the keys of the ids of a slice; none if reading them kills the process, as if they were unreadable."""
     with bound.attempt(part.name) as lost:
         if lost.beyond(bound.most) < 0:

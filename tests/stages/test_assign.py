@@ -11,8 +11,8 @@ import pytest
 
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling
-from raydc.runfolder.attempts import Bound
 from raydc.runtime import session
+from raydc.runtime.attempts import Bound
 from raydc.runtime.board import watched
 from raydc.stages import assign
 from raydc.stages.assign import label_all

@@ -17,8 +17,8 @@ from raydc.data.slices import all_rejected
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling
 from raydc.runfolder import artifacts
-from raydc.runfolder.attempts import Attempts, Bound, Ledger, known_attempts
 from raydc.runfolder.formats import Place
+from raydc.runtime.attempts import Attempts, Bound, Ledger, known_attempts
 from raydc.runtime.board import bounded, watched
 from raydc.runtime.row_dataset import slice_dataset
 from raydc.runtime.session import node_is_gone

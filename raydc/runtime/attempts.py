@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import ray
+
 from raydc.data.slices import Slice
 from raydc.errors import DataError, StageError
 from raydc.storage.lake import Lake, join
@@ -143,8 +145,6 @@ class Bound:
             task: what stays the same when Ray runs the work again. Default: the id of Ray's task, which an actor's
                 retries do not keep.
         """
-        import ray
-
         context = ray.get_runtime_context()
         task, worker = task or context.get_task_id(), context.get_worker_id()
         lost: Attempts = ray.get(self.board.begin.remote(piece, task, worker, context.get_node_id()))
@@ -181,8 +181,6 @@ class Bound:
 
     def leave_out(self, piece: str, lost: Attempts, line: str) -> None:
         """Note that the run goes on without a piece, and say so once."""
-        import ray
-
         if ray.get(self.board.leave_out.remote(piece, f"{piece} {lost}: {line}")):
             self.note(piece, replace(lost, left_out=True))
 
