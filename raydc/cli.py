@@ -269,6 +269,7 @@ def _loading() -> Iterator[None]:
 
 def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     from raydc.config import apply_override
+    from raydc.runfolder import artifacts
     from raydc.runfolder.folder import RunDir
 
     settings: dict[str, Any] = {}
@@ -280,7 +281,7 @@ def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     door = parse_config({"input": {"path": ""}, **settings}).storage
     output, _, run_id = absolute(uri).rstrip("/").rpartition("/")
     folder = RunDir(Lake(**door.model_dump()), output, run_id)
-    if not folder.lake.exists(folder.uri("run.json")) or (header := folder.header()) is None:
+    if not artifacts.RUN.exists(folder) or (header := folder.header()) is None:
         raise StageError(f"{uri}: no run there. Give the folder <output>/<run_id> of a run.")
     return folder, parse_config(header["config"] | settings)
 

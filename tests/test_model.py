@@ -30,7 +30,15 @@ def network_model(method: str = "standardize", num_leaves: int = 7) -> Model:
         centers = encoder(preprocess(torch.from_numpy(rows(num_leaves, seed=3))))
     levels = {2: np.array([0, 0, 0, 1, 1, 1, 1], np.int32)[:num_leaves], 3: np.arange(num_leaves, dtype=np.int32) // 3}
     encoder.eval().requires_grad_(False)
-    return Model(preprocess, encoder, centers, Kernel(3.0, 0.7), widths, levels, {"objective": "dec"})
+    return Model(
+        preprocess=preprocess,
+        encoder=encoder,
+        centers_KL=centers,
+        kernel=Kernel(3.0, 0.7),
+        widths=widths,
+        levels=levels,
+        details={"objective": "dec"},
+    )
 
 
 def assert_equal(first: Prediction, second: Prediction) -> None:
