@@ -192,3 +192,8 @@ class RayConfig(Section):
 
     object_store_bytes: int | None = Field(None, ge=80 * 2**20, json_schema_extra=OPERATIONAL)
     """Bytes of a local cluster's object store. null is Ray's own choice."""
+
+    max_attempts: int = Field(5, ge=1, json_schema_extra=OPERATIONAL)
+    """Processes that a slice, or another piece of work, may kill before the run stops and names it.
+
+    With input.on_bad_files=quarantine a slice goes to the rejects instead. A lost node counts a quarter."""
