@@ -56,25 +56,9 @@ class RunDir(OwnedFolder):
             problems += overlaps("fit.teacher=", config.fit.teacher, "the run folder ", self.root)
         if problems:
             raise ConfigError("\n".join(problems))
-        header = self.header(kind)
-        if header is None:
+        if self.header(kind) is None:
             # A run that began when its input could lie in `output` may go on: it does not touch the input there.
             check_output(config, self._output)
-        else:
-            self.check_format()
-
-    def check_format(self) -> None:
-        """Return if this version can go on with the folder, or if no run has begun in it.
-
-        Raises:
-            StageError: another format wrote it; its names of stages and settings may be other ones.
-        """
-        body = self.header()
-        if body is not None and body.get("format_version") != FORMAT_VERSION:
-            raise StageError(
-                f"run {self.run_id!r} in {self.root} was written by format {body.get('format_version')}, and this "
-                f"raydc writes format {FORMAT_VERSION}. Use a new --run-id; a finished model in it can still be loaded."
-            )
 
     def header(self, kind: str | None = None) -> Header | None:
         """Return run.json; None in a folder that is free.
@@ -83,11 +67,16 @@ class RunDir(OwnedFolder):
             kind: the command that the folder must belong to, if it matters.
 
         Raises:
-            StageError: the folder is somebody else's, or another command's.
+            StageError: the folder is somebody else's, another command's, or of another format.
         """
         body = cast(Header | None, self.read_owner())
         if body is None or kind is None:
             return body
+        if body.get("format_version") != FORMAT_VERSION:
+            raise StageError(
+                f"{kind}: run {self.run_id!r} in {self.root} was written by format {body.get('format_version')}, and "
+                f"this raydc writes format {FORMAT_VERSION}. Use a new --run-id; a finished model in it still loads."
+            )
         # Earlier headers do not say it.
         found = body.get("kind") or (SWEEP_KIND if self.marker(SWEEP_KIND) is not None else RUN_KIND)
         if found != kind:
