@@ -170,9 +170,8 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     from raydc.core.tree.linkage import agglomerate
     from raydc.core.tree.order import cut
     from raydc.core.tree.purity import dendrogram_purity
-    from raydc.labeling.label_slice import Statistics
+    from raydc.runfolder import artifacts
     from raydc.runfolder.folder import RunDir
-    from raydc.stages.merge import leaf_statistics
     from raydc.storage.lake import Lake
 
     TREES.mkdir(parents=True, exist_ok=True)
@@ -182,9 +181,9 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     run.remove("")
     command = [sys.executable, "-m", "raydc", "run", "--config", "jobs/mnist.yaml", "--run-id", run.run_id, *overrides]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    leaves = leaf_statistics(run)
-    weights, means, sse = (leaves[name] for name in ("weights", "means", "sse"))
-    table, _ = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz"))).tallies["leaf"].classes.table()
+    leaves = artifacts.LEAVES.read(run)
+    weights, means, sse = leaves.weights_K, leaves.means_KL, leaves.sse_K
+    table, _ = artifacts.STATISTICS.read(run).tallies["leaf"].classes.table()
     cells = {"method": "minibatch", "cell_size": 50, "top_size": 50}
     found = {
         "exact": agglomerate(means, weights, sse, method="exact").merges,

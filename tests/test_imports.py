@@ -87,6 +87,11 @@ def test_a_wing_imports_only_those_below_it(module):
         assert not [name for name in names if name.split(".")[0] == "ray"]
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if wing_of(m) == "stages"])
+def test_a_stage_never_imports_a_stage(module):
+    assert not [name for name in imports_of(MODULES[module]) if name.startswith("raydc.stages")]
+
+
 def test_no_modules_import_each_other_in_a_circle():
     graph = {
         module: {n.removesuffix(".__init__") for n in imports_of(path)} & set(MODULES)

@@ -31,9 +31,11 @@ from raydc.core.search.nearest import own_and_other
 from raydc.data.slices import class_names, read_slice
 from raydc.errors import ConfigError, DataError, StageError
 from raydc.pipeline import make_lake
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import check_output
+from raydc.runfolder.formats import Place
 from raydc.stages.profile import profile_input
-from raydc.storage.lake import Lake, absolute, join
+from raydc.storage.lake import absolute
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
     check(config)
     unknown = sorted(set(classical) - set(METHODS))
     if unknown:
-        raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose of {', '.join(METHODS)}.")
+        raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose from {', '.join(METHODS)}.")
     configs = {name: _with_objective(config, name) for name in objectives}
     prepare_process(config.fit.cpus_per_worker)
     sample, total = _read(config, rows)
@@ -90,10 +92,10 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
             note(name, shown, found.groups_N, time.perf_counter() - started, found.parameters)
     body = {"rows": len(x), "input_rows": total, "num_leaves": config.cluster.num_leaves, "entries": entries}
     check(config)
-    lake, folder = make_lake(config), absolute(config.output)
-    lake.write_json(join(folder, "compare.json"), body)
+    folder = Place(make_lake(config), absolute(config.output))
+    artifacts.COMPARISON.write(folder, body)
     page = "\n".join(_page(body)) + "\n"
-    lake.write_bytes(join(folder, "compare.md"), page.encode())
+    artifacts.COMPARISON_PAGE.write(folder, page.encode())
     return page
 
 
@@ -105,27 +107,27 @@ def check(config: Config) -> None:
         StageError: a file of such a name is there that is none of a comparison.
     """
     check_output(config)
-    lake, folder = make_lake(config), absolute(config.output)
-    names = {"compare.json", "compare.md"} & set(lake.names(folder))
+    folder = Place(make_lake(config), absolute(config.output))
+    names = {artifacts.COMPARISON.path, artifacts.COMPARISON_PAGE.path} & set(folder.lake.names(folder.root))
     # The page is written last, so it never stands alone.
-    if names and not (_is_ours(lake, folder) and (len(names) == 1 or _is_page(lake, folder))):
+    if names and not (_is_ours(folder) and (len(names) == 1 or _is_page(folder))):
         raise StageError(
-            f"compare: {folder} holds {' and '.join(sorted(names))}, not written by a comparison. Nothing was touched. "
-            "Use another output, or move what is there to another place."
+            f"compare: {folder.root} holds {' and '.join(sorted(names))}, not written by a comparison. Nothing was "
+            "touched. Use another output, or move what is there to another place."
         )
 
 
-def _is_ours(lake: Lake, folder: str) -> bool:
+def _is_ours(folder: Place) -> bool:
     try:
-        body = json.loads(lake.read_bytes(join(folder, "compare.json")))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        body = artifacts.COMPARISON.read(folder)
+    except (FileNotFoundError, IsADirectoryError, DataError):
         return False
     return isinstance(body, dict) and body.keys() >= _KEYS
 
 
-def _is_page(lake: Lake, folder: str) -> bool:
+def _is_page(folder: Place) -> bool:
     try:
-        return lake.read_bytes(join(folder, "compare.md")).startswith(_HEADING.encode())
+        return artifacts.COMPARISON_PAGE.read(folder).startswith(_HEADING.encode())
     except IsADirectoryError:
         return False
 

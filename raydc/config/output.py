@@ -194,7 +194,6 @@ class RayConfig(Section):
     """Bytes of a local cluster's object store. null is Ray's own choice."""
 
     max_attempts: int = Field(5, ge=1, json_schema_extra=OPERATIONAL)
-    """How many processes a slice, or another piece of work, may kill.
+    """Processes that a slice, or another piece of work, may kill before the run stops and names it.
 
-    Then the run stops and names it. Under input.on_bad_files=quarantine a slice goes to the rejects instead. A lost
-    node counts a quarter."""
+    With input.on_bad_files=quarantine a slice goes to the rejects instead. A lost node counts a quarter."""

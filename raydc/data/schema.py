@@ -8,7 +8,8 @@ FORMAT_VERSION = 2
 MODEL_FORMAT_VERSION = 1
 """Version of a saved model; it has not changed since the first."""
 
-MANIFEST = "_MANIFEST.json"
+MODEL_FOLDER = "model"
+"""Where a run folder has its model."""
 
 RUN_COLUMN = "run_id"
 """Partition column of the tables in which runs register their labels; not in the label files themselves."""

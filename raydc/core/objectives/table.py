@@ -48,7 +48,7 @@ class ObjectiveInfo:
     weight: str | None = None
     """Field of refine that weighs its loss; at 0 nothing is left to train after k-means."""
 
-    baseline: str | None = None
+    baseline: Literal["raw_kmeans", "autoencoder_kmeans"] | None = None
     """Name of the baseline that this objective is itself; the report would show it twice."""
 
     @property
