@@ -118,7 +118,8 @@ def outside_floor(state: CellState, cell: int, options: SearchOptions, trail: Tr
     row, place = np.nonzero(slot_NL >= 0)
     np.minimum.at(floor_N, row, rounded(pair_delta(clusters, member_N[row], slot_NL[row, place])))
     noise = rounding_noise(clusters)
-    return np.maximum(floor_N - rounding_slack(clusters, member_N, floor_N, noise), 0.0)
+    outside_N: np.ndarray = np.maximum(floor_N - rounding_slack(clusters, member_N, floor_N, noise), 0.0)
+    return outside_N
 
 
 Runner = Callable[[Callable[..., CellMerges], CellState, Sequence[int]], Iterable[CellMerges]]
@@ -231,7 +232,8 @@ def _lowest(left_P: np.ndarray, right_P: np.ndarray, delta_P: np.ndarray, num: i
         height_K[left] = height_P[merge] = max(delta, height_K[left], height_K[right])
     if num >= len(height_P):
         return np.ones(len(height_P), dtype=bool)
-    return height_P <= np.partition(height_P, num - 1)[num - 1]
+    low_P: np.ndarray = height_P <= np.partition(height_P, num - 1)[num - 1]
+    return low_P
 
 
 def replay(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> None:

@@ -6,7 +6,7 @@ import heapq
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 

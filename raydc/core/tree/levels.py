@@ -110,7 +110,8 @@ def _labels(groups: list[_Group], places: tuple[np.ndarray, np.ndarray], num_lea
     for number, group in enumerate(sorted(groups, key=lambda group: int(start_V[group.core]))):
         for node in (group.core, *group.riders):
             of_place_K[start_V[node] : start_V[node] + count_V[node]] = number
-    return of_place_K[start_V[:num_leaves]]
+    group_K: np.ndarray = of_place_K[start_V[:num_leaves]]
+    return group_K
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,15 +134,13 @@ def agglomerate(
 ) -> Linkage:
     """Return the merge tree of weighted centroids under a linkage, a metric and a method.
 
-    What the choices mean is said at the head of this module.
+    The head of this module says what the choices mean.
 
     Args:
         centers_KD: (K, D) finite; float64 is kept, anything else is cast to it.
         weights_K: (K,) masses; one each by default. Leaves of weight 0 are left out.
         sse_K: (K,) sum of squared errors inside each leaf; zero by default. For metric euclidean only.
-        linkage: see above.
-        metric: see above.
-        method: see above.
+        linkage, metric, method: the choices.
         eps: for method certified.
         cell_size: clusters per cell, on average, at most twice as many. Changes the tree unless eps is 0.
         top_size: this many clusters or fewer are merged exactly. Changes the tree unless eps is 0.
@@ -172,11 +170,10 @@ def agglomerate(
     if method == "exact":
         merge_all(clusters, trail, options=options)
     else:
-        least = np.inf if method == "minibatch" else eps
-        sizes = {"cell_size": cell_size, "top_size": top_size}
-        cost = merge_by_cells(clusters, trail, eps=least, seed=seed, run_cells=run_cells, options=options, **sizes)
+        eps = np.inf if method == "minibatch" else eps
+        sizes = {"cell_size": cell_size, "top_size": top_size, "seed": seed}
+        cost = merge_by_cells(clusters, trail, eps=eps, run_cells=run_cells, options=options, **sizes)
     used = "relaxed" if method == "certified" and eps > 0 else method
-    log.info("linkage: %s %s, %s (%s), %d rounds", linkage, metric, used, reason, trail.num_rounds)
     return _linkage(leaves, trail, cost, linkage=linkage, metric=metric, method=used, reason=reason)
 
 
@@ -230,6 +227,7 @@ def _linkage(
     leaves: _Leaves, trail: Trail, cost: CellCost, *, linkage: str, metric: Metric, method: str, reason: str
 ) -> Linkage:
     """Return the linkage matrix of the merges, with what they have cost."""
+    log.info("linkage: %s %s, %s (%s), %d rounds", linkage, metric, method, reason, trail.num_rounds)
     left_T, right_T, delta_T = trail.merges()
     children_T2, height_T, count_T, num_inversions = number_nodes(left_T, right_T, delta_T, len(leaves.weight_K))
     if linkage == "ward":
