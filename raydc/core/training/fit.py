@@ -52,7 +52,7 @@ class Fitted:
     """One entry for each epoch, and one for the k-means between them."""
 
     decoder: nn.Module | None = None
-    """Of the autoencoder, where there is one."""
+    """Decoder of the autoencoder, where there is one."""
 
 
 def fit(
@@ -191,7 +191,7 @@ class _Fit:
     def _raw_kmeans(self) -> Clustering:
         """Return k-means on a sample of the preprocessed rows."""
         sample = sample_latents(self.trainer, None, self.settings.baseline_rows)
-        centers = faiss_start(self.trainer, sample, stream_seed(self.settings.seed, 3))
+        centers = faiss_start(self.trainer, sample, stream_seed(self.settings.seed, 3), sampled_by="baseline_rows")
         return Clustering(None, centers, calibrated(self.trainer, sample, centers)[0])
 
     def refinement(self) -> Refinement:
@@ -265,7 +265,7 @@ class _Fit:
             tensors, values = checkpoint.load(folder)
             if values["fingerprint"] != self.settings.fingerprint:
                 raise ValueError(
-                    f"the checkpoint was made with other settings or another input ({values['fingerprint']}, "
+                    f"the last checkpoint was made with other settings or another input ({values['fingerprint']}, "
                     f"now {self.settings.fingerprint})"
                 )
             restore(self.state, tensors, values, self._new_autoencoder)

@@ -21,7 +21,7 @@ from raydc.core.training.epochs import Trainer
 from raydc.core.training.rows import RowStore
 
 _MARGIN = 1.1
-"""A random sample may be somewhat larger than it was meant to be."""
+"""Room for a random sample, as a multiple of the size that it was meant to have."""
 
 Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -123,8 +123,14 @@ def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) ->
     return z_NL, None if bool((weights_N == 1.0).all()) else weights_N
 
 
-def faiss_start(trainer: Trainer, sample: Sample, seed: int) -> Tensor:
+def faiss_start(trainer: Trainer, sample: Sample, seed: int, *, sampled_by: str = "cluster.init_rows") -> Tensor:
     """Return the (K, L) centers of FAISS k-means on rank 0's sample, on every rank (CPU).
+
+    Args:
+        trainer: for the settings and the ranks.
+        sample: on rank 0.
+        seed: of the first restart.
+        sampled_by: field of FitSettings that decides the size of the sample, for the message.
 
     Raises:
         ValueError: the sample has fewer rows than there are leaves.
@@ -133,8 +139,7 @@ def faiss_start(trainer: Trainer, sample: Sample, seed: int) -> Tensor:
     size = int(ranks.broadcast(torch.tensor([len(sample.z_NL)]))[0])
     if size < plan.num_leaves:
         raise ValueError(
-            f"the k-means start has a sample of {size} rows for {plan.num_leaves} leaves. "
-            "Raise cluster.init_rows and evaluate.baseline_rows."
+            f"the k-means start has a sample of {size} rows for {plan.num_leaves} leaves. Raise {sampled_by}."
         )
     if ranks.rank == 0:
         restarts, weights_N = plan.num_restarts, sample.weights_N
@@ -177,24 +182,24 @@ def cluster(trainer: Trainer, blocks: Blocks, sample: Sample, generator: torch.G
         sample.shrink_to_calibrate(len(first))
         return run_lloyd(trainer, blocks, first, generator)
     ranks = trainer.ranks
-    turned = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
-    first = faiss_start(trainer, Sample(turned(sample.z_NL), sample.weights_N), seed)
+    to_directions = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
+    first = faiss_start(trainer, Sample(to_directions(sample.z_NL), sample.weights_N), seed)
     sample.shrink_to_calibrate(len(first))
-    found = run_lloyd(trainer, lambda: ((turned(z), weights) for z, weights in blocks()), first, generator)
+    kmeans = run_lloyd(trainer, lambda: ((to_directions(z), weights) for z, weights in blocks()), first, generator)
 
     def assign(z_NL: Tensor) -> tuple[Tensor, Tensor]:
-        return nearest(turned(z_NL), found.centers_KD)[0][:, 0], z_NL.square().sum(dim=1)
+        return nearest(to_directions(z_NL), kmeans.centers_KD)[0][:, 0], z_NL.square().sum(dim=1)
 
     # Distances to the origin, from which those to the means follow when these are known.
-    origin = torch.zeros_like(found.centers_KD)
+    origin = torch.zeros_like(kmeans.centers_KD)
     sums = leaf_sums(blocks(), origin, all_sum=ranks.sum, assign=assign)
     sums = replace(sums, sse_K=sums.sse_around_means(origin))
     centers = reseed(sums.means(origin).float(), sums, generator)
-    return KMeans(centers, float(sums.sse_K.sum()), found.num_iterations, found.num_reseeded)
+    return KMeans(centers, float(sums.sse_K.sum()), kmeans.num_iterations, kmeans.num_reseeded)
 
 
 _LEAST_VARIANCE = 1e-6
-"""Of an axis, as a share of the largest, below which it is left out: it holds rounding."""
+"""Share of the largest variance below which an axis is left out: it holds rounding."""
 
 
 @dataclass(frozen=True)
