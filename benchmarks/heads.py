@@ -168,7 +168,7 @@ def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None
 
 def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:
     factor = data.x_ND.shape[1] ** 0.5 if settings.get("preprocess") else 1.0
-    return Preprocess("scale", (), None, torch.tensor([factor], dtype=torch.float32))
+    return Preprocess("scale", (), mean_D=None, scale_D=torch.tensor([factor], dtype=torch.float32))
 
 
 class Launcher:

@@ -263,8 +263,8 @@ def _read(uri: str, lake: Lake, head: dict[str, Any]) -> Model:
     preprocess = Preprocess(
         head["preprocess"]["method"],
         blocks,
-        weights.pop("preprocess.mean", None),
-        weights.pop("preprocess.scale", None),
+        mean_D=weights.pop("preprocess.mean", None),
+        scale_D=weights.pop("preprocess.scale", None),
     )
     encoder = None
     if head["encoder"] is not None:

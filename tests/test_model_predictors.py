@@ -22,7 +22,13 @@ def prototypes(cosine):
     points = torch.tensor([[0.0, 0], [0, 10], [10, 0], [10, 10], [5, 5]])
     points = torch.nn.functional.normalize(points - 4.0, dim=1) if cosine else points
     shift = torch.full((2,), 4.0 if cosine else 0.0)
-    return Prototypes(points, torch.tensor([0, 1, 2, 3, 1]), shift, torch.tensor(0.5), torch.tensor(cosine))
+    return Prototypes(
+        points_ML=points,
+        classes_M=torch.tensor([0, 1, 2, 3, 1]),
+        shift_L=shift,
+        width=torch.tensor(0.5),
+        cosine=torch.tensor(cosine),
+    )
 
 
 PREDICTORS = {"mixture": mixture(), "nearest prototype": prototypes(0), "direction": prototypes(1)}

@@ -223,7 +223,7 @@ def _scores(
     centers = (torch.zeros(len(names), x.shape[1], dtype=torch.float64).index_add_(0, ids, rows.double())) / sizes[
         :, None
     ]
-    tally = Tally(len(names))
+    tally = Tally(num_groups=len(names))
     for block in torch.arange(len(rows)).split(8192):
         own, other = own_and_other(rows[block], centers.float(), ids[block])
         tally.add(place[block.numpy()], own.numpy(), other.numpy(), None if classes is None else classes[block.numpy()])

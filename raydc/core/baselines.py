@@ -22,7 +22,10 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import NearestNeighbors
 
 _NEIGHBORS = 10
+"""Neighbors of the graph, and of a core row of a density."""
+
 _BRIDGE = 1e-3
+"""Weight of an edge that joins two pieces of the graph."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ def _kmeans(x: npt.NDArray[np.float32], k: int, seed: int) -> Classical:
 
 
 def _minibatch_kmeans(x: npt.NDArray[np.float32], k: int, seed: int) -> Classical:
-    found = MiniBatchKMeans(k, n_init=10, batch_size=1024, random_state=seed).fit_predict(x)
-    return Classical(found, "n_init 10, batches of 1024")
+    groups = MiniBatchKMeans(k, n_init=10, batch_size=1024, random_state=seed).fit_predict(x)
+    return Classical(groups, "n_init 10, batches of 1024")
 
 
 def _gmm(x: npt.NDArray[np.float32], k: int, seed: int) -> Classical:
@@ -53,14 +56,14 @@ def _gmm(x: npt.NDArray[np.float32], k: int, seed: int) -> Classical:
 
 def _dbscan(x: npt.NDArray[np.float32], k: int, seed: int) -> Classical:
     eps = knee_distance(x, _NEIGHBORS)
-    found = DBSCAN(eps=eps, min_samples=_NEIGHBORS).fit_predict(x)
-    return Classical(found, f"min_samples {_NEIGHBORS}, eps {eps:.4g} at the knee of the distances to that neighbor")
+    groups = DBSCAN(eps=eps, min_samples=_NEIGHBORS).fit_predict(x)
+    return Classical(groups, f"min_samples {_NEIGHBORS}, eps {eps:.4g} at the knee of the distances to that neighbor")
 
 
 def _hdbscan(x: npt.NDArray[np.float32], k: int, seed: int) -> Classical:
     size = max(_NEIGHBORS, len(x) // (20 * k))
-    found = HDBSCAN(min_cluster_size=size, min_samples=_NEIGHBORS, copy=True).fit_predict(x)
-    return Classical(found, f"min_cluster_size {size} (a twentieth of the mean group), min_samples {_NEIGHBORS}")
+    groups = HDBSCAN(min_cluster_size=size, min_samples=_NEIGHBORS, copy=True).fit_predict(x)
+    return Classical(groups, f"min_cluster_size {size} (a twentieth of the mean group), min_samples {_NEIGHBORS}")
 
 
 def _agglomerative(x: npt.NDArray[np.float32], k: int, seed: int) -> Classical:

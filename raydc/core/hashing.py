@@ -10,8 +10,13 @@ from torch import Tensor
 # splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), written as signed
 # 64-bit numbers because torch has no unsigned arithmetic; two's complement makes the products the same.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
+"""Odd number nearest to 2^64 divided by the golden ratio."""
+
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+"""First multiplier of the finalizer."""
+
 _MIX_2 = 0x94D049BB133111EB - 2**64
+"""Second multiplier of the finalizer."""
 
 
 def stream_seed(*parts: int) -> int:

@@ -10,8 +10,10 @@ import torch
 import faiss  # isort: skip
 
 _CPU_BLOCK_ROWS = 1024
+"""Rows put through a network at once on a CPU."""
 
 _KERNELS = "16384"
+"""Kernels that oneDNN keeps."""
 
 _MALLOC = {-1: 128 * 2**20, -2: 8 * 2**20, -3: 12 * 2**20}
 """mallopt's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD (malloc.h): bytes above which freed memory at the end of

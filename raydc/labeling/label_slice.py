@@ -240,7 +240,7 @@ def _exemplars(job: Labeling, batch: RowBatch, found: Prediction, classes: npt.N
 
 
 def _tally(statistics: Statistics, name: str, num_groups: int) -> Tally:
-    return statistics.tallies.setdefault(name, Tally(num_groups))
+    return statistics.tallies.setdefault(name, Tally(num_groups=num_groups))
 
 
 def _lists(z: Tensor) -> pa.Array:

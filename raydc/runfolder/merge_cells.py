@@ -61,4 +61,5 @@ def _to_bytes(merges: CellMerges) -> bytes:
 
 def _from_bytes(data: bytes) -> CellMerges:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return CellMerges(*(arrays[name] for name in _ARRAYS), *arrays["counts"].tolist())
+        counts = dict(zip(_COUNTS, arrays["counts"].tolist(), strict=True))
+        return CellMerges(**{name: arrays[name] for name in _ARRAYS}, **counts)

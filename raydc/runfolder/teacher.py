@@ -53,7 +53,11 @@ def load_teacher(config: Config, dim: int, lake: Lake) -> Teaching | None:
     if problems:
         raise ConfigError("\n".join(problems))
     teacher = Teacher(
-        model.encoder, decoder, model.centers_KL, torch.from_numpy(_classes(config, model)), model.predictor
+        encoder=model.encoder,
+        decoder=decoder,
+        centers_ML=model.centers_KL,
+        classes_M=torch.from_numpy(_classes(config, model)),
+        predictor=model.predictor,
     )
     head = lake.read_json(join(Model.folder(config.fit.teacher, lake), HEAD))
     return Teaching(teacher, model.preprocess, digest(head))

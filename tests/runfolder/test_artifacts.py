@@ -131,7 +131,9 @@ def test_a_document_is_created_once(run):
 
 
 def test_the_sum_of_the_statistics_holds_counts_and_no_rows(run):
-    total = Statistics(rows=3, labels=2, rejects=1, tallies={"leaf": Tally(2)}, exemplars=pa.table({"leaf": [0]}))
+    total = Statistics(
+        rows=3, labels=2, rejects=1, tallies={"leaf": Tally(num_groups=2)}, exemplars=pa.table({"leaf": [0]})
+    )
     artifacts.STATISTICS.write(run, total)
     back = artifacts.STATISTICS.read(run)
     assert (back.rows, back.labels, back.rejects, list(back.tallies)) == (3, 2, 1, ["leaf"])

@@ -162,7 +162,14 @@ def test_a_cell_of_the_merge_that_kills_each_time_ends_and_is_named(ray_cluster,
         return cell
 
     four = np.zeros(4)
-    state = CellState("ward", four[:, None], four, four, np.arange(4), np.array([0, 2, 4]))
+    state = CellState(
+        kind="ward",
+        center_MD=four[:, None],
+        weight_M=four,
+        spread_M=four,
+        leaf_M=np.arange(4),
+        first_C=np.array([0, 2, 4]),
+    )
     told = "cell 1 of 4 clusters killed its process 2 times"
     with watched("merge") as board, pytest.raises(StageError, match=told):
         list(merge.run_on_cluster(kill, state, [0, 1], num_cpus=1, bound=Bound(board=board, most=2)))

@@ -104,7 +104,7 @@ def stability(code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int) 
 
     Source: after Tibshirani, Walther, "Cluster validation by prediction strength", 2005.
     """
-    found = []
+    scores = []
     keys = torch.arange(len(code_NL))
     for repeat in range(num_repeats):
         half = uniform(keys, stream_seed(seed, 1, repeat)) < 0.5
@@ -113,9 +113,9 @@ def stability(code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int) 
             first = stream_seed(seed, 2, repeat, part) % 2**31
             centers = start(rows.contiguous(), num_leaves, num_restarts=_RESTARTS, seed=first)
             leaves.append(nearest(code_NL, centers)[0][:, 0].numpy())
-        found.append(external(counted(*leaves))["ari"])
-    error = float(np.std(found, ddof=1) / np.sqrt(num_repeats)) if num_repeats > 1 else 0.0
-    return float(np.mean(found)), error
+        scores.append(external(counted(*leaves))["ari"])
+    error = float(np.std(scores, ddof=1) / np.sqrt(num_repeats)) if num_repeats > 1 else 0.0
+    return float(np.mean(scores)), error
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Vote:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recommendation:
     """A number of leaves, and how it came about."""
 
@@ -173,14 +173,14 @@ def recommend(entries: Sequence[Mapping[str, Any]]) -> Recommendation:
     kept = sorted((e for e in entries if not e["empty"]), key=lambda e: e["k"])
     if len(kept) < 3:
         text = "No K is recommended: a best value inside the range needs at least three K without empty leaves."
-        return Recommendation(None, text, [], False, None)
+        return Recommendation(num_leaves=None, sentence=text, votes=[], agree=False, drop=None)
     votes = [_optimum(kept, *criterion) for criterion in _OPTIMA] + [_stable(kept), _fall(kept)]
     said = sorted(v.num_leaves for v in votes if v.num_leaves is not None)
     drop = votes[-1].num_leaves
     low, high = kept[0]["k"], kept[-1]["k"]
     if not said:
         text = f"No K between {low} and {high} is recommended: no criterion has its best value inside the range."
-        return Recommendation(None, text, votes, False, drop)
+        return Recommendation(num_leaves=None, sentence=text, votes=votes, agree=False, drop=drop)
     chosen = said[(len(said) - 1) // 2]
     agree = len(said) > 1 and said[-1] <= SPREAD * said[0]
     named = ", ".join(f"{v.criterion} {v.num_leaves}" for v in votes if v.num_leaves is not None)
@@ -193,16 +193,16 @@ def recommend(entries: Sequence[Mapping[str, Any]]) -> Recommendation:
         text += (
             f" The criteria disagree, from {said[0]} to {said[-1]}: look at the figure, more than one K may be right."
         )
-    return Recommendation(chosen, text, votes, agree, drop)
+    return Recommendation(num_leaves=chosen, sentence=text, votes=votes, agree=agree, drop=drop)
 
 
 def _optimum(entries: Sequence[Mapping[str, Any]], name: str, key: str, more: bool) -> Vote:
-    found = [(e["k"], e[key]) for e in entries if e.get(key) is not None]
-    if len(found) < 3:
+    points = [(e["k"], e[key]) for e in entries if e.get(key) is not None]
+    if len(points) < 3:
         return Vote(name, None, "not measured")
     sign = 1.0 if more else -1.0
-    best = max(range(len(found)), key=lambda i: sign * found[i][1])
-    return _inside(name, [k for k, _ in found], best, f"{'largest' if more else 'smallest'} there")
+    best = max(range(len(points)), key=lambda i: sign * points[i][1])
+    return _inside(name, [k for k, _ in points], best, f"{'largest' if more else 'smallest'} there")
 
 
 def _inside(name: str, ks: Sequence[int], best: int, reason: str) -> Vote:
@@ -212,20 +212,20 @@ def _inside(name: str, ks: Sequence[int], best: int, reason: str) -> Vote:
 
 
 def _stable(entries: Sequence[Mapping[str, Any]]) -> Vote:
-    found = [(e["k"], e["stability"], e["stability_error"]) for e in entries if e.get("stability") is not None]
-    if len(found) < 3:
+    points = [(e["k"], e["stability"], e["stability_error"]) for e in entries if e.get("stability") is not None]
+    if len(points) < 3:
         return Vote("stability", None, "not measured")
-    most = max(found, key=lambda f: f[1])
+    most = max(points, key=lambda f: f[1])
     bound = most[1] - max(STABILITY_MARGIN, most[2])
-    last = max(i for i, f in enumerate(found) if f[1] >= bound)
+    last = max(i for i, f in enumerate(points) if f[1] >= bound)
     reason = f"the largest K about as stable as the most stable, K = {most[0]}"
-    return _inside("stability", [f[0] for f in found], last, reason)
+    return _inside("stability", [f[0] for f in points], last, reason)
 
 
 def _fall(entries: Sequence[Mapping[str, Any]]) -> Vote:
-    found = [(e["k"], e["g"], e["g_error"]) for e in entries if e.get("g") is not None]
+    points = [(e["k"], e["g"], e["g_error"]) for e in entries if e.get("g") is not None]
     falls = []
-    for (k, g, error), (_, later, later_error) in itertools.pairwise(found):
+    for (k, g, error), (_, later, later_error) in itertools.pairwise(points):
         if g - later > 2 * float(np.hypot(error, later_error)):
             falls.append((g - later, k))
     if not falls:

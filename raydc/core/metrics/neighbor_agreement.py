@@ -26,7 +26,7 @@ class Neighbors:
     ids_QM: npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Agreement:
     """How one partition treats the neighbors."""
 
@@ -66,10 +66,10 @@ def nearest_neighbors(x_ND: npt.NDArray[np.float32], *, num: int, max_queries: i
     queries = np.unique(np.linspace(0, n - 1, min(n, max_queries)).astype(np.int64))
     rows = torch.from_numpy(np.require(x_ND, requirements=["C", "W"]))
     # One more than asked: the row itself is among them, or was pushed out by rows equal to it.
-    found = nearest(rows[torch.from_numpy(queries)], rows, num=num + 1)[0].numpy()
-    others = found != queries[:, None]
+    nearest_QM = nearest(rows[torch.from_numpy(queries)], rows, num=num + 1)[0].numpy()
+    others = nearest_QM != queries[:, None]
     others[others.all(axis=1), -1] = False
-    return Neighbors(queries, found[others].reshape(len(queries), num))
+    return Neighbors(queries, nearest_QM[others].reshape(len(queries), num))
 
 
 def agreement(group_N: npt.NDArray[np.integer], neighbors: Neighbors) -> Agreement:
@@ -93,7 +93,9 @@ def agreement(group_N: npt.NDArray[np.integer], neighbors: Neighbors) -> Agreeme
     rest = 1.0 - chance
     score_Q = (same_Q - chance) / rest if rest > 0 else np.zeros(len(same_Q))
     effective = float(np.exp(-(sizes * np.log(sizes)).sum()))
-    return Agreement(float(score_Q.mean()), float(same_Q.mean()), chance, effective, score_Q)
+    return Agreement(
+        score=float(score_Q.mean()), share=float(same_Q.mean()), chance=chance, num_effective=effective, score_Q=score_Q
+    )
 
 
 def gain(ours: Agreement, other: Agreement) -> tuple[float, float]:

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from raydc.core.metrics.contingency import Contingency
 
 _SUMS = ("rows", "distance", "squared", "silhouette")
+"""Names of the sums that are kept for each group."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tally:
     """What every metric of one partition is made from."""
 
@@ -88,7 +89,7 @@ class Tally:
     def from_arrays(cls, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> "Tally":
         """Return the tally that `to_arrays` wrote."""
         rows, distance, squared, silhouette = (arrays[f"{prefix}.{name}"] for name in _SUMS)
-        tally = cls(len(rows), rows, distance, squared, silhouette)
+        tally = cls(num_groups=len(rows), rows_K=rows, distance_K=distance, squared_K=squared, silhouette_K=silhouette)
         names, pairs, counts = (arrays[f"{prefix}.{name}"] for name in ("classes", "class_pairs", "class_rows"))
         # A copy, since merging adds in place.
         tally.classes = Contingency(len(rows), names.tolist(), pairs, counts.copy())

@@ -12,10 +12,11 @@ import torch
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import squared_distances
 
-# Expected rows of a cell of the table above which its moments stand for its distribution; the error of ami stays
-# below 1e-8.
 _MANY = 300.0
+"""Expected rows of a cell above which its moments stand for its distribution; the error of ami stays below 1e-8."""
+
 _BLOCK_CELLS = 2**16
+"""Cells of the table whose distributions are summed at once."""
 
 
 def external(table_KC: Any) -> dict[str, float]:

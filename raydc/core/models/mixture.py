@@ -83,9 +83,9 @@ def most_probable(z_NL: Tensor, mixture: Mixture, *, num: int, block_rows: int |
     ids, tops = [torch.empty((0, num), dtype=torch.int64, device=z_NL.device)], []
     for block in z_NL.double().split(block_rows):
         log_posterior = torch.log_softmax(log_joint(block, exact), dim=1)
-        found, order = log_posterior.sort(dim=1, descending=True, stable=True)
+        sorted_NK, order = log_posterior.sort(dim=1, descending=True, stable=True)
         ids.append(order[:, :num])
-        tops.append(found[:, :num])
+        tops.append(sorted_NK[:, :num])
     return torch.cat(ids), torch.cat([z_NL.new_empty((0, num)).double(), *tops])
 
 

@@ -1,7 +1,7 @@
 """What is done to a raw row before anything else. Letters: N rows, D width of a row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Preprocess:
     blocks: Sequence[tuple[int, int, float]] = ()
     """(start, stop, weight) of each embedding column."""
 
+    _: KW_ONLY
     mean_D: Tensor | None = None
     scale_D: Tensor | None = None
     """Factor of each dimension; of one element for `scale`."""
@@ -83,12 +84,12 @@ class Preprocess:
             deviation = np.sqrt(moments.variance_D)
             # A constant dimension carries nothing; a factor of 1 keeps it at zero instead of dividing by zero.
             factor_D = np.where(deviation > 1e-12, 1.0 / np.maximum(deviation, 1e-12), 1.0)
-            return cls(method, blocks, _tensor(moments.mean_D), _tensor(factor_D))
+            return cls(method, blocks, mean_D=_tensor(moments.mean_D), scale_D=_tensor(factor_D))
         if method == "scale":
             if factor is None and moments.mean_square == 0:
                 raise ValueError("method=scale: every row of the sample is zero, so there is no scale. Give a factor.")
             chosen = moments.mean_square**-0.5 if factor is None else factor
-            return cls(method, blocks, None, torch.tensor([chosen], dtype=torch.float32))
+            return cls(method, blocks, mean_D=None, scale_D=torch.tensor([chosen], dtype=torch.float32))
         raise ValueError(f"unknown preprocess method {method!r}")
 
     def __call__(self, x_ND: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class Preprocess:
             return self
         if device not in self._cache:
             mean, scale = (t.to(device) if t is not None else None for t in (self.mean_D, self.scale_D))
-            self._cache[device] = Preprocess(self.method, self.blocks, mean, scale)
+            self._cache[device] = Preprocess(self.method, self.blocks, mean_D=mean, scale_D=scale)
         return self._cache[device]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from raydc.core.search.nearest import nearest_exact, squared_distances
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prototypes:
     """Prototypes in the code, each of one class; a class may have several."""
 
@@ -53,8 +53,8 @@ class Prototypes:
         ids = [first]
         if num > 1:
             ids += [log_p.scatter(1, first[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)[:, 0]]
-        found = torch.stack(ids, dim=1)
-        return found, log_p.gather(1, found).exp().float()
+        top = torch.stack(ids, dim=1)
+        return top, log_p.gather(1, top).exp().float()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by the names of the fields."""
@@ -72,7 +72,13 @@ class Prototypes:
         new_class[order_K] = torch.arange(len(order_K))
         classes = new_class[self.classes_M]
         kept = classes >= 0
-        return Prototypes(self.points_ML[kept], classes[kept], self.shift_L, self.width, self.cosine)
+        return Prototypes(
+            points_ML=self.points_ML[kept],
+            classes_M=classes[kept],
+            shift_L=self.shift_L,
+            width=self.width,
+            cosine=self.cosine,
+        )
 
     def to(self, device: torch.device) -> "Prototypes":
         """Return them on another device."""

@@ -10,7 +10,7 @@ from raydc.core.models.predictor import Predictor
 from raydc.core.search.nearest import nearest_exact
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A fitted model whose classes are to be learned; it sees preprocessed rows, as the objective does."""
 
@@ -18,7 +18,7 @@ class Teacher:
     """Float32 and frozen; None: the preprocessed rows themselves."""
 
     decoder: nn.Module | None
-    """Of the teacher's autoencoder; None where it has none that reconstructs rows."""
+    """Decoder of the teacher's autoencoder; None where it has none that reconstructs rows."""
 
     centers_ML: Tensor
     """(M, L) centers of its leaves."""
@@ -57,9 +57,9 @@ class Teacher:
     def to(self, device: torch.device) -> "Teacher":
         """Return it on another device."""
         return Teacher(
-            self.encoder.to(device) if self.encoder is not None else None,
-            self.decoder.to(device) if self.decoder is not None else None,
-            self.centers_ML.to(device),
-            self.classes_M.to(device),
-            self.predictor.to(device) if self.predictor is not None else None,
+            encoder=self.encoder.to(device) if self.encoder is not None else None,
+            decoder=self.decoder.to(device) if self.decoder is not None else None,
+            centers_ML=self.centers_ML.to(device),
+            classes_M=self.classes_M.to(device),
+            predictor=self.predictor.to(device) if self.predictor is not None else None,
         )

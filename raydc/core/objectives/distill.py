@@ -137,7 +137,13 @@ class Distill(Objective):
     def prototypes(self) -> Prototypes:
         """Return the prototypes as they are now."""
         cosine = torch.tensor(int(self.uses_directions), device=self.points.device)
-        return Prototypes(self.points.detach().clone(), self.classes, self.shift, self.width, cosine)
+        return Prototypes(
+            points_ML=self.points.detach().clone(),
+            classes_M=self.classes,
+            shift_L=self.shift,
+            width=self.width,
+            cosine=cosine,
+        )
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Return the pass that gives every row its id: at the start of an epoch; of a teacher once in a process."""
@@ -145,7 +151,7 @@ class Distill(Objective):
             return None
         if self.teacher is None:
             return _Ids(self, moves=epoch < self.settings.num_reclusterings)
-        # Of a teacher without a network nothing is known in this code but which rows belong together.
+        # A teacher without a network says nothing about this code but which rows belong together.
         return _Ids(self, moves=epoch == 0 and self.teacher.encoder is None)
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:

@@ -9,8 +9,10 @@ from torch import Tensor
 from raydc.core.search.nearest import cache_rows, squared_distances
 
 _BLOCK_ROWS = 2048
+"""Rows whose distances are made at once in a calibration."""
 
 ALPHAS = (1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0, 255.0, 511.0, 1023.0)
+"""Degrees of freedom that a calibration tries. (alpha + 1) / 2 is a power of two, so powers are squarings."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,10 @@ def _widened(
         return widest
     if excess(low) <= 0.0:
         return narrowest
-    found = scipy.optimize.brentq(excess, low, high, xtol=1e-7)
+    root = scipy.optimize.brentq(excess, low, high, xtol=1e-7)
     # SciPy leaves a circle of references behind that holds the function, and would hold the distances.
     held.clear()
-    return math.exp(found)
+    return math.exp(root)
 
 
 def _mean_top_q(squared_NK: Tensor, alpha: float, scale: float, weights_N: Tensor | None) -> float:

@@ -26,7 +26,7 @@ Letters: N rows, K leaves, D width of a preprocessed row, L width of the code (D
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -58,6 +58,7 @@ class Minibatch:
     weights_N: Tensor
     """(n,) float32 row weights; a mean divides by their sum, never by n."""
 
+    _: KW_ONLY
     positions_N: Tensor | None
     """(n,) int64 places in this rank's resident shard, where numbers may be kept per row; None for streamed rows."""
 

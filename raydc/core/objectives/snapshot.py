@@ -21,7 +21,7 @@ from raydc.core.training.rows import RowStore
 _PREFIX = "snapshot."
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Snapshot:
     """Encoder, centers and leaf frequencies at the last refresh."""
 
@@ -62,7 +62,7 @@ class Snapshot:
         frozen = copy.deepcopy(encoder).eval()
         frozen.load_state_dict({n.removeprefix("encoder."): t for n, t in own.items() if n.startswith("encoder.")})
         device = next(encoder.parameters()).device
-        return cls(frozen, own["centers"].to(device), own["frequencies"].to(device))
+        return cls(encoder=frozen, centers_KL=own["centers"].to(device), frequencies_K=own["frequencies"].to(device))
 
 
 @torch.no_grad()
@@ -147,7 +147,9 @@ class Refresh:
         """Keep the snapshot; return changed, top_q, empty and largest_share (see raydc.core.objectives.objective)."""
         num_leaves = len(self._f)
         f, sizes, (count, changed, top) = sums[:num_leaves], sums[num_leaves:-3], sums[-3:].tolist()
-        snapshot = Snapshot(copy.deepcopy(self._encoder).eval(), self._centers.clone(), f)
+        snapshot = Snapshot(
+            encoder=copy.deepcopy(self._encoder).eval(), centers_KL=self._centers.clone(), frequencies_K=f
+        )
         if self._resident:
             empty = torch.empty((0, self._centers.shape[1]), device=f.device)
             snapshot.z_NL = empty if self._kept_z is None else self._kept_z.take()

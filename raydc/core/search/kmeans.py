@@ -13,10 +13,13 @@ from raydc.core.search.nearest import cache_rows, nearest
 import faiss  # isort: skip
 
 _FAISS_ITERATIONS = 25
+"""Iterations of a FAISS start."""
 
 _SAME_INERTIA = 1e-6
+"""Share of the inertia below which two starts count as equal."""
 
 _BLOCK_ROWS = 16384
+"""Rows whose distances are taken at once."""
 
 
 @dataclass(frozen=True)

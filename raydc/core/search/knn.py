@@ -161,8 +161,8 @@ def _queries_of_cells(probes_QP: Ints) -> Iterator[tuple[int, Ints]]:
     """Yield each probed cell with the queries that look into it."""
     cells = probes_QP.reshape(-1)
     order = np.argsort(cells, kind="stable")
-    found, starts = np.unique(cells[order], return_index=True)
-    yield from zip(found.tolist(), np.split(order // probes_QP.shape[1], starts[1:]), strict=True)
+    cell_ids, starts = np.unique(cells[order], return_index=True)
+    yield from zip(cell_ids.tolist(), np.split(order // probes_QP.shape[1], starts[1:]), strict=True)
 
 
 def _search_rows(

@@ -1,8 +1,8 @@
 """Nearest centers. Letters: N rows, K centers, D width of a row.
 
-FAISS searches on the CPU, or screening.py where it has a matrix unit; a blocked matrix product on the GPU. All work on
-rows and centers from which the mean of the centers was subtracted: |z|^2 - 2 z.c + |c|^2 loses all digits when the rows
-share a large offset.
+FAISS searches on the CPU, or nearest_bf16.py where it has a matrix unit; a blocked matrix product on the GPU. All
+subtract the mean of the centers from rows and centers first: |z|^2 - 2 z.c + |c|^2 loses all digits when the rows share
+a large offset.
 """
 
 import numpy as np
@@ -15,9 +15,10 @@ from torch import Tensor
 from raydc.core.search.nearest_bf16 import can_screen, screened_nearest
 
 _CACHE_NUMBERS = 2**18
-"""One or two MiB, what a core has of the second cache."""
+"""Numbers of a block that stays in the second cache of a core: one or two MiB."""
 
 _LEAST_ROWS = 16
+"""Rows of a product at least: fewer are multiplied in another way, with other last bits."""
 
 
 def nearest(z_ND: Tensor, centers_KD: Tensor, *, num: int = 1, block_rows: int = 16384) -> tuple[Tensor, Tensor]:
@@ -156,22 +157,22 @@ class SquaredDistances:
         num_centers = len(self._square_K)
         proposed = min(num + 2, num_centers)
         values, ids = squared_NK.topk(proposed, dim=1, largest=False, sorted=True)
-        found, squared = rank_exactly(z_ND, self._centers_KD, ids[:, :num], num=num)
+        best, squared = rank_exactly(z_ND, self._centers_KD, ids[:, :num], num=num)
         if proposed == num:
-            return found, squared
+            return best, squared
         # Rounding grows like the square root of the number of terms; 8 is generous beside what was seen.
         slack = 8.0 * z_ND.shape[1] ** 0.5 * torch.finfo(z_ND.dtype).eps
         reach = (torch.linalg.vector_norm(z_ND - self._shift, dim=1) + self._largest).square_().mul_(slack)
         in_doubt = torch.nonzero(values[:, num] - values[:, num - 1] <= reach)[:, 0]
         if len(in_doubt):
             rows, candidates = z_ND[in_doubt], ids[in_doubt]
-            found[in_doubt], squared[in_doubt] = rank_exactly(rows, self._centers_KD, candidates, num=num)
+            best[in_doubt], squared[in_doubt] = rank_exactly(rows, self._centers_KD, candidates, num=num)
         if proposed < num_centers:
             for row in torch.nonzero(values[:, -1] - values[:, num - 1] <= reach)[:, 0].tolist():
                 exact = (self._centers_KD - z_ND[row].double()).square_().sum(dim=1)
-                found[row] = exact.argsort(stable=True)[:num]
-                squared[row] = exact[found[row]]
-        return found, squared
+                best[row] = exact.argsort(stable=True)[:num]
+                squared[row] = exact[best[row]]
+        return best, squared
 
 
 def own_and_other(z_ND: Tensor, centers_KD: Tensor, group_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.settings import WatchSettings
 
 _WATCHED_STEPS = 64
-"""Of an epoch, at least, where it has as many."""
+"""Steps of an epoch that are watched, at least, where it has as many."""
 
 
 class SpaceWatch:
@@ -25,7 +25,7 @@ class SpaceWatch:
     """
 
     def __init__(self, encoder: nn.Module | None, num_steps: int = 1) -> None:
-        """Watch an encoder; nothing, for None. Of an epoch of many steps, about every n-th is enough."""
+        """Watch an encoder; nothing, for None. About every n-th step of an epoch of many is enough."""
         self._encoder = encoder
         self._stride = max(1, num_steps // _WATCHED_STEPS)
         self._calls = 0
@@ -60,8 +60,8 @@ class SpaceWatch:
         if (self._calls - 1) % self._stride or not isinstance(codes, Tensor) or codes.ndim != 2 or not len(codes):
             return
         with torch.no_grad():
-            found = products(codes.detach())
-            self._sums = found if self._sums is None else self._sums + found
+            sums = products(codes.detach())
+            self._sums = sums if self._sums is None else self._sums + sums
 
 
 def products(z_NL: Tensor, weights_N: Tensor | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def effective_rank(sums: Tensor) -> float:
     Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
     """
     mean, covariance = mean_and_covariance(sums)
-    # Of a point, what is left is rounding of its products. Codes that are not finite have no rank either.
+    # The covariance of a point is the rounding of its products. Codes that are not finite have no rank either.
     if not torch.isfinite(covariance).all() or covariance.trace() <= 1e-12 * float(mean @ mean):
         return 0.0
     values = torch.linalg.eigvalsh(covariance.cpu()).clamp_min(0.0)
@@ -107,22 +107,22 @@ def signs(history: Sequence[Mapping[str, Any]], num_leaves: int, settings: Watch
     ranks = [(e["effective_rank"], e) for e in history if e.get("effective_rank") is not None]
     before = [rank for rank, e in ranks if e["phase"] == "pretrain"]
     refined = [(rank, e) for rank, e in ranks if e["phase"] == "refine"]
-    found = []
+    lines = []
     if ranks:
         rank, entry = min(ranks[-1:] + refined, key=lambda r: r[0])
         if rank < settings.min_effective_rank:
-            found.append(f"the space has an effective rank of {rank:.2f} {_when(entry)}")
+            lines.append(f"the space has an effective rank of {rank:.2f} {_when(entry)}")
         elif before and rank < settings.min_rank_share * before[-1]:
-            found.append(f"the effective rank of the space fell from {before[-1]:.1f} to {rank:.1f} {_when(entry)}")
+            lines.append(f"the effective rank of the space fell from {before[-1]:.1f} to {rank:.1f} {_when(entry)}")
     empty = [e for e in history if e.get("empty") is not None]
     if empty and (worst := max(empty, key=lambda e: e["empty"]))["empty"] > settings.max_empty_share * num_leaves:
-        found.append(f"{worst['empty']} of {num_leaves} leaves were empty {_when(worst)}")
+        lines.append(f"{worst['empty']} of {num_leaves} leaves were empty {_when(worst)}")
     largest = [e for e in history if e.get("largest_share") is not None]
     # Two or three leaves hold half of the rows each without any harm.
     bound = max(settings.max_largest_share, 2.0 / num_leaves)
     if largest and (worst := max(largest, key=lambda e: e["largest_share"]))["largest_share"] > bound:
-        found.append(f"one leaf held {100 * worst['largest_share']:.0f} % of the rows {_when(worst)}")
-    return found
+        lines.append(f"one leaf held {100 * worst['largest_share']:.0f} % of the rows {_when(worst)}")
+    return lines
 
 
 def _when(entry: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ class FiniteCheck:
         self._losses.clear()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
     """What every phase works with, on one rank."""
 
@@ -155,7 +155,9 @@ class Trainer:
 
     def minibatch(self, batch: Batch, seed: int) -> Minibatch:
         """Return preprocessed rows as an objective sees them; `seed` is that of the epoch's noise."""
-        return Minibatch(batch.keys_N, self.preprocess(batch.x_ND), batch.weights_N, batch.positions_N, seed)
+        return Minibatch(
+            batch.keys_N, self.preprocess(batch.x_ND), batch.weights_N, positions_N=batch.positions_N, seed=seed
+        )
 
     def run_epoch(self, epoch: Epoch) -> dict[str, Any]:
         """Step the optimizer through an epoch; return its entry in the history, with the mean of each loss over rows.

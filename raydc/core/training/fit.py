@@ -115,7 +115,9 @@ class _Fit:
         self.settings, self.context, self.pairs = settings, context, pairs
         self.ranks = Ranks(context.rank, context.world_size, context.device)
         arithmetic = choose_precision(settings.precision, context.device)
-        self.trainer = Trainer(rows, preprocess, settings, self.ranks, arithmetic)
+        self.trainer = Trainer(
+            rows=rows, preprocess=preprocess, settings=settings, ranks=self.ranks, arithmetic=arithmetic
+        )
         generator = torch.Generator().manual_seed(stream_seed(settings.seed, 1))
         autoencoder = None
         if settings.learns:
@@ -125,7 +127,7 @@ class _Fit:
         if autoencoder is not None and teacher is not None:
             teacher.copy_network(autoencoder)
         layers = autoencoder is not None and settings.pretrain.layerwise and not self.has_taught_network
-        self.state = State(autoencoder, generator, phase="layers" if layers else "pretrain")
+        self.state = State(autoencoder=autoencoder, generator=generator, phase="layers" if layers else "pretrain")
         self.recorder = Recorder(self.state, settings, context)
 
     @property

@@ -8,7 +8,7 @@ divided by the global weight of the step.
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Batch:
     weights_N: Tensor
     """(n,) float32."""
 
+    _: KW_ONLY
     positions_N: Tensor | None = None
     """(n,) int64 places in the resident shard; None for streamed rows."""
 
@@ -149,7 +150,7 @@ class ResidentRows:
         device = self.ranks.device
         here = rows.to(self._x.device)
         x = self._x[here if self._order is None else self._order[here]].to(device, non_blocking=True)
-        return Batch(self._keys[rows].to(device), x, self._weights[rows].to(device), rows.to(device))
+        return Batch(self._keys[rows].to(device), x, self._weights[rows].to(device), positions_N=rows.to(device))
 
 
 class RowStore:

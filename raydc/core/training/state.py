@@ -60,7 +60,7 @@ class Clustering:
         return leaf, ((z_NL - self.centers_KL[leaf]) ** 2).sum(dim=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class State:
     """The state of a fit."""
 

@@ -151,8 +151,8 @@ def _settings_of(settings: FitSettings, num_leaves: int) -> FitSettings:
 
 def _shared_encoder(fitted: Fitted, device: torch.device) -> nn.Module | None:
     """Return the encoder as pretraining left it: the space in which every K is measured."""
-    found = fitted.baselines.get("autoencoder_kmeans")
-    return None if found is None or found.encoder is None else found.encoder.to(device)
+    baseline = fitted.baselines.get("autoencoder_kmeans")
+    return None if baseline is None or baseline.encoder is None else baseline.encoder.to(device)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _criteria(
     centers = (sums_KL[used] / rows_K[used, None]).float()
     place_K = torch.full((len(rows_K),), -1, device=ranks.device)
     place_K[used] = torch.arange(len(used), device=ranks.device)
-    tally, losses = Tally(len(used)), torch.zeros(2, 3, dtype=torch.float64, device=ranks.device)
+    tally, losses = Tally(num_groups=len(used)), torch.zeros(2, 3, dtype=torch.float64, device=ranks.device)
     for z, code, weights in spaces.points(rows):
         group = place_K[clustering.assign(z)[0]]
         own, other = own_and_other(code, centers, group)
@@ -236,7 +236,13 @@ def _criteria(
 def _summed(tally: Tally, ranks: Ranks) -> Tally:
     parts = [tally.rows_K.astype(np.float64), tally.distance_K, tally.squared_K, tally.silhouette_K]
     rows, distance, squared, silhouette = ranks.sum(torch.from_numpy(np.stack(parts))).numpy()
-    return Tally(tally.num_groups, rows.round().astype(np.int64), distance, squared, silhouette)
+    return Tally(
+        num_groups=tally.num_groups,
+        rows_K=rows.round().astype(np.int64),
+        distance_K=distance,
+        squared_K=squared,
+        silhouette_K=silhouette,
+    )
 
 
 def _neighbors(sample: Sample, plan: SweepSettings) -> Neighbors | None:
@@ -258,10 +264,10 @@ def _on_sample(
     num_leaves: int,
 ) -> dict[str, Any]:
     """Return the criteria that need rows side by side; on rank 0."""
-    found = fitted.clustering
-    device = found.centers_KL.device
+    clustering = fitted.clustering
+    device = clustering.centers_KL.device
     shared = _shared_encoder(fitted, device)
-    leaf, code = _labeled(sample.x_ND, found, shared, settings.block_rows, device)
+    leaf, code = _labeled(sample.x_ND, clustering, shared, settings.block_rows, device)
     entry: dict[str, Any] = {"sample_rows": len(leaf)}
     if neighbors is not None:
         picked = leaf[_spread(len(leaf), min(len(leaf), plan.neighbor_rows))]
@@ -281,12 +287,12 @@ def _on_sample(
 
 
 def _labeled(
-    x_ND: Tensor, found: Clustering, shared: nn.Module | None, most_rows: int, device: torch.device
+    x_ND: Tensor, clustering: Clustering, shared: nn.Module | None, most_rows: int, device: torch.device
 ) -> tuple[npt.NDArray[np.int64], Tensor]:
     leaves, codes = [], []
     for block in x_ND.split(block_rows(device, most_rows)):
         x = block.to(device)
-        leaves.append(found.assign(encode(found.encoder, x, "float32"))[0].cpu())
+        leaves.append(clustering.assign(encode(clustering.encoder, x, "float32"))[0].cpu())
         codes.append(encode(shared, x, "float32").cpu())
     return torch.cat(leaves).numpy(), torch.cat(codes)
 

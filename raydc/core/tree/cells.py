@@ -42,7 +42,7 @@ LEAST_PROGRESS = 0.05
 """A round of cells that merges a smaller share than this is the last: the limits certify too little."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CellState:
     """All clusters of one round, sorted by cell, so that a cell is a slice; plain arrays, to be shared among tasks."""
 
@@ -57,7 +57,7 @@ class CellState:
     """(C + 1,) int64 offsets of the cells."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CellMerges:
     """The merges of one cell, by smallest leaf, children before parents."""
 
@@ -89,14 +89,23 @@ def merge_cell(state: CellState, cell: int, *, eps: float, options: SearchOption
     if np.isfinite(eps) and len(state.first_C) > 2:
         limit_N = (1 + eps) * outside_floor(state, cell, options, trail)
     members = Clusters(
-        state.kind,
-        state.center_MD[first:last].copy(),
-        state.weight_M[first:last].copy(),
-        state.spread_M[first:last].copy(),
-        state.leaf_M[first:last],
+        kind=state.kind,
+        center_MD=state.center_MD[first:last].copy(),
+        weight_M=state.weight_M[first:last].copy(),
+        spread_M=state.spread_M[first:last].copy(),
+        leaf_M=state.leaf_M[first:last],
     )
     merge_all(members, trail, limit_M=limit_N, options=options)
-    return CellMerges(*trail.merges(), trail.num_rounds, trail.num_pairs, trail.num_searches, trail.num_exact_searches)
+    left_P, right_P, delta_P = trail.merges()
+    return CellMerges(
+        left_P=left_P,
+        right_P=right_P,
+        delta_P=delta_P,
+        num_rounds=trail.num_rounds,
+        num_pairs=trail.num_pairs,
+        num_searches=trail.num_searches,
+        num_exact_searches=trail.num_exact_searches,
+    )
 
 
 def outside_floor(state: CellState, cell: int, options: SearchOptions, trail: Trail) -> np.ndarray:
@@ -106,7 +115,13 @@ def outside_floor(state: CellState, cell: int, options: SearchOptions, trail: Tr
     hair under the true distance, so that a tie with the outside is never decided inside.
     """
     first, last = int(state.first_C[cell]), int(state.first_C[cell + 1])
-    clusters = Clusters(state.kind, state.center_MD, state.weight_M, state.spread_M, state.leaf_M)
+    clusters = Clusters(
+        kind=state.kind,
+        center_MD=state.center_MD,
+        weight_M=state.weight_M,
+        spread_M=state.spread_M,
+        leaf_M=state.leaf_M,
+    )
     outside_M = np.ones(len(state.weight_M), dtype=bool)
     outside_M[first:last] = False
     engine = choose_engine(options.device)
@@ -199,12 +214,12 @@ def _cut_into_cells(clusters: Clusters, leaf_M: np.ndarray, cell_size: int, *, s
     cell_M = coarse_cells(clusters.center_MD[leaf_M], clusters.weight_M[leaf_M], cell_size, seed=seed)
     slot_M = leaf_M[np.argsort(cell_M, kind="stable")]
     return CellState(
-        clusters.kind,
-        clusters.center_MD[slot_M],
-        clusters.weight_M[slot_M],
-        clusters.spread_M[slot_M],
-        slot_M,
-        np.concatenate([[0], np.cumsum(np.bincount(cell_M))]),
+        kind=clusters.kind,
+        center_MD=clusters.center_MD[slot_M],
+        weight_M=clusters.weight_M[slot_M],
+        spread_M=clusters.spread_M[slot_M],
+        leaf_M=slot_M,
+        first_C=np.concatenate([[0], np.cumsum(np.bincount(cell_M))]),
     )
 
 
@@ -220,7 +235,11 @@ def _add_up(trail: Trail, cost: CellCost, made: Sequence[CellMerges], *, num_mer
 
 def _taken(clusters: Clusters, leaf_M: np.ndarray) -> Clusters:
     return Clusters(
-        clusters.kind, clusters.center_MD[leaf_M], clusters.weight_M[leaf_M], clusters.spread_M[leaf_M], leaf_M
+        kind=clusters.kind,
+        center_MD=clusters.center_MD[leaf_M],
+        weight_M=clusters.weight_M[leaf_M],
+        spread_M=clusters.spread_M[leaf_M],
+        leaf_M=leaf_M,
     )
 
 

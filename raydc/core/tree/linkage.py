@@ -111,7 +111,13 @@ def ward(
     (reciprocal nearest neighbors); Sumengen et al., "Scaling Hierarchical Agglomerative Clustering to Billion-sized
     Datasets", arXiv:2105.11653 (rounds). The lists, their floors and the tile search are ours.
     """
-    options = SearchOptions(num_neighbors, block_rows, block_cols, num_threads, device)
+    options = SearchOptions(
+        num_neighbors=num_neighbors,
+        block_rows=block_rows,
+        block_cols=block_cols,
+        num_threads=num_threads,
+        device=device,
+    )
     return agglomerate(centers_KD, weights_K, sse_K, linkage="ward", method="exact", options=options)
 
 
@@ -215,7 +221,9 @@ def _clusters(leaves: _Leaves, linkage: LinkageName) -> Clusters:
         raise ValueError("centers and weights are too large for their squares in float64: scale them down")
     spread_K = leaves.sse_K / weight_K if linkage == "average" else np.zeros(len(weight_K))
     kind: Kind = "ward" if linkage == "ward" else "average"
-    return Clusters(kind, center_KD, weight_K.copy(), spread_K, np.arange(len(weight_K)))
+    return Clusters(
+        kind=kind, center_MD=center_KD, weight_M=weight_K.copy(), spread_M=spread_K, leaf_M=np.arange(len(weight_K))
+    )
 
 
 def _around_mean(leaves: _Leaves) -> np.ndarray:

@@ -34,7 +34,7 @@ POSTPONE_ABOVE = 0.3
 DEFAULT = SearchOptions()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trail:
     """Merges in the order they were made, and what they cost."""
 

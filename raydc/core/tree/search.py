@@ -27,7 +27,7 @@ SENTINEL = 1e20
 """Squared norm of a column that is not there, in units of the largest. Finite: infinity times zero is no number."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Clusters:
     """The clusters under the merge, in float64; position is the slot, and slots are ordered by smallest leaf."""
 
@@ -109,7 +109,7 @@ class Engine(NamedTuple):
     search: Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """What the search costs. Nothing here changes a tree."""
 
@@ -149,7 +149,7 @@ def in_threads(step: Callable[[Any], None], items: Iterable[Any], num_threads: i
         list(pool.map(step, items))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Columns:
     """The search side of all clusters, in tiles; a tile is a grid of CHUNK rows, a chunk is a column of that grid."""
 
@@ -207,7 +207,16 @@ def lay_out(clusters: Clusters, alive_M: np.ndarray, *, block_cols: int, dtype: 
     column_M[slot_X[real_X]] = np.flatnonzero(real_X)
     radius_X: np.ndarray = np.zeros(first, dtype=dtype)
     columns = Columns(
-        rows_XE, slot_X, column_M, weight_X, tiles, np.empty(0), np.empty(0), origin_D, weight_unit, length_unit
+        rows_XE=rows_XE,
+        slot_X=slot_X,
+        column_M=column_M,
+        weight_X=weight_X,
+        tiles=tiles,
+        light_C=np.empty(0),
+        radius_C=np.empty(0),
+        origin_D=origin_D,
+        weight_unit=weight_unit,
+        length_unit=length_unit,
     )
     radius_X[real_X] = _write(columns, clusters, slot_X[real_X])
     columns.light_C = np.concatenate([weight_X[a:b].reshape(CHUNK, -1).min(axis=0) for a, b in tiles])

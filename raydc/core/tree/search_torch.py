@@ -23,7 +23,7 @@ TILE_BYTES = 1 << 30
 """A tile of distances takes at most this much; a device wants larger ones than a cache does."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DeviceColumns:
     """The search side of all clusters on a device."""
 
@@ -55,15 +55,15 @@ def lay_out(
     column_M[slot_X] = np.arange(len(slot_X))
     kind = torch.float32 if dtype == np.float32 else torch.float64
     columns = DeviceColumns(
-        torch.ones((len(slot_X), clusters.center_MD.shape[1] + 2), dtype=kind, device=device),
-        torch.zeros(len(slot_X), dtype=kind, device=device),
-        torch.zeros(len(slot_X), dtype=kind, device=device),
-        slot_X,
-        column_M,
-        block_cols,
-        origin_D,
-        float(clusters.weight_M[slot_X].mean()),
-        length_unit,
+        rows_XE=torch.ones((len(slot_X), clusters.center_MD.shape[1] + 2), dtype=kind, device=device),
+        norm_X=torch.zeros(len(slot_X), dtype=kind, device=device),
+        inverse_weight_X=torch.zeros(len(slot_X), dtype=kind, device=device),
+        slot_X=slot_X,
+        column_M=column_M,
+        block_cols=block_cols,
+        origin_D=origin_D,
+        weight_unit=float(clusters.weight_M[slot_X].mean()),
+        length_unit=length_unit,
     )
     _write(columns, clusters, slot_X)
     return columns

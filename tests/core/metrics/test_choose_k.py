@@ -17,7 +17,7 @@ def tally_of(x, groups, num_groups):
     apart = np.linalg.norm(x[:, None] - centers, axis=2)
     own = apart[np.arange(len(x)), groups].copy()
     apart[np.arange(len(x)), groups] = np.inf
-    tally = Tally(num_groups)
+    tally = Tally(num_groups=num_groups)
     tally.add(groups, own, apart.min(axis=1), None)
     return tally, centers
 
@@ -31,7 +31,7 @@ def test_calinski_harabasz_and_davies_bouldin_from_sums_are_scikit_learns():
     two, centers_of_two = tally_of(np.array([[0.0], [2.0], [10.0]]), np.array([0, 0, 1]), 2)
     # a = 1, 1, 0; b = 10, 8 and 9: (10 - 1) / 10, (8 - 1) / 8 and 1.
     assert internal(two, centers_of_two)["silhouette"] == pytest.approx((0.9 + 0.875 + 1.0) / 3)
-    one = Tally(2)
+    one = Tally(num_groups=2)
     one.add(np.zeros(3, np.int64), np.ones(3), np.ones(3), None)
     assert calinski_harabasz(one, np.zeros((2, 1))) is None
 

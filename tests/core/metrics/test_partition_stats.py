@@ -30,7 +30,7 @@ def assert_same(first: Tally, second: Tally) -> None:
 
 
 def test_rows_are_counted_by_hand():
-    tally = Tally(3)
+    tally = Tally(num_groups=3)
     tally.add(LEAF, OWN, OTHER, CLASSES)
     assert tally.num_rows == 4
     assert tally.rows_K.tolist() == [2, 0, 2]
@@ -44,7 +44,7 @@ def test_rows_are_counted_by_hand():
 
 
 def test_without_classes_the_table_has_no_columns():
-    tally = Tally(3)
+    tally = Tally(num_groups=3)
     tally.add(LEAF, OWN, OTHER, None)
     assert tally.classes.table()[0].shape == (3, 0)
     tally.add(LEAF, OWN, OTHER, np.array(["", "", "", ""]))
@@ -53,7 +53,7 @@ def test_without_classes_the_table_has_no_columns():
 
 
 def test_no_rows_change_nothing():
-    tally = Tally(3)
+    tally = Tally(num_groups=3)
     tally.add(LEAF[:0], OWN[:0], OTHER[:0], CLASSES[:0])
     assert tally.num_rows == 0
 
@@ -62,33 +62,33 @@ def test_no_rows_change_nothing():
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.permutations(range(6)))
 def test_tallies_of_blocks_merge_to_that_of_the_whole_in_any_order(sizes, order):
     columns = random_rows(sum(sizes), seed=len(sizes))
-    whole = Tally(5)
+    whole = Tally(num_groups=5)
     whole.add(*columns)
     edges = np.cumsum([0, *sizes])
     blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    merged = Tally(5)
+    merged = Tally(num_groups=5)
     for block in [blocks[i] for i in order if i < len(blocks)]:
-        part = Tally(5)
+        part = Tally(num_groups=5)
         part.add(*(c[block] for c in columns))
         merged.merge(part)
     assert_same(merged, whole)
 
 
 def test_a_tally_is_whole_after_its_way_through_arrays():
-    tally = Tally(5)
+    tally = Tally(num_groups=5)
     tally.add(*random_rows(50, seed=1))
     back = Tally.from_arrays("leaf", tally.to_arrays("leaf"))
     assert_same(back, tally)
     back.merge(tally)
     assert back.num_rows == 100
-    assert Tally.from_arrays("x", Tally(2).to_arrays("x")).classes.table()[0].shape == (2, 0)
+    assert Tally.from_arrays("x", Tally(num_groups=2).to_arrays("x")).classes.table()[0].shape == (2, 0)
 
 
 def test_counts_go_beyond_int32():
-    tally = Tally(2, rows_K=np.array([2**31, 1]))
+    tally = Tally(num_groups=2, rows_K=np.array([2**31, 1]))
     tally.classes = Contingency(2, ["a"], np.array([0]), np.array([2**31]))
     tally.add(np.array([0]), OWN[:1], OTHER[:1], CLASSES[:1])
-    other = Tally(2, rows_K=np.array([2**40, 0]))
+    other = Tally(num_groups=2, rows_K=np.array([2**40, 0]))
     other.classes = Contingency(2, ["a"], np.array([0]), np.array([2**40]))
     tally.merge(other)
     assert tally.rows_K.tolist() == [2**40 + 2**31 + 1, 1]
@@ -99,9 +99,9 @@ def test_classes_cost_what_their_pairs_cost_however_many_they_are():
     generator = np.random.default_rng(0)
     num, groups = 20_000, 10_000
     group, of_class = generator.integers(0, groups, num), generator.integers(0, 50_000, num).astype(str)
-    tally = Tally(groups)
+    tally = Tally(num_groups=groups)
     for rows in np.array_split(np.arange(num), 4):
-        part = Tally(groups)
+        part = Tally(num_groups=groups)
         part.add(group[rows], *np.ones((2, len(rows)), np.float32), of_class[rows])
         tally.merge(part)
     table, names = tally.classes.table()

@@ -44,7 +44,7 @@ def tally_of(x: np.ndarray, group: np.ndarray, centers: np.ndarray) -> Tally:
     distances = np.linalg.norm(x[:, None] - centers[None], axis=2)
     own = distances[np.arange(len(x)), group]
     distances[np.arange(len(x)), group] = np.inf
-    tally = Tally(len(centers))
+    tally = Tally(num_groups=len(centers))
     tally.add(group, own, distances.min(axis=1), None)
     return tally
 
@@ -223,7 +223,7 @@ def test_davies_bouldin_is_scikit_learns_and_the_silhouette_is_numpys():
 def test_davies_bouldin_of_many_groups_is_that_of_one_block():
     generator = np.random.default_rng(0)
     centers = generator.normal(size=(2500, 3))
-    tally = Tally(2500, rows_K=np.full(2500, 2), distance_K=generator.random(2500))
+    tally = Tally(num_groups=2500, rows_K=np.full(2500, 2), distance_K=generator.random(2500))
     apart = np.linalg.norm(centers[:, None] - centers, axis=2)
     np.fill_diagonal(apart, np.inf)
     scatter = tally.distance_K / 2
@@ -233,11 +233,11 @@ def test_davies_bouldin_of_many_groups_is_that_of_one_block():
 
 
 def test_metrics_that_are_not_defined_are_none_or_zero():
-    one = Tally(2, rows_K=np.array([3, 0]), distance_K=np.array([1.0, 0.0]))
+    one = Tally(num_groups=2, rows_K=np.array([3, 0]), distance_K=np.array([1.0, 0.0]))
     assert internal(one, np.eye(2))["davies_bouldin"] is None
-    equal = Tally(2, rows_K=np.array([3, 3]), distance_K=np.ones(2))
+    equal = Tally(num_groups=2, rows_K=np.array([3, 3]), distance_K=np.ones(2))
     assert internal(equal, np.ones((2, 2)))["davies_bouldin"] is None
-    nothing = internal(Tally(2))
+    nothing = internal(Tally(num_groups=2))
     assert nothing == {
         "silhouette": 0.0,
         "davies_bouldin": None,

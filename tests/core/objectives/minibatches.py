@@ -9,7 +9,7 @@ from raydc.core.objectives.objective import Minibatch
 def minibatch(x, weights=None, seed=0, **others):
     """Return rows as an objective meets them, with keys from 0."""
     weights = torch.ones(len(x)) if weights is None else weights
-    return Minibatch(torch.arange(len(x)), x, weights, None, seed, **others)
+    return Minibatch(torch.arange(len(x)), x, weights, positions_N=None, seed=seed, **others)
 
 
 def network(dim=6, hidden=(8,), latent=3, seed=0):

@@ -53,7 +53,7 @@ def streamed_target(ranks, x, centers, streamed):
 
 
 def minibatch(batch):
-    return Minibatch(batch.keys_N, batch.x_ND, batch.weights_N, batch.positions_N, seed=0)
+    return Minibatch(batch.keys_N, batch.x_ND, batch.weights_N, positions_N=batch.positions_N, seed=0)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -37,7 +37,13 @@ def losses(result):
 def prototypes(points, classes, cosine=0, width=0.5):
     points = torch.tensor(points)
     shift = torch.zeros(points.shape[1])
-    return Prototypes(points, torch.tensor(classes), shift, torch.tensor(width), torch.tensor(cosine))
+    return Prototypes(
+        points_ML=points,
+        classes_M=torch.tensor(classes),
+        shift_L=shift,
+        width=torch.tensor(width),
+        cosine=torch.tensor(cosine),
+    )
 
 
 def test_a_class_has_the_logit_of_its_nearest_prototype():
@@ -68,7 +74,11 @@ def test_the_best_class_is_that_of_the_nearest_prototype_alone_and_in_a_crowd():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(12, 4, generator=generator)
     known = Prototypes(
-        points, torch.arange(12) % 5, torch.randn(4, generator=generator), torch.tensor(0.3), torch.tensor(0)
+        points_ML=points,
+        classes_M=torch.arange(12) % 5,
+        shift_L=torch.randn(4, generator=generator),
+        width=torch.tensor(0.3),
+        cosine=torch.tensor(0),
     )
     z = torch.randn(500, 4, generator=generator)
     ids, top = known.best(z, 2)
@@ -137,7 +147,7 @@ def test_a_pass_moves_each_prototype_to_the_mean_direction_of_its_rows():
         model.initialize(z)
         u = torch.nn.functional.normalize(z - z.mean(0), dim=1)
     before = nearest(u, model.points.detach())[0][:, 0]
-    batch = Minibatch(torch.arange(200), x, torch.ones(200), torch.arange(200), seed=0)
+    batch = Minibatch(torch.arange(200), x, torch.ones(200), positions_N=torch.arange(200), seed=0)
     seen = run_pass(model.refresh(0, 0, 4), [batch], lambda sums: sums)
     for c in range(4):
         expected = torch.nn.functional.normalize(u[before == c].sum(0), dim=0)
@@ -187,7 +197,7 @@ def test_a_resumed_fit_ends_like_an_unbroken_one(tmp_path, stop_after, on_one_ra
 def test_the_changed_share_of_a_pass_is_of_the_weight_not_of_the_rows():
     model = small(metric="euclidean")
     x, weights = torch.rand(4, 6), torch.tensor([5.0, 1.0, 1.0, 1.0])
-    batch = Minibatch(torch.arange(4), x, weights, None, seed=0)
+    batch = Minibatch(torch.arange(4), x, weights, positions_N=None, seed=0)
     assert run_pass(model.refresh(0, 0, 1), [batch], lambda sums: sums)["changed"] == 1.0
     # The source of the ids answers by the row: row 0, of weight 5, is another one now.
     model.settings = replace(model.settings, num_reclusterings=0)
@@ -236,7 +246,12 @@ def teacher(level=None):
     """A fitted autoencoder's clustering of the blobs as a teacher; `level` of its 6 leaves are kept apart."""
     fitted = fit(make_rows(Ranks(), blobs()[0]), Preprocess(), with_objective("autoencoder"), PlainContext())
     classes = torch.arange(6) if level is None else torch.tensor([0, 0, 1, 1, 2, 2])
-    return Teacher(fitted.clustering.encoder, fitted.decoder, fitted.clustering.centers_KL, classes)
+    return Teacher(
+        encoder=fitted.clustering.encoder,
+        decoder=fitted.decoder,
+        centers_ML=fitted.clustering.centers_KL,
+        classes_M=classes,
+    )
 
 
 @pytest.mark.parametrize("level", [None, 3])
@@ -265,7 +280,7 @@ def test_a_teacher_teaches_on_two_ranks_as_on_one():
 def test_a_teacher_without_a_network_gives_the_prototypes_by_its_classes():
     x = blobs()[0]
     leaves = fit(make_rows(Ranks(), x), Preprocess(), with_objective("kmeans"), PlainContext()).clustering.centers_KL
-    known = Teacher(None, None, leaves, torch.tensor([0, 1, 2, 0, 1, 2]))
+    known = Teacher(encoder=None, decoder=None, centers_ML=leaves, classes_M=torch.tensor([0, 1, 2, 0, 1, 2]))
     settings = replace(DISTILL, cluster=replace(SETTINGS.cluster, num_leaves=3))
     fitted = fit(make_rows(Ranks(), x), Preprocess(), settings, PlainContext(), teacher=known)
     assert [h["phase"] for h in fitted.history].count("pretrain") == 3

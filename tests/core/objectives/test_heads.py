@@ -52,8 +52,8 @@ def minibatch(num=7, dim=5, seed=1):
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(num, generator=generator) + 0.5
     x, x2 = torch.randn(num, dim, generator=generator), torch.randn(num, dim, generator=generator)
-    second = Minibatch(torch.arange(num) + 50, x2, weights, None, 0)
-    return Minibatch(torch.arange(num), x, weights, None, 0, positives=second)
+    second = Minibatch(torch.arange(num) + 50, x2, weights, positions_N=None, seed=0)
+    return Minibatch(torch.arange(num), x, weights, positions_N=None, seed=0, positives=second)
 
 
 def test_the_pair_loss_of_temi_is_the_formula_of_the_paper():
@@ -183,14 +183,22 @@ def by_hand(kind):
 def test_the_numbers_of_a_pass_are_shares_of_the_weight_not_of_the_rows(kind):
     objective = by_hand(kind)
     x, weights = torch.tensor([[0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]]), torch.tensor([3.0, 1.0, 0.5])
-    first = run_pass(objective.refresh(0, 0, 1), [Minibatch(torch.arange(3), x, weights, None, 0)], lambda sums: sums)
+    first = run_pass(
+        objective.refresh(0, 0, 1),
+        [Minibatch(torch.arange(3), x, weights, positions_N=None, seed=0)],
+        lambda sums: sums,
+    )
     # Rows 0 and 2 share a leaf: 3.5 of 4.5.
     assert first["changed"] == 1.0 and first["empty"] == 0
     assert first["largest_share"] == pytest.approx(3.5 / 4.5) and first["top_q"] == pytest.approx(1.0)
     np.testing.assert_allclose(objective.marginals[0], [3.5 / 4.5, 1.0 / 4.5], atol=1e-12)
     # The leaves turn to (2, -1) and (-2, 1): row 0 alone goes to the other one, 3 of 4.5 by weight, one row of three.
     objective.labeling_heads()[0].start_at_centers(torch.zeros(2), 0.01, torch.tensor([[2.0, -1.0], [-2.0, 1.0]]))
-    second = run_pass(objective.refresh(1, 0, 1), [Minibatch(torch.arange(3), x, weights, None, 0)], lambda sums: sums)
+    second = run_pass(
+        objective.refresh(1, 0, 1),
+        [Minibatch(torch.arange(3), x, weights, positions_N=None, seed=0)],
+        lambda sums: sums,
+    )
     assert second["changed"] == pytest.approx(3.0 / 4.5)
     assert second["largest_share"] == pytest.approx(4.0 / 4.5)
 
@@ -198,7 +206,9 @@ def test_the_numbers_of_a_pass_are_shares_of_the_weight_not_of_the_rows(kind):
 def test_a_leaf_whose_rows_weigh_nothing_is_empty():
     objective = by_hand(Icon)
     x, weights = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([1.0, 0.0])
-    numbers = run_pass(objective.refresh(0, 0, 1), [Minibatch(torch.arange(2), x, weights, None, 0)], lambda s: s)
+    numbers = run_pass(
+        objective.refresh(0, 0, 1), [Minibatch(torch.arange(2), x, weights, positions_N=None, seed=0)], lambda s: s
+    )
     assert numbers["empty"] == 1 and numbers["largest_share"] == 1.0
 
 
@@ -269,7 +279,13 @@ def paired_rows(ranks, x):
     mine = np.sort(shard(ranks, len(x)))
     whole = graph(x)
     chunks = [
-        Batch(torch.from_numpy(p), torch.from_numpy(x[p]), torch.ones(len(p)), None, torch.from_numpy(whole[p]))
+        Batch(
+            torch.from_numpy(p),
+            torch.from_numpy(x[p]),
+            torch.ones(len(p)),
+            positions_N=None,
+            neighbors_NM=torch.from_numpy(whole[p]),
+        )
         for p in np.array_split(mine, 3)
     ]
     return ResidentRows.collect(iter(chunks), x.shape[1], torch.float32, ranks)
@@ -384,7 +400,13 @@ def test_rows_keep_their_neighbors_when_chunks_interleave():
     x, whole = blobs(60)[0], np.arange(120).reshape(60, 2)
     order = [np.arange(0, 60, 2), np.arange(1, 60, 2)]
     chunks = [
-        Batch(torch.from_numpy(p), torch.from_numpy(x[p]), torch.ones(len(p)), None, torch.from_numpy(whole[p]))
+        Batch(
+            torch.from_numpy(p),
+            torch.from_numpy(x[p]),
+            torch.ones(len(p)),
+            positions_N=None,
+            neighbors_NM=torch.from_numpy(whole[p]),
+        )
         for p in order
     ]
     rows = ResidentRows.collect(iter(chunks), 12, torch.float32, Ranks())

@@ -265,7 +265,7 @@ def test_the_weight_of_the_divergence_warms_up_and_the_rates_decay():
 
 def test_the_noise_of_a_gaussian_decoder_starts_at_the_error_of_the_autoencoder():
     model, x, weights, _ = small("gaussian")
-    batch = Minibatch(torch.arange(len(x)), x, weights * 3.0, None, seed=0)
+    batch = Minibatch(torch.arange(len(x)), x, weights * 3.0, positions_N=None, seed=0)
     found = run_pass(model.refresh(0, 0, 10), [batch], lambda sums: sums)
     expected = float(((model.decoder(model.encoder(x)) - x) ** 2).mean().detach())
     assert found == {"noise": pytest.approx(expected, rel=1e-5)}

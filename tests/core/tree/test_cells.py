@@ -131,7 +131,14 @@ def test_order_and_number_of_tasks_and_tiles_do_not_change_a_byte(method):
 
 def test_a_cell_that_runs_again_gives_the_same_merges():
     x = nested(200, 5)
-    state = CellState("ward", x, np.ones(200), np.zeros(200), np.arange(200), np.array([0, 90, 200]))
+    state = CellState(
+        kind="ward",
+        center_MD=x,
+        weight_M=np.ones(200),
+        spread_M=np.zeros(200),
+        leaf_M=np.arange(200),
+        first_C=np.array([0, 90, 200]),
+    )
     copies = state.center_MD.copy(), state.weight_M.copy()
     one, two = (merge_cell(state, 1, eps=0.0) for _ in range(2))
     assert np.array_equal(one.left_P, two.left_P) and np.array_equal(one.delta_P, two.delta_P)
@@ -141,7 +148,14 @@ def test_a_cell_that_runs_again_gives_the_same_merges():
 
 def test_the_outside_floor_lies_under_every_distance_to_the_outside():
     x, weight_K = DATA["weighted"]
-    state = CellState("ward", x, weight_K, np.zeros(len(x)), np.arange(len(x)), np.array([0, 300, 1000]))
+    state = CellState(
+        kind="ward",
+        center_MD=x,
+        weight_M=weight_K,
+        spread_M=np.zeros(len(x)),
+        leaf_M=np.arange(len(x)),
+        first_C=np.array([0, 300, 1000]),
+    )
     floor_N = linkage_cells.outside_floor(state, 0, SearchOptions(), Trail())
     square = ((x[:300, None] - x[None, 300:]) ** 2).sum(axis=2)
     delta = square / (1 / weight_K[:300, None] + 1 / weight_K[None, 300:])

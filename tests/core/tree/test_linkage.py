@@ -208,7 +208,9 @@ def test_a_long_chain_of_close_gaps_finishes():
 def test_nothing_outside_the_candidates_lies_under_the_floor(kind, dtype):
     x, weight_M = blobs(500, 20), RNG.lognormal(0, 2, 500)
     spread_M = RNG.uniform(size=500) if kind == "average" else np.zeros(500)
-    clusters = Clusters(kind, x - x.mean(axis=0), weight_M, spread_M, np.arange(500))
+    clusters = Clusters(
+        kind=kind, center_MD=x - x.mean(axis=0), weight_M=weight_M, spread_M=spread_M, leaf_M=np.arange(500)
+    )
     columns = lay_out(clusters, np.ones(500, dtype=bool), block_cols=128, dtype=dtype)
     slot_QL, floor_Q = search(columns, clusters, np.arange(500), options=SearchOptions(num_neighbors=8, block_rows=100))
     for query in range(500):
@@ -222,7 +224,9 @@ def test_nothing_outside_the_candidates_lies_under_the_floor(kind, dtype):
 
 def test_a_distance_is_the_same_from_both_sides_and_in_any_batch():
     x = RNG.normal(size=(64, 37)) * 1e3
-    clusters = Clusters("ward", x, RNG.lognormal(size=64), np.zeros(64), np.arange(64))
+    clusters = Clusters(
+        kind="ward", center_MD=x, weight_M=RNG.lognormal(size=64), spread_M=np.zeros(64), leaf_M=np.arange(64)
+    )
     left, right = (side.reshape(-1) for side in np.meshgrid(np.arange(64), np.arange(64)))
     together = pair_delta(clusters, left, right)
     assert np.array_equal(together, pair_delta(clusters, right, left))
