@@ -10,22 +10,17 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.heads import Launcher
 from benchmarks.record import ROOT, made
 from raydc.config import load_config
-from raydc.core.models.preprocess import Preprocess
+from raydc.core.api import fit_array
 from raydc.core.search.kmeans import leaf_sums
 from raydc.core.search.nearest import nearest
-from raydc.core.training.collectives import Ranks
-from raydc.core.training.fit import fit
-from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.tree.linkage import ward
 
 BOOK = ROOT / "docs" / "device.json"
@@ -91,22 +86,21 @@ def epochs(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str, A
     """Yield the seconds of an epoch of pretraining and of DEC, by the settings of jobs/cluster_imagenet.yaml."""
     seen: list[dict[str, Any]] = []
 
-    class Context(Launcher):
-        def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
-            seen.append(metrics)
-
-    context = Context()
-    context.device = device
     centers = torch.randn(1000, _WIDTH)
     x = (centers[torch.randint(0, 1000, (n,))] + torch.randn(n, _WIDTH)).half()
-    rows = ResidentRows.collect(
-        iter([Batch(torch.arange(n), x, torch.ones(n))]), _WIDTH, torch.float16, Ranks(0, 1, device)
-    )
     overrides = ["fit.objective=dec", "pretrain.num_epochs=3", "refine.num_epochs=3", "refine.tolerance=0"]
     overrides += ["cluster.init_rows=100000", "cluster.num_restarts=1", "evaluate.baseline_rows=2000"]
     overrides += ["cluster.num_leaves=50", "merge.levels=[10]"] if small else []
     config = load_config(ROOT / "jobs" / "cluster_imagenet.yaml", overrides)
-    fit(rows, Preprocess("l2", [(0, _WIDTH, 1.0)]), config.fit_settings("benchmark"), context)
+    fit_array(
+        x,
+        config.cluster.num_leaves,
+        objective="dec",
+        preprocess="l2",
+        settings=config.fit_settings("benchmark"),
+        device=device,
+        on_report=seen.append,
+    )
     for phase in ("pretrain", "refine"):
         # The first epoch warms up.
         seconds = [e["seconds"] for e in seen if e["phase"] == phase][1:]

@@ -4,7 +4,7 @@ The planted rows are made here: K centers drawn on the unit sphere of 384 dimens
 each row its center plus isotropic noise of twice the center's length, put back on the sphere. The centers themselves
 label every row rightly; what k-means loses, it loses by cutting the large clusters and joining the small ones.
 
-The fit is the job's own (raydc.core.training.fit) in one process without Ray, and so is the search of the neighbors.
+The fit is the job's own (raydc.core.api.fit_array) in one process without Ray, and so is the search of the neighbors.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,11 @@ import torch
 
 from benchmarks.methods import record
 from raydc.config import parse_config
+from raydc.core.api import fit_array
 from raydc.core.metrics import scores as metrics
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
-from raydc.core.search.knn import Neighbors, Shard, prepare, search
-from raydc.core.training.collectives import Ranks
-from raydc.core.training.fit import Fitted, fit
-from raydc.core.training.neighbor_pairs import NeighborPairs
-from raydc.core.training.rows import ResidentRows
+from raydc.core.search.knn import prepare
 
 # torch before faiss: the other order gives the two libraries separate thread settings.
 import faiss  # isort: skip
@@ -91,20 +87,15 @@ def main(options: argparse.Namespace) -> None:
 
 def run(data: Data, seed: int, methods: list[str]) -> None:
     """Record every method on one data set under one seed."""
-    graph, graph_seconds = None, 0.0
     for method in methods:
         started = time.perf_counter()
         if method == "spherical_kmeans":
             leaves = _spherical_kmeans(data, seed)
         elif method == "dec":
-            leaves = _leaves(data, _fit(data, method, seed, None), data.dec_settings)
+            leaves = _fit(data, method, seed, data.settings, data.dec_settings)
         else:
-            if graph is None:
-                graph = _graph(data.x_ND)
-                graph_seconds = time.perf_counter() - started
-                started = time.perf_counter()
-            leaves = _leaves(data, _fit(data, method, seed, graph), {})
-        seconds = time.perf_counter() - started + (graph_seconds if method in ("temi", "icon") else 0.0)
+            leaves = _fit(data, method, seed, data.settings)
+        seconds = time.perf_counter() - started
         entry = {"data": data.name, "method": method, "seed": seed, **_scores(data.classes_N, leaves)}
         entry |= {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
         print(json.dumps(entry), flush=True)
@@ -144,55 +135,32 @@ def _spherical_kmeans(data: Data, seed: int) -> npt.NDArray[np.int64]:
     return kmeans.index.search(data.x_ND, 1)[1][:, 0]
 
 
-def _graph(x_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    keys = np.arange(len(x_ND))
-    found = Neighbors.none(len(x_ND), _NUM_NEIGHBORS)
-    return search(keys, x_ND, Shard.from_rows(keys, x_ND), found, metric="cosine").keys_QM
-
-
-def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None) -> Fitted:
-    values: dict[str, Any] = {name: dict(section) for name, section in data.settings.items()}
-    for name, section in (data.dec_settings if method == "dec" else {}).items():
-        values[name] = values.get(name, {}) | section
+def _fit(data: Data, method: str, seed: int, *settings: dict[str, Any]) -> npt.NDArray[np.int64]:
+    """Return the leaf of each row; the neighbors of the heads are searched anew, in the seconds of each."""
+    values: dict[str, Any] = {}
+    for some in settings:
+        for name, section in some.items():
+            values[name] = values.get(name, {}) | section
+    scaled = "preprocess" in values
     values |= {"input": {"path": data.name}, "seed": seed, "fit": {"objective": method}}
-    rows = ResidentRows(
-        torch.from_numpy(data.x_ND),
-        torch.arange(len(data.x_ND)),
-        torch.ones(len(data.x_ND)),
-        Ranks(),
-        None if graph is None else torch.from_numpy(graph),
+    config = parse_config(values)
+    factor = torch.tensor([data.x_ND.shape[1] ** 0.5 if scaled else 1.0], dtype=torch.float32)
+    result = fit_array(
+        data.x_ND,
+        config.cluster.num_leaves,
+        objective=config.fit.objective,
+        seed=seed,
+        preprocess=Preprocess("scale", scale_D=factor),
+        settings=config.fit_settings(data.name),
+        num_neighbors=_NUM_NEIGHBORS,
+        on_report=_say,
     )
-    pairs = None if graph is None else NeighborPairs(rows, Ranks())
-    return fit(rows, _preprocess(data, values), parse_config(values).fit_settings(data.name), Launcher(), pairs)
+    return result.labels
 
 
-def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:
-    factor = data.x_ND.shape[1] ** 0.5 if settings.get("preprocess") else 1.0
-    return Preprocess("scale", (), mean_D=None, scale_D=torch.tensor([factor], dtype=torch.float32))
-
-
-class Launcher:
-    """The core's Context in one process, without checkpoints."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
-        """Say where the fit stands."""
-        print({k: v for k, v in metrics.items() if k in ("phase", "epoch", "loss", "changed", "empty")}, flush=True)
-
-    def latest_checkpoint(self) -> Path | None:
-        """Return nothing."""
-        return None
-
-
-def _leaves(data: Data, fitted: Fitted, settings: dict[str, Any]) -> npt.NDArray[np.int64]:
-    preprocess, found = _preprocess(data, settings), []
-    with torch.no_grad():
-        for block in torch.from_numpy(data.x_ND).split(8192):
-            x = preprocess(block)
-            z = x if fitted.clustering.encoder is None else fitted.clustering.encoder(x)
-            found.append(fitted.clustering.assign(z)[0].numpy())
-    return np.concatenate(found)
+def _say(metrics: dict[str, Any]) -> None:
+    """Say where the fit stands."""
+    print({k: v for k, v in metrics.items() if k in ("phase", "epoch", "loss", "changed", "empty")}, flush=True)
 
 
 def _scores(classes_N: npt.NDArray[np.int64], leaves_N: npt.NDArray[np.int64]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Every method on labeled data, over seeds, by the settings of jobs/; and DEC on classes of unequal size.
 
-The fit is the job's own (raydc.core.training.fit) in one process without Ray. Methods that start from the same
+The fit is the job's own (raydc.core.api.fit_array) in one process without Ray. Methods that start from the same
 pretrained autoencoder share its checkpoint below build/benchmarks/methods/, so their rows differ by the method alone;
 the seconds of a method are those of its pretraining and its own. A fit whose settings and input stand in
 docs/methods.json already is not done again. docs/methods.md and docs/methods.json are written after every fit.
@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,13 @@ from benchmarks.methods_page import page
 from benchmarks.record import ROOT, made
 from raydc.commands.demo import write_digits
 from raydc.config import Config, FitConfig, digest, dump, load_config
+from raydc.core.api import Pretrained, fit_array, pretrain_array
 from raydc.core.hashing import stream_seed, uniform
 from raydc.core.metrics import scores as metrics
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
-from raydc.core.training.collectives import Ranks
-from raydc.core.training.fit import Fitted, fit
-from raydc.core.training.rows import Batch, ResidentRows
-from raydc.core.training.state import Clustering
+from raydc.core.training import checkpoint
+from raydc.core.training.settings import FitSettings
 from raydc.data.slices import class_names, read_slice
 from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
@@ -64,12 +63,17 @@ IMBALANCED = ("autoencoder_kmeans", "dec")
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """Labeled rows in memory."""
 
     name: str
-    rows: ResidentRows
+    x_ND: npt.NDArray[Any]
+    """(N, D) raw rows."""
+
+    keys_N: npt.NDArray[np.int64]
+    """(N,) their places in the input, rising."""
+
     classes: npt.NDArray[np.str_]
     """(N,) in the order of the rows."""
 
@@ -137,18 +141,37 @@ def imbalanced(keys: torch.Tensor, classes: npt.NDArray[np.str_], smallest_share
 
 def measure(data: Data, config: Config) -> dict[str, Any]:
     """Return the scores of one fit, and its seconds with those of its pretraining, wherever they were spent."""
-    settings = config.fit_settings(data.fingerprint)
-    folder, fingerprint = BUILD / "none", settings.fingerprint
+    settings, pretrained = config.fit_settings(data.fingerprint), None
+    rows: dict[str, Any] = {
+        "x": data.x_ND,
+        "keys": data.keys_N,
+        "preprocess": data.preprocess,
+        "settings": settings,
+        "seed": config.seed,
+    }
     if config.learns:
         fingerprint = pretraining_fingerprint(config, data.fingerprint)
-        folder = BUILD / f"{data.name.replace(' ', '-')}-{config.seed}-{fingerprint}"
-        pretrain = replace(settings, objective="autoencoder", fingerprint=fingerprint)
-        _pretrain(data, pretrain, folder)
+        pretrained = _pretrained(BUILD / f"{data.name.replace(' ', '-')}-{config.seed}-{fingerprint}", settings, rows)
     started = time.perf_counter()
-    fitted = fit(data.rows, data.preprocess, replace(settings, fingerprint=fingerprint), _Launcher(folder, keep=False))
+    result = fit_array(
+        **rows, num_clusters=config.cluster.num_leaves, objective=config.fit.objective, pretrained=pretrained
+    )
     seconds = time.perf_counter() - started
-    seconds += sum(h["seconds"] for h in fitted.history if h["phase"] in ("layers", "pretrain"))
-    return {**_scores(data, fitted.clustering), "seconds": round(seconds, 1), **_course(fitted)}
+    seconds += sum(h["seconds"] for h in result.history if h["phase"] in ("layers", "pretrain"))
+    return {**_scores(data, result.labels), "seconds": round(seconds, 1), **_course(result.history)}
+
+
+def _pretrained(folder: Path, settings: FitSettings, rows: dict[str, Any]) -> Pretrained:
+    """Return the autoencoder that all methods of these settings share: from the folder, or trained and kept there."""
+    if (folder / "state.json").exists():
+        tensors, values = checkpoint.load(folder)
+        return Pretrained(autoencoder=settings.autoencoder, dim=rows["x"].shape[1], tensors=tensors, values=values)
+    pretrained = pretrain_array(**rows)
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    checkpoint.save(fresh, pretrained.tensors, pretrained.values)
+    fresh.rename(folder)
+    return pretrained
 
 
 def fit_fingerprint(config: Config, input_fingerprint: str) -> str:
@@ -167,86 +190,35 @@ def pretraining_fingerprint(config: Config, input_fingerprint: str) -> str:
     return digest(deciding | {"seed": config.seed, "precision": config.fit.precision, "input": input_fingerprint})
 
 
-class _PretrainedError(Exception):
-    """The autoencoder is ready."""
-
-
-class _Launcher:
-    """The core's Context in one process, with the checkpoints of the pretraining in a folder."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def __init__(self, folder: Path, *, keep: bool) -> None:
-        """Start from the checkpoint in `folder`; keep new ones there, and stop when pretraining ends, or not."""
-        self._folder, self._keep = folder, keep
-
-    def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
-        """Keep the checkpoint."""
-        if not self._keep:
-            return
-        if metrics["phase"] == "kmeans":
-            raise _PretrainedError
-        if checkpoint_dir is not None:
-            fresh = self._folder.with_name(self._folder.name + ".new")
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.copytree(checkpoint_dir, fresh)
-            shutil.rmtree(self._folder, ignore_errors=True)
-            fresh.rename(self._folder)
-
-    def latest_checkpoint(self) -> Path | None:
-        """Return the kept checkpoint."""
-        return self._folder if self._folder.exists() else None
-
-
-def _pretrain(data: Data, settings: Any, folder: Path) -> None:
-    """Pretrain, going on from the last epoch that is in the folder."""
-    done = folder / "state.json"
-    if done.exists():
-        last = json.loads(done.read_text())
-        if last["phase"] == "pretrain" and last["epoch"] == settings.pretrain.num_epochs:
-            return
-    try:
-        fit(data.rows, data.preprocess, settings, _Launcher(folder, keep=True))
-    except _PretrainedError:
-        return
-
-
 def _read(name: str, config: Config, smallest_share: float) -> Data:
     profile = profile_input(config, Lake())
-    chunks, classes = [], []
+    rows, keys, classes = [], [], []
     for part in profile.slices:
         for batch in read_slice(Lake(), part, profile.spec, with_labels=True):
             names = class_names(batch.labels)
             assert names is not None
-            chunks.append(Batch(torch.from_numpy(batch.keys), torch.from_numpy(batch.x.copy()), torch.ones(len(names))))
+            rows.append(batch.x.copy())
+            keys.append(batch.keys.copy())
             classes.append(names)
-    whole, label = ResidentRows.collect, np.concatenate(classes)
+    x, key, label = np.concatenate(rows), np.concatenate(keys), np.concatenate(classes)
     if smallest_share < 1:
-        keys = torch.cat([c.keys_N for c in chunks])
-        kept = imbalanced(keys, label, smallest_share)
-        place = torch.from_numpy(kept)
-        x = torch.cat([c.x_ND for c in chunks])[place]
-        chunks, label = [Batch(keys[place], x, torch.ones(len(x)))], label[kept]
-    dtype = torch.float16 if profile.spec.dtype == np.float16 else torch.float32
-    rows = whole(iter(chunks), profile.spec.dim, dtype, Ranks())
+        kept = imbalanced(torch.from_numpy(key), label, smallest_share)
+        x, key, label = x[kept], key[kept], label[kept]
     title = name if smallest_share == 1 else f"{name} r_min={smallest_share}"
     fingerprint = digest([profile.fingerprint, smallest_share])
-    return Data(title, rows, label, profile.preprocess(config), fingerprint)
+    return Data(
+        name=title, x_ND=x, keys_N=key, classes=label, preprocess=profile.preprocess(config), fingerprint=fingerprint
+    )
 
 
-def _scores(data: Data, found: Clustering) -> dict[str, float]:
+def _scores(data: Data, labels_N: npt.NDArray[np.int64]) -> dict[str, float]:
     of_row = np.unique(data.classes, return_inverse=True)[1]
-    leaves = []
-    with torch.no_grad():
-        for batch in data.rows.blocks(8192):
-            x = data.preprocess(batch.x_ND)
-            leaves.append(found.assign(x if found.encoder is None else found.encoder(x))[0].numpy())
-    table = metrics.counted(np.concatenate(leaves), of_row)
+    table = metrics.counted(labels_N, of_row)
     return {k: round(v, 4) for k, v in metrics.external(table).items() if k in ("acc", "nmi", "ari")}
 
 
-def _course(fitted: Fitted) -> dict[str, Any]:
-    refine = [h for h in fitted.history if h["phase"] == "refine"]
+def _course(history: list[dict[str, Any]]) -> dict[str, Any]:
+    refine = [h for h in history if h["phase"] == "refine"]
     found: dict[str, Any] = {"epochs": len(refine)} if refine else {}
     return found | {k: round(refine[-1][k], 5) for k in ("changed", "top_q") if refine and k in refine[-1]}
 

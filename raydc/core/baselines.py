@@ -93,6 +93,7 @@ METHODS: dict[str, Callable[[npt.NDArray[np.float32], int, int], Classical]] = {
     "agglomerative": _agglomerative,
     "spectral": _spectral,
 }
+"""Each method by its name: rows (N, D), number of groups and seed in, a partition out."""
 
 DETERMINISTIC = frozenset({"dbscan", "hdbscan", "agglomerative"})
 """Methods in which no seed plays a part; one run of them stands for all seeds."""

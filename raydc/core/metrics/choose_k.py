@@ -23,13 +23,14 @@ from raydc.core.metrics.scores import counted, external
 from raydc.core.search.kmeans import start
 from raydc.core.search.nearest import nearest
 
-# A stability that falls short of the best by less than this, or by less than its standard error, counts as the best.
 STABILITY_MARGIN = 0.05
+"""A stability that is below the best by less than this, or by less than its standard error, counts as the best."""
 
-# The votes disagree where the largest is more than this many times the smallest.
 SPREAD = 1.5
+"""The votes disagree where the largest is more than this many times the smallest."""
 
 _RESTARTS = 3
+"""Starts of each k-means on a half of the rows."""
 
 
 def calinski_harabasz(tally: Tally, centers_KL: npt.NDArray[np.floating]) -> float | None:
@@ -143,13 +144,13 @@ class Recommendation:
     """The K before the largest fall of G, where there is one beyond its error."""
 
 
-# (name, key of an entry, whether more is better)
 _OPTIMA = (
     ("silhouette", "silhouette", True),
     ("Davies-Bouldin", "davies_bouldin", False),
     ("Calinski-Harabasz", "calinski_harabasz", True),
     ("neighbor agreement", "neighbor_agreement", True),
 )
+"""Criteria whose best value votes: (name, key of an entry, whether more is better)."""
 
 
 def recommend(entries: Sequence[Mapping[str, Any]]) -> Recommendation:

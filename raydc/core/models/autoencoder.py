@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _TILE_ROWS = 32
+"""Rows of two tiles of the matrix unit."""
 
 
 class Autoencoder(nn.Module):
@@ -31,9 +32,9 @@ class Autoencoder(nn.Module):
 class Perceptron(nn.Sequential):
     """Layers one after the other.
 
-    The batches are made by hash, so their sizes differ, and on a CPU in bf16 every layer is compiled anew for every
-    size, which takes milliseconds and stays in memory. There rows of zeros follow a batch, up to two whole tiles of the
-    matrix unit, whose answers nobody sees: a few sizes in place of a hundred.
+    The batches are made by hash, so their sizes differ. On a CPU in bf16 every layer is compiled anew for every size,
+    which takes milliseconds and stays in memory. There a batch is filled up with rows of zeros, to two whole tiles of
+    the matrix unit, and their answers are dropped: a few sizes in place of a hundred.
     """
 
     def forward(self, x_ND: Tensor) -> Tensor:

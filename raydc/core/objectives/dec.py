@@ -169,6 +169,7 @@ class Target:
 
 
 PAPER_TARGET = Target()
+"""The target of the paper."""
 
 
 class Dec(Objective):

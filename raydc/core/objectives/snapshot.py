@@ -19,6 +19,7 @@ from raydc.core.objectives.objective import Minibatch
 from raydc.core.training.rows import RowStore
 
 _PREFIX = "snapshot."
+"""Beginning of the names of the snapshot's tensors."""
 
 
 @dataclass(kw_only=True)

@@ -155,6 +155,7 @@ def num_hits(found: Neighbors, exact: Neighbors) -> int:
 
 
 _FAISS_METRIC = {"cosine": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
+"""Numbers of the metrics in FAISS."""
 
 
 def _queries_of_cells(probes_QP: Ints) -> Iterator[tuple[int, Ints]]:

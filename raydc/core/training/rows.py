@@ -17,9 +17,10 @@ from raydc.core.hashing import hash_keys, permuted
 from raydc.core.training.collectives import Ranks
 
 _CPU = torch.device("cpu")
+"""Where rows are kept by default."""
 
 _MARGIN = 1.1
-"""A worker may get somewhat more than its even share."""
+"""Room for a worker's rows, as a multiple of its even share."""
 
 
 @dataclass(frozen=True)

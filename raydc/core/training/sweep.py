@@ -36,6 +36,7 @@ from raydc.core.training.settings import FitSettings, SweepSettings
 from raydc.core.training.state import Clustering
 
 _RESULTS = "sweep.json"
+"""File of a checkpoint with the criteria of every K that is done."""
 
 _BASELINE_ROWS_PER_LEAF = 20
 """Rows for each leaf of the k-means on raw rows, a baseline that every fit makes and a sweep has no use for."""

@@ -15,6 +15,7 @@ from raydc.core.tree.order import checked_children, leaf_counts
 # Letters in this module: K leaves, T = K - 1 merges, V = 2K - 1 nodes.
 
 PLAIN_NEWICK_NAME = re.compile(r"[^\s()\[\]':;,]+")
+"""Names that need no quotes."""
 
 MAX_TOPIC_LEAVES = 10_000
 """The topic table lists the leaves of every node: up to K^2 / 2 numbers in a chain."""

@@ -32,6 +32,7 @@ POSTPONE_ABOVE = 0.3
 """Full searches of clusters whose floor lies above this quantile of all nearest distances wait for a later round."""
 
 DEFAULT = SearchOptions()
+"""What a search may cost, unless the caller says otherwise."""
 
 
 @dataclass(kw_only=True)
