@@ -4,7 +4,6 @@ Writes are whole or not there: a local file is on the disk before it is renamed 
 upload is complete. Requests to S3 are tried again as raydc/storage/s3.py says; for other stores their libraries decide.
 """
 
-import errno
 import io
 import json
 import os
@@ -13,7 +12,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,11 @@ import pyarrow.fs
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from raydc.errors import DataError, StageError
-from raydc.storage.secrets import masked, refuse_credentials
+from raydc.errors import DataError
+from raydc.storage.local import MORE_ROOM, WholeFiles, create_local, renamed_into, told
+from raydc.storage.secrets import refuse_credentials
 
 _S3 = ("s3", "s3a", "s3n")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MORE_ROOM = "Free space there, or use another output"
-_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 _CREATE_TRIES = 4
 
@@ -90,7 +87,7 @@ class Lake:
     def arrow_file_system(self, uri: str) -> tuple[pa.fs.FileSystem, str]:
         """Return the same as a pyarrow file system, for libraries that take one."""
         fs, path = self.file_system(uri)
-        handler = _WholeFiles(fs) if isinstance(fs, LocalFileSystem) else pa.fs.FSSpecHandler(fs)
+        handler = WholeFiles(fs) if isinstance(fs, LocalFileSystem) else pa.fs.FSSpecHandler(fs)
         return pa.fs.PyFileSystem(handler), path
 
     def list_parquet(self, uris: str | list[str]) -> list[StoredFile]:
@@ -215,8 +212,8 @@ class Lake:
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            with _told(Path(path).parent, _MORE_ROOM):
-                return _create_local(Path(path), data)
+            with told(Path(path).parent, MORE_ROOM):
+                return create_local(Path(path), data)
         # A server that ignores the condition would let a second writer replace the file of the first.
         fs.invalidate_cache()
         if fs.exists(path):
@@ -249,11 +246,11 @@ class Lake:
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            with _told(Path(path).parent, _MORE_ROOM):
-                yield from _renamed_into(Path(path))
+            with told(Path(path).parent, MORE_ROOM):
+                yield from renamed_into(Path(path))
         else:
             with (
-                _told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
+                told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
                 tempfile.TemporaryDirectory(prefix="raydc-") as folder,
             ):
                 staged = Path(folder) / posixpath.basename(path)
@@ -287,51 +284,6 @@ class Lake:
         fs.invalidate_cache()
         if fs.exists(path):
             fs.rm(path, recursive=True)
-
-
-class _WholeFiles(pa.fs.FSSpecHandler):
-    """Local files for pyarrow: one appears when it is closed, and what was there stays after a write that failed.
-
-    Ray Train replaces its list of checkpoints after each of them, and cannot go on from one that was cut off.
-    """
-
-    def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:
-        """Return a stream whose file is there once it is closed."""
-        return pa.PythonFile(_WholeFile(Path(path)), mode="w")
-
-
-class _WholeFile:
-    """The file below a stream of pyarrow; one that is dropped unclosed is not published."""
-
-    def __init__(self, target: Path) -> None:
-        self._publication = _renamed_into(target)
-        # Unbuffered: pyarrow hands over what it holds in one piece, and nothing is left that a close could still write.
-        self._handle = next(self._publication).open("wb", buffering=0)
-
-    @property
-    def closed(self) -> bool:
-        return self._handle.closed
-
-    def write(self, data: bytes) -> int:
-        rest = memoryview(data)
-        try:
-            while len(rest):
-                rest = rest[self._handle.write(rest) :]
-        except OSError:
-            self._publication.close()
-            raise
-        return len(data)
-
-    def tell(self) -> int:
-        return self._handle.tell()
-
-    def flush(self) -> None:
-        self._handle.flush()
-
-    def close(self) -> None:
-        self._handle.close()
-        # Ended already where a write failed: nothing is published then.
-        next(self._publication, None)
 
 
 def join(uri: str, *names: str) -> str:
@@ -378,55 +330,6 @@ def _is_visible(path: str) -> bool:
     return not any(part.startswith(("_", ".")) for part in path.split("/") if part)
 
 
-def _renamed_into(target: Path) -> Generator[Path, None, None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = _beside(target)
-    try:
-        yield staged
-        _flush(staged)
-        os.replace(staged, target)
-        _flush(target.parent)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _create_local(target: Path, data: bytes) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = _beside(target)
-    try:
-        staged.write_bytes(data)
-        _flush(staged)
-        try:
-            os.link(staged, target)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            try:
-                with target.open("xb") as handle:
-                    handle.write(data)
-            except FileExistsError:
-                return False
-        _flush(target.parent)
-        return True
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _beside(target: Path) -> Path:
-    return target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: a rename may reach it before the contents do."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -440,23 +343,3 @@ def _uploaded(upload: Callable[[], Any]) -> None:
             raise
         # The answer to the end of a multipart upload was lost, and the second request found it ended.
         upload()
-
-
-@contextmanager
-def _told(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn the errors of a full disk and of missing rights into one that names the folder and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise StageError(
-                f"storage {folder}: no space left to write ({masked(str(error))}). {remedy}; then the same command "
-                "continues."
-            ) from error
-        # The block may read elsewhere; only what names this folder is about writing here.
-        if error.errno in _NO_RIGHT and str(folder) in str(error):
-            raise StageError(
-                f"storage {folder}: may not be written ({masked(str(error))}). Give this user the right to write "
-                "there, or use another output."
-            ) from error
-        raise
