@@ -31,7 +31,8 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.training.state import Clustering
-from raydc.data.slices import class_names, read_slice
+from raydc.data.columns import class_names
+from raydc.data.reader import read_slice
 from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake

@@ -35,7 +35,8 @@ from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import fit, pretrain
 from raydc.core.training.rows import Batch, ResidentRows
-from raydc.data.slices import class_names, read_slice
+from raydc.data.columns import class_names
+from raydc.data.reader import read_slice
 from raydc.errors import ConfigError, DataError
 from raydc.pipeline import make_lake
 from raydc.stages.fit import fit_settings

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydc.data.slices import InputSpec, Slice, canonical_ids, shown, without_broken_text
+from raydc.data.columns import canonical_ids, shown, without_broken_text
+from raydc.data.slices import InputSpec, Slice
 from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,10 @@ from torch import Tensor
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
+from raydc.data.columns import class_names
+from raydc.data.reader import RowBatch, read_slice
 from raydc.data.schema import labels_schema, level_column, rejects_schema
-from raydc.data.slices import InputSpec, RowBatch, Slice, class_names, read_slice
+from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError
 from raydc.model import Model, Prediction
 from raydc.storage.lake import Lake, join

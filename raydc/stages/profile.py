@@ -21,18 +21,11 @@ from raydc.config import Config, EmbeddingColumn, digest
 from raydc.core.hashing import stream_seed
 from raydc.core.models.preprocess import Moments, Preprocess
 from raydc.data import duplicate_ids
-from raydc.data.slices import (
-    Column,
-    Footer,
-    InputSpec,
-    Layout,
-    Slice,
-    embedding_layout,
-    plan_slices,
-    read_footers,
-    read_slice,
-    shown,
-)
+from raydc.data.columns import shown
+from raydc.data.footers import Footer, read_footers
+from raydc.data.layouts import Layout, embedding_layout
+from raydc.data.reader import read_slice
+from raydc.data.slices import Column, InputSpec, Slice, plan_slices
 from raydc.errors import ConfigError, DataError
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake

@@ -14,19 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydc.core.models.preprocess import Preprocess
-from raydc.data.slices import (
-    Column,
-    Footer,
-    InputSpec,
-    Layout,
-    Slice,
-    canonical_ids,
-    embedding_layout,
-    plan_slices,
-    read_footers,
-    read_slice,
-    vectors_from_arrow,
-)
+from raydc.data.columns import canonical_ids, vectors_from_arrow
+from raydc.data.footers import Footer, read_footers
+from raydc.data.layouts import Layout, embedding_layout
+from raydc.data.reader import read_slice
+from raydc.data.slices import Column, InputSpec, Slice, plan_slices
 from raydc.errors import DataError
 from raydc.storage.lake import Lake
 from tests import shards

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers
+from raydc.data.footers import read_footers
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling, Statistics, label_slice
 from raydc.storage.lake import Lake, is_staged

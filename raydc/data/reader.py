@@ -1,0 +1,196 @@
+"""The one reader of a slice: batches of good rows as arrays, bad rows as rejects."""
+
+import logging
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydc.data.columns import canonical_ids, mark, mark_bad_values, shown, vectors_from_arrow, without_broken_text
+from raydc.data.footers import NOT_THE_FILE, first_line
+from raydc.data.schema import rejects_schema
+from raydc.data.slices import InputSpec, Slice
+from raydc.errors import DataError
+from raydc.storage.lake import Lake
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Consecutive rows of one slice: the good ones as arrays, the bad ones as rejects."""
+
+    keys: npt.NDArray[np.int64]
+    """(n,) keys of the good rows, rising."""
+
+    x: npt.NDArray[Any]
+    """(n, D) float16 or float32 raw rows."""
+
+    ids: pa.Array
+    weights: npt.NDArray[np.float32] | None
+    labels: pa.Array | None
+    carry: pa.Table | None
+    rejects: pa.Table
+
+
+def read_slice(
+    lake: Lake,
+    part: Slice,
+    spec: InputSpec,
+    *,
+    block_rows: int = 65536,
+    with_labels: bool = False,
+    with_carry: bool = False,
+) -> Generator[RowBatch, None, None]:
+    """Yield the rows of a slice in order, in batches of at most `block_rows`.
+
+    Raises:
+        DataError: a bad row under on_bad_rows=fail, or unreadable bytes under on_bad_files=fail. Under quarantine the
+            rows that cannot be used come as rejects; after unreadable bytes that is the rest of their row group, with
+            their ids where these can be read.
+    """
+    if not part.num_rows:
+        return
+    names = [spec.id_column, *(c.name for c in spec.columns)]
+    names += [spec.weight_column] if spec.weight_column else []
+    names += [spec.label_column] if with_labels and spec.label_column else []
+    names += list(spec.carry_columns) if with_carry else []
+    names = list(dict.fromkeys(names))
+    row = 0
+    try:
+        for table in _tables(lake, part, part.row_groups, names, block_rows):
+            yield _decode(table, part, row, spec, with_labels=with_labels, with_carry=with_carry)
+            row += len(table)
+        return
+    except NOT_THE_FILE:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        problem = f"{part.uri} cannot be read beyond row {part.first_row + row}: {first_line(error)}"
+        if spec.on_bad_files == "fail":
+            raise DataError(f"{problem}. Restore the file, or set input.on_bad_files=quarantine.") from None
+        log.warning("%s; the other row groups are read on", problem)
+    # From here on each row group by itself: what is damaged in one says nothing of the next.
+    for group, start, stop in _group_rows(lake, part):
+        at = start
+        try:
+            for table in _tables(lake, part, (group,), names, block_rows):
+                fresh = table.slice(max(0, row - at))
+                at += len(table)
+                if len(fresh):
+                    yield _decode(fresh, part, row, spec, with_labels=with_labels, with_carry=with_carry)
+                    row += len(fresh)
+        except NOT_THE_FILE:
+            raise
+        except (pa.ArrowException, OSError):
+            yield _lost_rows(lake, part, group, start, row, stop, spec)
+            row = stop
+
+
+def _tables(
+    lake: Lake, part: Slice, row_groups: Sequence[int], names: list[str], block_rows: int
+) -> Generator[pa.Table, None, None]:
+    with lake.open_parquet(part.uri) as handle:
+        # Where the writer left checksums of its pages, a flipped bit is found instead of read as another number.
+        parquet = pq.ParquetFile(handle, page_checksum_verification=True)
+        for batch in parquet.iter_batches(block_rows, row_groups=list(row_groups), columns=names, use_threads=False):
+            yield pa.Table.from_batches([batch])
+
+
+def _group_rows(lake: Lake, part: Slice) -> list[tuple[int, int, int]]:
+    """Return (row group, first row, row behind the last) of each row group, counted within the slice."""
+    try:
+        with lake.open_parquet(part.uri) as handle:
+            metadata = pq.ParquetFile(handle).metadata
+    except NOT_THE_FILE:
+        raise
+    except (pa.ArrowException, OSError):
+        # The file is gone, or its footer is damaged by now: all that is left of the slice is lost in one piece.
+        return [(part.row_groups[0], 0, part.num_rows)]
+    stops = np.cumsum([metadata.row_group(g).num_rows for g in part.row_groups]).tolist()
+    return [(g, a, b) for g, a, b in zip(part.row_groups, [0, *stops], stops, strict=False)]
+
+
+def _decode(
+    table: pa.Table, part: Slice, row: int, spec: InputSpec, *, with_labels: bool, with_carry: bool
+) -> RowBatch:
+    n = len(table)
+    x = np.empty((n, spec.dim), spec.dtype) if len(spec.columns) > 1 else None
+    reasons = np.full(n, "", dtype="U16")
+    for column, (start, stop, _) in zip(spec.columns, spec.blocks, strict=True):
+        values = vectors_from_arrow(table[column.name], column.dim, column.dtype, reasons)
+        mark_bad_values(values, reasons, refuse_zero_norm=spec.refuse_zero_norm)
+        # What leaves the range of float32 here was marked above.
+        with np.errstate(over="ignore"):
+            if x is None:
+                x = values.astype(spec.dtype, copy=False)
+            else:
+                x[:, start:stop] = values
+    assert x is not None
+    ids = canonical_ids(table[spec.id_column], spec)
+    ids, broken = without_broken_text(ids)
+    mark(reasons, broken, "bad_id")
+    if ids.null_count:
+        reasons[(reasons == "") & ids.is_null().to_numpy(zero_copy_only=False)] = "missing"
+    weights = None
+    if spec.weight_column:
+        with np.errstate(over="ignore"):
+            weights = table[spec.weight_column].to_numpy().astype(np.float32)
+        reasons[(reasons == "") & ~(np.isfinite(weights) & (weights > 0))] = "bad_weight"
+    labels = table[spec.label_column].combine_chunks() if with_labels and spec.label_column else None
+    carry = table.select(list(spec.carry_columns)) if with_carry else None
+
+    good = reasons == ""
+    positions = np.arange(n, dtype=np.int64)
+    if not good.all():
+        bad = np.flatnonzero(~good)
+        if spec.on_bad_rows == "fail":
+            where = int(bad[0])
+            raise DataError(
+                f"{part.uri} row {part.first_row + row + where} (id {shown(ids[where].as_py())}) is bad: "
+                f"{reasons[where]}. Fix the export, or set input.on_bad_rows=quarantine."
+            )
+        rejects = _rejects(ids.take(pa.array(bad)), part, part.first_row + row + bad, reasons[bad], spec)
+        keep = pa.array(good)
+        x, positions = x[good], positions[good]
+        ids = ids.filter(keep)
+        weights = weights[good] if weights is not None else None
+        labels = labels.filter(keep) if labels is not None else None
+        carry = carry.filter(keep) if carry is not None else None
+    else:
+        rejects = rejects_schema(spec.arrow_id_type).empty_table()
+    return RowBatch(part.first_key + row + positions, x, ids, weights, labels, carry, rejects)
+
+
+def _rejects(
+    ids: pa.Array, part: Slice, rows: npt.NDArray[np.int64], reasons: npt.NDArray[np.str_], spec: InputSpec
+) -> pa.Table:
+    schema = rejects_schema(spec.arrow_id_type)
+    names = pa.array([part.name] * len(rows), pa.string())
+    return pa.table([ids, names, pa.array(rows), pa.array(reasons.tolist(), pa.string())], schema=schema)
+
+
+def _lost_rows(lake: Lake, part: Slice, group: int, start: int, row: int, stop: int, spec: InputSpec) -> RowBatch:
+    """Return the rows of a row group from `row` on as rejects; positions count within the slice."""
+    rows = np.arange(part.first_row + row, part.first_row + stop)
+    try:
+        columns = [t[spec.id_column] for t in _tables(lake, part, (group,), [spec.id_column], stop - start)]
+        ids = canonical_ids(pa.chunked_array([c for t in columns for c in t.chunks]), spec).slice(row - start)
+        ids, _ = without_broken_text(ids)
+    except NOT_THE_FILE:
+        raise
+    except (pa.ArrowException, OSError):
+        ids = pa.nulls(len(rows), spec.arrow_id_type)
+    rejects = _rejects(ids, part, rows, np.full(len(rows), "unreadable_file"), spec)
+    return RowBatch(
+        np.empty(0, np.int64),
+        np.empty((0, spec.dim), spec.dtype),
+        pa.array([], spec.arrow_id_type),
+        np.empty(0, np.float32) if spec.weight_column else None,
+        None,
+        None,
+        rejects,
+    )
