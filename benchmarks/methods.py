@@ -33,8 +33,8 @@ from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.training.state import Clustering
 from raydc.data.columns import class_names
 from raydc.data.reader import read_slice
+from raydc.data.sample import profile_input
 from raydc.stages.fit import fit_settings
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 
 BUILD = ROOT / "build" / "benchmarks" / "methods"

@@ -10,6 +10,8 @@ from typing import Any
 
 from raydc.commands.show import resume_command
 from raydc.config import Config
+from raydc.data.inspection import inspect, refuse
+from raydc.data.sample import profile_input
 from raydc.data.schema import MANIFEST
 from raydc.errors import StageError
 from raydc.runfolder.folder import RunDir, now
@@ -77,7 +79,7 @@ def plan(config: Config) -> list[str]:
     """
     lake = make_lake(config)
     register.check(config, RunDir(lake, config.output, "run"))
-    found = profile.profile_input(config, lake)
+    found = profile_input(config, lake)
     load_teacher(config, found.spec.dim, lake)
     return make_plan(config, found).lines()
 
@@ -155,8 +157,8 @@ def _forget_later(folder: RunDir, stage: Stage) -> None:
 
 def _checked_fingerprint(config: Config, folder: RunDir) -> str:
     """Return the fingerprint of the input as it is now, before anything is written or started."""
-    found, data_problems, config_problems = profile.inspect(config, folder.lake)
-    profile.refuse(data_problems, config_problems)
+    found, data_problems, config_problems = inspect(config, folder.lake)
+    refuse(data_problems, config_problems)
     if found is None:
         raise StageError("profile: the input could not be read.")
     load_teacher(config, found.spec.dim, folder.lake)

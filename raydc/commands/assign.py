@@ -4,13 +4,13 @@ import hashlib
 from functools import partial
 
 from raydc.config import Config, EmbeddingColumn, digest
+from raydc.data.sample import profile_input
 from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling
 from raydc.model import Model
 from raydc.pipeline import make_lake
 from raydc.stages.assign import label_all
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake, absolute, join
 
 

@@ -37,10 +37,10 @@ from raydc.core.training.fit import fit, pretrain
 from raydc.core.training.rows import Batch, ResidentRows
 from raydc.data.columns import class_names
 from raydc.data.reader import read_slice
+from raydc.data.sample import profile_input
 from raydc.errors import ConfigError, DataError
 from raydc.pipeline import make_lake
 from raydc.stages.fit import fit_settings
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import absolute, join
 
 log = logging.getLogger(__name__)

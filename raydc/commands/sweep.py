@@ -25,6 +25,8 @@ from raydc.core.training.collapse import WatchSettings
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.training.sweep import Sample, SweepSettings, sweep
+from raydc.data.profile import Profile
+from raydc.data.sample import profile_input
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
@@ -32,7 +34,7 @@ from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import acquire
 from raydc.runtime import session
 from raydc.runtime.row_dataset import readers, slice_dataset
-from raydc.stages import fit, profile
+from raydc.stages import fit
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
     folder = RunDir(make_lake(config), config.output, run_id)
     # The largest K must fit the rows; that of the settings only says for which K target_top_q was set.
     wanted = config.cluster.model_copy(update={"num_leaves": max(config.cluster.num_leaves, numbers[-1])})
-    found = profile.profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
+    found = profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
     settings = config.settings("fit") | {
         "sweep": config.sweep.model_dump(mode="json") | {"k": list(numbers)},
         "input_fingerprint": found.fingerprint,
@@ -104,7 +106,7 @@ def lines(run: RunDir) -> list[str]:
     return [*page(body), *(f"{name:12s}{run.uri(name)}" for name in ("sweep.json", "sweep.md", "sweep.png"))]
 
 
-def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
+def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
     expected = min(found.num_rows, config.fit.max_rows or found.num_rows)
     log.info(
         "sweep: K = %s on about %d of %d rows (%.2f %%), of which %.0f %% are held out; both by hash of the row key",

@@ -11,7 +11,7 @@ import torch
 
 from raydc.config import Config
 from raydc.core.models.autoencoder import choose_precision, precision
-from raydc.stages.profile import Profile
+from raydc.data.profile import Profile
 
 # Share of the measured matrix rate that a training step reaches on a CPU: small batches, optimizer, memory traffic.
 _STEP_EFFICIENCY = 0.5

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config import Config
+from raydc.data.profile import Profile
 from raydc.data.schema import FORMAT_VERSION, MANIFEST, labels_schema
 from raydc.errors import StageError
 from raydc.model import Model
@@ -89,7 +90,7 @@ def _label_files(run: RunDir, entries: list[dict[str, Any]]) -> list[LabelFile]:
     ]
 
 
-def _labels_schema(config: Config, run: RunDir, profile: profiling.Profile) -> pa.Schema:
+def _labels_schema(config: Config, run: RunDir, profile: Profile) -> pa.Schema:
     levels = Model.load(run.uri("model"), run.lake).levels
     return labels_schema(profile.spec.arrow_id_type, list(levels))
 

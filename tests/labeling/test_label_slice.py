@@ -13,11 +13,11 @@ import torch
 
 from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
+from raydc.data.sample import profile_input
 from raydc.data.schema import labels_schema, rejects_schema
 from raydc.data.slices import Column, InputSpec, Slice
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling, Statistics, class_names, label_slice, nearest_rows
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 from tests import shards
 from tests.data.test_slices import damage_page

@@ -5,9 +5,9 @@ import pytest
 
 from raydc.config import Config
 from raydc.core.models.preprocess import Moments
+from raydc.data.profile import Profile
 from raydc.data.slices import Column, InputSpec, Slice
 from raydc.runtime.plan import make_plan
-from raydc.stages.profile import Profile
 from tests import shards
 
 

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydc.config import parse_config
+from raydc.data.profile import Profile
+from raydc.data.sample import profile_input
 from raydc.data.slices import Column
 from raydc.errors import ConfigError, DataError
 from raydc.runfolder.folder import RunDir
 from raydc.stages import profile as profiling
-from raydc.stages.profile import Profile, profile_input
 from raydc.storage.lake import Lake
 from tests import shards
 from tests.data.test_slices import LAYOUTS, damage_page, damaged
