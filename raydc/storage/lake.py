@@ -4,11 +4,11 @@ Writes are whole or not there: a local file is on the disk before it is renamed 
 upload is complete. Requests to S3 are tried again as raydc/storage/s3.py says; for other stores their libraries decide.
 """
 
+import glob
 import io
 import json
 import os
 import posixpath
-import re
 import shutil
 import tempfile
 import time
@@ -27,6 +27,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from raydc.errors import DataError
+from raydc.storage import listing
+from raydc.storage.listing import PassedOver, passed_over_text
 from raydc.storage.local import MORE_ROOM, WholeFiles, create_local, renamed_into, told
 from raydc.storage.secrets import refuse_credentials
 
@@ -42,6 +44,17 @@ class StoredFile:
     uri: str
     size: int
     """Bytes."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of an input, and what else lies there."""
+
+    files: list[StoredFile]
+    passed_over: dict[str, PassedOver]
+    """By kind."""
+
+    notes: list[str]
 
 
 class Lake:
@@ -91,47 +104,40 @@ class Lake:
         return pa.fs.PyFileSystem(handler), path
 
     def list_parquet(self, uris: str | list[str]) -> list[StoredFile]:
-        """Return the Parquet files of folders, globs and files, sorted by URI, each once.
+        """Return the Parquet files of folders, globs and files; see `find_parquet`."""
+        return self.find_parquet(uris).files
 
-        Names that begin with `_` or `.` are passed over, as other readers do, unless they or a folder above them are
-        named in the entry. Links to files count as files; links to folders are not followed.
+    def find_parquet(self, uris: str | list[str]) -> Listing:
+        """Return the Parquet files of folders, globs and files, sorted by URI, each once, and what was passed over.
+
+        See raydc.storage.listing for what counts as one.
 
         Raises:
-            DataError: an entry names nothing.
+            DataError: an entry names nothing, or a file could not be looked at.
         """
-        found: dict[str, StoredFile] = {}
+        files: dict[str, StoredFile] = {}
+        passed_over: dict[str, PassedOver] = {}
+        notes: list[str] = []
         for uri in [uris] if isinstance(uris, str) else uris:
-            files = self._expand(uri)
-            if not files:
-                raise DataError(f"input.path={uri}: no Parquet file there. Check the path and the access rights.")
-            found.update({f.uri: f for f in files})
-        return [found[key] for key in sorted(found)]
-
-    def _expand(self, uri: str) -> list[StoredFile]:
-        fs, path = self.file_system(uri)
-        fs.invalidate_cache()
-        if any(c in path for c in "*?["):
-            details = fs.glob(path, detail=True)
-            root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
-            if _is_visible(path[len(root) :]):
-                details = {p: d for p, d in details.items() if _is_visible(p[len(root) :])}
-            found = {_with_scheme(uri, p): (p, d) for p, d in details.items()}
-        elif fs.isdir(path):
-            root = path.rstrip("/")
-            found = {
-                _below(uri, root, p): (p, d)
-                for p, d in fs.find(path, detail=True).items()
-                if p.endswith(".parquet") and _is_visible(p[len(root) :])
-            }
-        elif fs.exists(path):
-            found = {absolute(uri): (path, fs.info(path))}
-        else:
-            found = {}
-        return [
-            StoredFile(name, d["size"])
-            for name, (p, d) in found.items()
-            if d["type"] == "file" or (d.get("islink") and not fs.isdir(p))
-        ]
+            fs, path = self.file_system(uri)
+            fs.invalidate_cache()
+            try:
+                found = listing.find_parquet(fs, path)
+            except PermissionError as error:
+                raise DataError(f"input.path={uri}: {error}. Check the access rights.") from None
+            if not found.files:
+                passed = passed_over_text(found.passed_over)
+                raise DataError(
+                    f"input.path={uri}: no Parquet file there{f' ({passed})' if passed else ''}. "
+                    "Check the path and the access rights."
+                )
+            named = ((_with_scheme(uri, path), details["size"]) for path, details in found.files.items())
+            files.update({name: StoredFile(name, size) for name, size in named})
+            for kind, some in found.passed_over.items():
+                known = passed_over.setdefault(kind, PassedOver(example=some.example))
+                known.count += some.count
+            notes += found.notes
+        return Listing([files[name] for name in sorted(files)], passed_over, notes)
 
     @contextmanager
     def open_parquet(self, uri: str) -> Iterator[pa.NativeFile]:
@@ -283,7 +289,8 @@ class Lake:
         fs, path = self.file_system(uri)
         fs.invalidate_cache()
         if fs.exists(path):
-            fs.rm(path, recursive=True)
+            # Stores read brackets in the path as a pattern here, and would remove another folder.
+            fs.rm(path if isinstance(fs, LocalFileSystem) else glob.escape(path), recursive=True)
 
 
 def join(uri: str, *names: str) -> str:
@@ -324,10 +331,6 @@ def _with_scheme(uri: str, path: str) -> str:
     """Return the URI of a path in the file system of `uri`."""
     scheme, separator, _ = absolute(uri).partition("://")
     return f"{scheme}://{path.lstrip('/')}" if separator and "://" not in path else absolute(path)
-
-
-def _is_visible(path: str) -> bool:
-    return not any(part.startswith(("_", ".")) for part in path.split("/") if part)
 
 
 def _line(error: BaseException) -> str:
