@@ -18,8 +18,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from raydc.config import presets
+from raydc.config.overrides import override_value
 from raydc.errors import ConfigError
 from raydc.storage.secrets import REMEDY, has_credentials, masked
+
+# Characters of a wrong value, or of a parser's text, that a message shows.
+_MOST_SHOWN = 200
 
 OPERATIONAL: dict[str, JsonValue] = {"operational": True}
 
@@ -894,7 +898,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}. Give an existing YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+        raise ConfigError(f"config {path}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, found {type(values).__name__}.")
     for override in overrides:
@@ -920,11 +924,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {masked(override)!r}: expected section.key=value.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    *parents, last = key.split(".")
+    keys = key.split(".")
+    value = override_value(Config, keys, text)
+    *parents, last = keys
     node = values
     for name in parents:
         child = node.get(name)
@@ -955,7 +957,16 @@ def _describe(problem: Any) -> str:
         return f"{where}: required, but not set."
     if problem["type"] == "value_error" or not where:
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-    return f"{where}={masked(repr(problem['input']))}: {problem['msg']}."
+    given = masked(repr(problem["input"]))
+    return f"{where}={given if len(given) <= _MOST_SHOWN else given[:_MOST_SHOWN] + '...'}: {problem['msg']}."
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return what is wrong and where, without the parser's own lines of the file."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return str(error)[:_MOST_SHOWN]
+    return f"{problem[:_MOST_SHOWN]} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _settings_in(place: Iterable[Any]) -> list[str]:

@@ -17,11 +17,12 @@ from fsspec.implementations.local import LocalFileSystem
 PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
 
 # Files of these endings are never Parquet, so they are not opened to find out.
-_OTHER_ENDINGS = frozenset(
-    ".arrow .avro .bak .bin .bmp .bz2 .cfg .csv .db .feather .gif .gz .h5 .hdf5 .html .ipc .ipynb .jpeg .jpg .json "
-    ".jsonl .log .lz4 .md .mp4 .ndjson .npy .npz .orc .pdf .pickle .pkl .png .pt .pth .py .rst .safetensors .sh "
-    ".sqlite .svg .tar .tfrecord .tgz .toml .tsv .txt .wav .webp .xml .xz .yaml .yml .zip .zst".split()  # noqa: SIM905
-)
+_OTHER_KINDS = """
+arrow avro bak bin bmp bz2 cfg csv db feather gif gz h5 hdf5 html ipc ipynb jpeg jpg json jsonl log lz4 md mp4 ndjson
+npy npz orc pdf pickle pkl png pt pth py rst safetensors sh sqlite svg tar tfrecord tgz toml tsv txt wav webp xml xz
+yaml yml zip zst
+"""
+_OTHER_ENDINGS = {f".{kind}" for kind in _OTHER_KINDS.split()}
 
 # What Spark, Hive, dask and desktops leave beside their data: no rows of anybody's.
 _SIDE_FILES = re.compile(
