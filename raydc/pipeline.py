@@ -14,7 +14,7 @@ from raydc.data.inspection import inspect, refuse
 from raydc.data.sample import profile_input
 from raydc.data.schema import MANIFEST
 from raydc.errors import StageError
-from raydc.runfolder.folder import RunDir, now
+from raydc.runfolder.folder import RUN_KIND, RunDir, now
 from raydc.runfolder.lease import acquire
 from raydc.runfolder.signals import stoppable
 from raydc.runfolder.teacher import load_teacher
@@ -53,7 +53,7 @@ STAGES = (
     Stage(
         "assign",
         assign.run,
-        ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet", "agreement.json"),
+        ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet", "agreement.json", "statistics.npz"),
     ),
     Stage("evaluate", evaluate.run, ("metrics.json", "leaves.parquet"), on_cluster=False),
     Stage("report", report.run, ("report",), on_cluster=False),
@@ -71,14 +71,30 @@ def make_lake(config: Config) -> Lake:
     return Lake(**config.storage.model_dump())
 
 
-def plan(config: Config) -> list[str]:
+def check(config: Config, run_id: str, kind: str = RUN_KIND) -> None:
+    """Return if a run, or a sweep, may work in its folder: nothing of the input is read and nothing is written.
+
+    Args:
+        config: for the places.
+        run_id: name of the folder below `output`.
+        kind: the command, run or sweep.
+
+    Raises:
+        ConfigError, StageError: see RunDir.check.
+    """
+    RunDir(make_lake(config), config.output, run_id).check(config, kind)
+
+
+def plan(config: Config, run_id: str) -> list[str]:
     """Return what a run would cost, as lines of text; nothing is written and no worker is started.
 
     Raises:
-        ConfigError, DataError: the run cannot work; all problems in one message.
+        ConfigError, DataError, StageError: the run cannot work; all problems of a kind in one message.
     """
     lake = make_lake(config)
-    register.check(config, RunDir(lake, config.output, "run"))
+    folder = RunDir(lake, config.output, run_id)
+    folder.check(config)
+    register.check(config, folder)
     found = profile_input(config, lake)
     load_teacher(config, found.spec.dim, lake)
     return make_plan(config, found).lines()
@@ -94,11 +110,12 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.check(config)
     register.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
     settings = {stage.name: config.settings(stage.name) | inputs for stage in stages_of(config)}
     # Other settings are refused before anything starts.
-    done = [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
+    done = _done(config, folder, settings)
     log.info("run %s in %s", run_id, folder.root)
     if all(done):
         for stage in stages_of(config):
@@ -115,14 +132,22 @@ def run(config: Config, run_id: str) -> RunDir:
     left = [stage for stage, is_done in zip(stages_of(config), done, strict=True) if not is_done]
     needed = any(stage.on_cluster for stage in left)
     joined = session.connected(config) if needed else nullcontext(lambda: None)
-    # Twice, because joining a cluster installs Ray's own handler.
-    with lease, stoppable(lease), joined as leave, stoppable(lease, give_back):
-        _run_stages(config, folder, settings, leave)
+    with lease, stoppable(lease):
+        # Another driver may have worked here, with other settings, since the first look.
+        _done(config, folder, settings)
+        folder.write_header(config)
+        # Twice, because joining a cluster installs Ray's own handler.
+        with joined as leave, stoppable(lease, give_back):
+            _run_stages(config, folder, settings, leave)
     return folder
 
 
+def _done(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> list[bool]:
+    """Return which stages are done; StageError where one was started with other settings."""
+    return [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
+
+
 def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]], leave: Callable[[], None]) -> None:
-    folder.write_header(config)
     for stage in stages_of(config):
         if not stage.on_cluster:
             leave()

@@ -38,12 +38,17 @@ from raydc.core.training.rows import Batch, ResidentRows
 from raydc.data.columns import class_names
 from raydc.data.reader import read_slice
 from raydc.data.sample import profile_input
-from raydc.errors import ConfigError, DataError
+from raydc.errors import ConfigError, DataError, StageError
 from raydc.pipeline import make_lake
+from raydc.runfolder.folder import check_output
 from raydc.stages.fit import fit_settings
-from raydc.storage.lake import absolute, join
+from raydc.storage.lake import Lake, absolute, join
 
 log = logging.getLogger(__name__)
+
+# By these a comparison's files are known.
+_KEYS = {"rows", "input_rows", "num_leaves", "entries"}
+_HEADING = "# Comparison\n\n"
 
 _SCORES = ("acc", "nmi", "ari", "neighbors", "silhouette", "davies_bouldin", "calinski_harabasz")
 
@@ -61,6 +66,7 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
     Raises:
         ConfigError, DataError: before anything is fitted.
     """
+    check(config)
     unknown = sorted(set(classical) - set(METHODS))
     if unknown:
         raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose of {', '.join(METHODS)}.")
@@ -92,11 +98,45 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
             shown = None if name in DETERMINISTIC else seed
             note(name, shown, found.groups_N, time.perf_counter() - started, found.parameters)
     body = {"rows": len(x), "input_rows": total, "num_leaves": config.cluster.num_leaves, "entries": entries}
+    check(config)
     lake, folder = make_lake(config), absolute(config.output)
     lake.write_json(join(folder, "compare.json"), body)
     page = "\n".join(_page(body)) + "\n"
     lake.write_bytes(join(folder, "compare.md"), page.encode())
     return page
+
+
+def check(config: Config) -> None:
+    """Return if compare.json and compare.md may be written into the output folder: before anything is read.
+
+    Raises:
+        ConfigError: the input and the output lie within one another.
+        StageError: a file of such a name is there that is none of a comparison.
+    """
+    check_output(config)
+    lake, folder = make_lake(config), absolute(config.output)
+    names = {"compare.json", "compare.md"} & set(lake.names(folder))
+    # The page is written last, so it never stands alone.
+    if names and not (_is_ours(lake, folder) and (len(names) == 1 or _is_page(lake, folder))):
+        raise StageError(
+            f"compare: {folder} holds {' and '.join(sorted(names))}, not written by a comparison. Nothing was touched. "
+            "Use another output, or move what is there to another place."
+        )
+
+
+def _is_ours(lake: Lake, folder: str) -> bool:
+    try:
+        body = json.loads(lake.read_bytes(join(folder, "compare.json")))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.keys() >= _KEYS
+
+
+def _is_page(lake: Lake, folder: str) -> bool:
+    try:
+        return lake.read_bytes(join(folder, "compare.md")).startswith(_HEADING.encode())
+    except IsADirectoryError:
+        return False
 
 
 def _with_objective(config: Config, name: str) -> Config:
@@ -212,8 +252,7 @@ def _page(body: dict[str, Any]) -> list[str]:
     seeds = list(dict.fromkeys(e["seed"] for e in entries if e["seed"] is not None))
     head = ["method", "rows", "seeds", *shown, "groups", "noise rows", "seconds"]
     lines = [
-        "# Comparison",
-        "",
+        *_HEADING.splitlines(),
         f"On {body['rows']:,} of {body['input_rows']:,} rows, chosen by hash of the row key; {body['num_leaves']} "
         "groups were asked for. Means over the seeds. Silhouette, Davies-Bouldin and Calinski-Harabasz are measured "
         "among the preprocessed rows, where k-means is at home; neighbors: agreement with nearest neighbors, "

@@ -30,7 +30,7 @@ from raydc.data.sample import profile_input
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
-from raydc.runfolder.folder import RunDir
+from raydc.runfolder.folder import SWEEP_KIND, RunDir
 from raydc.runfolder.lease import acquire
 from raydc.runtime import session
 from raydc.runtime.row_dataset import readers, slice_dataset
@@ -38,7 +38,10 @@ from raydc.stages import fit
 
 log = logging.getLogger(__name__)
 
-_NAME = "sweep"
+_NAME = SWEEP_KIND
+
+# What a sweep leaves in its folder; an interrupted one goes on from it, a new start removes it.
+_WRITES = ("checkpoints", "sweep.json", "sweep.md", "sweep.png")
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -76,6 +79,7 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
             "sweep: fit.teacher brings its own number of leaves. Leave it out of the settings of a sweep."
         )
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.check(config, SWEEP_KIND)
     # The largest K must fit the rows; that of the settings only says for which K target_top_q was set.
     wanted = config.cluster.model_copy(update={"num_leaves": max(config.cluster.num_leaves, numbers[-1])})
     found = profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
@@ -88,15 +92,19 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
         return folder
     lease = acquire(folder.lake, folder.root, progress=folder.progress, **config.lease.model_dump())
     folder.fence = lease.fence
-    with lease, session.connected(config):
-        if folder.marker(_NAME) is None:
-            folder.remove("checkpoints", "sweep.json", "sweep.md", "sweep.png")
-            folder.write_header(config)
-        folder.begin(_NAME, settings)
-        started = time.perf_counter()
-        body = _sweep(config, folder, found, numbers)
-        _write(folder, body)
-        folder.mark_done(_NAME, settings, time.perf_counter() - started, {"recommended": body["recommendation"]})
+    with lease:
+        # Another sweep may have ended here since the first look.
+        if folder.is_done(_NAME, settings):
+            return folder
+        folder.write_header(config, SWEEP_KIND)
+        with session.connected(config):
+            if folder.marker(_NAME) is None:
+                folder.remove(*_WRITES)
+            folder.begin(_NAME, settings)
+            started = time.perf_counter()
+            body = _sweep(config, folder, found, numbers)
+            _write(folder, body)
+            folder.mark_done(_NAME, settings, time.perf_counter() - started, {"recommended": body["recommendation"]})
     return folder
 
 

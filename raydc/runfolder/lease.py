@@ -20,6 +20,7 @@ its lease, and no one took the run over; or another has that number, and it neve
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -35,6 +36,9 @@ from raydc.storage.lake import Lake, join
 log = logging.getLogger(__name__)
 
 FOLDER = "lease"
+
+# Whole files, and the temporary ones that `Lake` writes beside them.
+_LEASE_FILE = re.compile(r"\d{8,}(\.beat)?\.json|\.\d{8,}(\.beat)?\.json\.\d+\.[0-9a-f]{8}\.tmp")
 
 
 class LeaseLost(StageError):
@@ -220,6 +224,11 @@ def acquire(
         log.warning("lease: taken over from %s, which is gone", last.owner)
     fence = Fence(lake, folder, generation, owner)
     return Lease(fence, heartbeat_seconds=heartbeat_seconds, progress={} if progress is None else progress)
+
+
+def is_lease_file(name: str) -> bool:
+    """Return whether a name in the lease folder is one that a driver gave, or left when it was killed."""
+    return _LEASE_FILE.fullmatch(name) is not None
 
 
 def holder(lake: Lake, root: str) -> Holder | None:

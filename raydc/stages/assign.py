@@ -25,6 +25,7 @@ from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling, Statistics, label_slice
 from raydc.model import Model
 from raydc.runfolder.folder import RunDir
+from raydc.runfolder.ownership import OwnedFolder
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
 from raydc.stages import merge
@@ -137,7 +138,7 @@ def label_all(
     load: Callable[[], Labeling],
     slices: list[Slice],
     num_exemplars: int,
-    run: RunDir | None = None,
+    run: OwnedFolder | None = None,
 ) -> Statistics:
     """Return the sum of all slices' statistics, after every slice was labeled.
 
