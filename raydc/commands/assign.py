@@ -4,9 +4,9 @@ import hashlib
 import logging
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
-from raydc.config import Config, EmbeddingColumn, digest
+from raydc.config import Config, ElementType, EmbeddingColumn, digest
 from raydc.data.profile import Profile
 from raydc.data.sample import profile_input
 from raydc.data.schema import FORMAT_VERSION
@@ -86,15 +86,22 @@ def _check_places(config: Config, model_uri: str, output: str) -> None:
 def _profile(config: Config, model: Model, lake: Lake) -> Profile:
     columns = model.details.get("columns", [])
     if columns and "embedding_columns" not in config.input.model_fields_set:
-        named = [EmbeddingColumn(name=c["name"], weight=c["weight"], dtype=c["dtype"]) for c in columns]
+        named = [_as_setting(c) for c in columns]
         section = config.input.model_copy(update={"embedding_columns": named})
         config = config.model_copy(update={"input": section})
     # K bounds the rows of a fit, not of a labeling.
     leaves = config.cluster.model_copy(update={"num_leaves": 2})
-    profile = profile_input(config.model_copy(update={"cluster": leaves}), lake)
+    profile = profile_input(config.model_copy(update={"cluster": leaves}), lake, model.preprocess)
     if profile.spec.dim != model.dim:
         raise DataError(f"assign: rows are {profile.spec.dim} wide, the model expects {model.dim}.")
     return profile
+
+
+def _as_setting(column: dict[str, Any]) -> EmbeddingColumn:
+    """Return the setting that reads a column as the model's run did."""
+    dtype = column["dtype"] if column["dtype"] in get_args(ElementType) else None
+    given = {"dtype": dtype, "columns": list(column.get("parts", ())), "scale": column.get("scale", 1.0)}
+    return EmbeddingColumn(name=column["name"], weight=column["weight"], **given)
 
 
 def _refuse_others(folder: OwnedFolder, made_from: dict[str, Any]) -> None:

@@ -25,6 +25,21 @@ from raydc.storage.secrets import REMEDY, has_credentials, masked
 # Characters of a wrong value, or of a parser's text, that a message shows.
 _MOST_SHOWN = 200
 
+ElementType = Literal[
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "int64",
+    "ubinary",
+    "binary",
+]
+
 OPERATIONAL: dict[str, JsonValue] = {"operational": True}
 
 Workers = Annotated[int, Field(ge=1)]
@@ -38,16 +53,53 @@ class Section(BaseModel):
 
 
 class EmbeddingColumn(Section):
-    """One embedding column of the input; several are concatenated in the order given."""
+    """One embedding of a row; several are concatenated in the order given."""
 
     name: str
-    """Column name."""
+    """Column name; for `prefix`, `columns` and `npy` a name of your choice."""
 
     weight: float = Field(1.0, gt=0)
     """Factor on the column after preprocessing; squared distances scale with its square."""
 
-    dtype: Literal["float16", "float32", "float64"] | None = None
-    """Element type, needed only for a fixed_size_binary column (little endian)."""
+    dtype: ElementType | None = None
+    """How bytes and integers are read. Needed for bytes, such as numpy.tobytes (little endian), and for lists of
+    integers that are no numbers: bfloat16 (in uint16), ubinary and binary (packed bits in uint8 and int8)."""
+
+    scale: float = Field(1.0, gt=0)
+    """Factor on the stored numbers, for quantized embeddings such as int8."""
+
+    prefix: str | None = None
+    """One column for each dimension, called prefix and a number: f_0, f_1, ... In the order of their numbers."""
+
+    columns: list[str] = []
+    """One column for each dimension, by name and in this order."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_what_has_none(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "name" in values:
+            return values
+        columns = values.get("columns")
+        if values.get("prefix") is not None:
+            return values | {"name": f"{values['prefix']}*"}
+        if isinstance(columns, list) and columns:
+            return values | {"name": f"{columns[0]}..{columns[-1]}"}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _is_stored_in_one_way(self) -> Self:
+        if self.prefix is not None and self.columns:
+            raise ValueError(f"input.embedding_columns: {self.name!r} has both prefix and columns; give one of them")
+        if len(set(self.columns)) != len(self.columns):
+            raise ValueError(f"input.embedding_columns: columns of {self.name!r} names a column twice")
+        return self
+
+    @pydantic.model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, handler: Any) -> dict[str, Any]:
+        # So that settings which came later change no fingerprint of a run that does not use them.
+        found = handler(self)
+        unset = {"scale": 1.0, "prefix": None, "columns": []}
+        return {k: v for k, v in found.items() if k not in unset or v != unset[k]}
 
 
 class InputConfig(Section):
@@ -57,16 +109,18 @@ class InputConfig(Section):
     """Folder, glob, file, or a list of them; local path or any URI that fsspec knows (s3://, gs://, ...)."""
 
     id_column: str = "id"
-    """Row identifier, int64 or string; copied to the labels."""
+    """Row identifier: integers, text, UUIDs, bytes, decimals, dates or timestamps; copied to the labels."""
 
     embedding_columns: list[EmbeddingColumn] = Field([EmbeddingColumn(name="embedding")], min_length=1)
-    """Embedding columns; a plain name or a list of names is accepted too."""
+    """Embedding columns; a plain name or a list of names is accepted too, also of columns of one number each."""
 
     label_column: str | None = None
-    """Known classes, integers or strings; used for evaluation only, never for training."""
+    """Known classes, of any type that has a text; used for evaluation only, never for training.
+
+    It may be missing in some rows and files, and it may stand in the folders' names (label=cat/)."""
 
     weight_column: str | None = None
-    """Positive row weights for every loss and statistic; absent means 1 for each row."""
+    """Positive row weights for every loss and statistic; absent, or without a value in a whole file, means 1."""
 
     carry_columns: list[str] = []
     """Columns copied to the exemplars (a URI, a caption)."""
@@ -75,7 +129,7 @@ class InputConfig(Section):
     """(height, width) or (height, width, channels) when the rows themselves are images; the report draws them."""
 
     on_bad_rows: Literal["fail", "quarantine"] = "fail"
-    """What to do with NaN, Inf, missing, wrong-length and (under l2) zero-norm rows."""
+    """What to do with NaN, Inf, missing, wrong-length, huge and (under l2) zero-norm rows."""
 
     on_bad_files: Literal["fail", "quarantine"] = "fail"
     """What to do with a file that cannot be read or has another schema."""
@@ -92,8 +146,9 @@ class InputConfig(Section):
     @pydantic.field_validator("embedding_columns", mode="before")
     @classmethod
     def _accept_plain_names(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else value
-        return [{"name": n} if isinstance(n, str) else n for n in names] if isinstance(names, list) else value
+        given = value if isinstance(value, list) else [value]
+        # A name such as 0, as pandas calls the columns of a matrix, is a number in YAML.
+        return [{"name": str(n)} if isinstance(n, str | int) and not isinstance(n, bool) else n for n in given]
 
     @pydantic.field_validator("path")
     @classmethod

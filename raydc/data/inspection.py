@@ -5,45 +5,45 @@ Ray Data takes a schema from a few sampled files and silently bends the later on
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from raydc.config import Config, EmbeddingColumn, digest
+from raydc.config import Config, digest
+from raydc.data import ids
+from raydc.data.embeddings import names_of, resolve
 from raydc.data.footers import Footer, read_footers
-from raydc.data.layouts import Layout, embedding_layout
+from raydc.data.layouts import converted
+from raydc.data.partitions import partition_values
 from raydc.data.profile import Profile
-from raydc.data.slices import Column, InputSpec, plan_slices
+from raydc.data.slices import InputSpec, plan_slices
 from raydc.errors import ConfigError, DataError
 from raydc.storage.lake import Lake
+from raydc.storage.listing import passed_over_text
 
 _MOST_LISTED = 20
+
+_ID_TYPES = "integers, text, a UUID, bytes, a decimal, a date or a timestamp"
 
 
 def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list[str]]:
     """Return what the footers say: the profile without its sample, the data's problems and the settings' problems."""
     section = config.input
-    footers = read_footers(lake, lake.list_parquet(section.path))
+    listing = lake.find_parquet(section.path)
+    footers = read_footers(lake, listing.files)
     fingerprint = digest([[f.uri.rsplit("/", 1)[-1], f.size, f.digest, f.problem] for f in footers])
     file_problems = {f.uri: f"cannot be read: {f.problem}" for f in footers if f.problem}
     readable = [f for f in footers if not f.problem]
     # A file without rows cannot hold wrong ones, whatever types its writer gave to empty columns.
     filled = [f for f in readable if f.num_rows] or readable
-    columns: list[Column] = []
-    general: list[str] = []
-    for wanted in section.embedding_columns:
-        column, problems = _resolve_column(wanted, filled, section.on_bad_rows, lake)
+    embeddings = resolve(section.embedding_columns, filled, section.on_bad_rows, lake)
+    id_type, id_problems = _resolve_ids(section.id_column, filled)
+    for problems in (embeddings.problems, id_problems):
         _collect(file_problems, problems)
-        if column is None:
-            general.append(f"column {wanted.name!r}: no file holds usable embeddings in it")
-        else:
-            columns.append(column)
-    id_type, problems = _resolve_ids(section.id_column, filled)
-    _collect(file_problems, problems)
-    _collect(file_problems, _other_columns(config, filled))
+    others = _other_columns(config, filled)
+    general = [*embeddings.general, *others.problems]
 
     good = [f for f in readable if f.uri not in file_problems]
     num_rows = sum(f.num_rows for f in good)
@@ -54,161 +54,162 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     elif file_problems:
         general += [f"{uri}: {problem}" for uri, problem in sorted(file_problems.items())]
         if section.on_bad_files == "fail":
-            general[-1] += ". Fix the export, or set input.on_bad_files=quarantine"
+            # Without a good file there would be nothing left.
+            general[-1] += ". Fix the export, or set input.on_bad_files=quarantine" if num_rows else ". Fix the export"
     if not general and num_rows == 0:
         general.append(f"input.path={section.path}: no rows in {len(footers)} files")
-    settings = []
-    if num_rows and config.cluster.num_leaves > num_rows:
-        settings.append(
-            f"cluster.num_leaves={config.cluster.num_leaves} exceeds the {num_rows} rows of the input. "
-            "Lower num_leaves, or point input.path at more data."
-        )
-    shape = section.image_shape
-    if columns and shape and int(np.prod(shape)) != sum(c.dim for c in columns):
-        settings.append(f"input.image_shape={shape} does not hold {sum(c.dim for c in columns)} values.")
-    if general or len(columns) < len(section.embedding_columns) or id_type is None:
+    settings = _settings_problems(config, num_rows, sum(c.dim for c in embeddings.columns))
+    if general or len(embeddings.general) or not embeddings.columns or id_type is None:
         return None, general, settings
     spec = InputSpec(
-        tuple(columns),
+        tuple(embeddings.columns),
         section.id_column,
         id_type,
         section.label_column,
         section.weight_column,
         tuple(section.carry_columns),
+        others.carry_as_text,
         config.preprocess.method == "l2",
-        section.on_bad_rows,
-        section.on_bad_files,
+        on_bad_rows=section.on_bad_rows,
+        on_bad_files=section.on_bad_files,
     )
-    return Profile(spec, plan_slices(good, section.slice_bytes), fingerprint, bad_files), general, settings
+    passed = passed_over_text(listing.passed_over)
+    told = [f"{passed}. Name them in input.path to include them"] if passed else []
+    notes = [*told, *listing.notes, *embeddings.notes, *others.notes]
+    return Profile(spec, plan_slices(good, section.slice_bytes), fingerprint, bad_files, notes=notes), general, settings
 
 
-def _resolve_column(
-    wanted: EmbeddingColumn, footers: Sequence[Footer], on_bad_rows: str, lake: Lake
-) -> tuple[Column | None, dict[str, str]]:
-    """Return the column as most files have it, and the problem of each file that has it otherwise."""
-    problems: dict[str, str] = {}
-    layouts: dict[str, Layout] = {}
-    dims: dict[str, int | None] = {}
-    for f in footers:
-        assert f.schema is not None
-        if wanted.name not in f.schema.names:
-            problems[f.uri] = f"has no column {wanted.name!r} (columns: {', '.join(f.schema.names)})"
-            continue
-        arrow = f.schema.field(wanted.name)
-        layout = embedding_layout(arrow.type, arrow.metadata, wanted.dtype)
-        if isinstance(layout, str):
-            problems[f.uri] = f"column {wanted.name!r} {layout}"
-            continue
-        layouts[f.uri] = layout
-        values, rows = f.num_values[wanted.name], f.num_rows
-        dims[f.uri] = layout.dim or (values // rows if rows and values % rows == 0 else None)
-    filled = {f.uri: f for f in footers if f.uri in layouts and f.num_rows}
-    found_in = Counter((layouts[u].dtype, dims[u]) for u in filled or layouts)
-    if not found_in:
-        return None, problems
-    dtype, dim = max(found_in, key=lambda kind: (kind[1] is not None, found_in[kind]))
-    usual = next((f for u, f in filled.items() if (layouts[u].dtype, dims[u]) == (dtype, dim)), None)
-    if usual is not None and layouts[usual.uri].dim is None:
-        # So far a mean over the file, which bad rows may have bent to another whole number.
-        dim = _commonest_length(usual, wanted.name, lake) or dim
-    if not dim:
-        return None, problems
-    for uri, footer in filled.items():
-        layout, found = layouts[uri], dims[uri] or dim
-        uneven = dims[uri] is None
-        if found != dim and layout.dim is None:
-            found = _commonest_length(footer, wanted.name, lake) or dim
-            uneven = found == dim
-        if uneven and on_bad_rows == "fail":
-            counts = f"{footer.num_values[wanted.name]} values in {footer.num_rows} rows"
-            problems[uri] = (
-                f"column {wanted.name!r} has rows of different lengths, or missing ones ({counts}). "
-                "Set input.on_bad_rows=quarantine to leave the wrong ones out"
-            )
-        elif (layout.dtype, found) != (dtype, dim):
-            problems[uri] = f"column {wanted.name!r} holds {found} x {layout.dtype}, expected {dim} x {dtype}"
-    return Column(wanted.name, dim, dtype, wanted.weight), problems
-
-
-def _commonest_length(footer: Footer, name: str, lake: Lake) -> int | None:
-    """Return the commonest length among the first rows of a list column; None where they cannot be read."""
-    try:
-        with lake.open_parquet(footer.uri) as handle:
-            batch = next(pq.ParquetFile(handle).iter_batches(1024, columns=[name]))
-    except (pa.ArrowException, OSError):
-        return None
-    column = batch.column(0)
-    lengths = pc.drop_null(pc.list_value_length(getattr(column, "storage", column)))
-    return Counter(lengths.to_pylist()).most_common(1)[0][0] if len(lengths) else None
+def _settings_problems(config: Config, num_rows: int, dim: int) -> list[str]:
+    problems = []
+    if num_rows and config.cluster.num_leaves > num_rows:
+        problems.append(
+            f"cluster.num_leaves={config.cluster.num_leaves} exceeds the {num_rows} rows of the input. "
+            "Lower num_leaves, or point input.path at more data."
+        )
+    shape = config.input.image_shape
+    if dim and shape and int(np.prod(shape)) != dim:
+        problems.append(f"input.image_shape={shape} does not hold {dim} values.")
+    return problems
 
 
 def _resolve_ids(name: str, footers: Sequence[Footer]) -> tuple[str | None, dict[str, str]]:
     problems: dict[str, str] = {}
     kinds: dict[str, str] = {}
+    missing, doubles = [], []
     for f in footers:
         assert f.schema is not None
         if name not in f.schema.names:
-            problems[f.uri] = f"has no column {name!r} for the id (columns: {', '.join(f.schema.names)})"
+            problems[f.uri] = f"has no column {name!r} for the id (columns: {names_of(f.schema)})"
             continue
         found = f.schema.field(name).type
-        plain = found.value_type if pa.types.is_dictionary(found) else found
-        if pa.types.is_integer(plain) and plain != pa.uint64():
-            kinds[f.uri] = "int64"
-        elif pa.types.is_string(plain) or pa.types.is_large_string(plain):
-            kinds[f.uri] = "string"
+        if pa.types.is_null(found):
+            missing.append(f.uri)
+        elif pa.types.is_floating(found):
+            doubles.append(f.uri)
+        elif kind := ids.id_type(found):
+            kinds[f.uri] = kind
         else:
-            problems[f.uri] = f"id column {name!r} is {found}, expected int64 or string"
-    if not kinds:
+            line = converted("COLUMN::VARCHAR").replace("COLUMN", name)
+            problems[f.uri] = f"id column {name!r} is {found}, expected {_ID_TYPES}. {line}"
+    kind = _common_kind(set(kinds.values())) or (Counter(kinds.values()).most_common(1)[0][0] if kinds else None)
+    if kind != "int64":
+        # Beside integers these are integers of which one is missing, as pandas stores them.
+        line = converted("COLUMN::BIGINT").replace("COLUMN", name)
+        problems |= dict.fromkeys(doubles, f"id column {name!r} is double, expected {_ID_TYPES}. {line}")
+    if kind is None:
+        problems |= dict.fromkeys(missing, f"id column {name!r} holds no value")
         return None, problems
-    kind = Counter(kinds.values()).most_common(1)[0][0]
-    problems |= {u: f"id column {name!r} is {k}, expected {kind}" for u, k in kinds.items() if k != kind}
+    wrong = {u: k for u, k in kinds.items() if _common_kind({k, kind}) != kind}
+    problems |= {u: f"id column {name!r} is {k}, expected {kind}" for u, k in wrong.items()}
     return kind, problems
 
 
-def _other_columns(config: Config, footers: Sequence[Footer]) -> dict[str, str]:
-    section = config.input
-    problems: dict[str, str] = {}
-    usual = {name: kept for name in section.carry_columns if (kept := _usual_field(name, footers)) is not None}
+def _common_kind(kinds: set[str]) -> str | None:
+    """Return the id type that holds the ids of all these types unchanged, if there is one."""
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    if kinds and all(k.startswith("decimal128(") for k in kinds):
+        scales = {int(k.rstrip(")").split(", ")[1]) for k in kinds}
+        return f"decimal128(38, {next(iter(scales))})" if len(scales) == 1 else None
+    return "uuid" if kinds == {"uuid", "fixed_size_binary[16]"} else None
+
+
+@dataclass
+class _Others:
+    """What the footers say of the label, the weight and the carried columns."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    carry_as_text: tuple[str, ...] = ()
+
+
+def _other_columns(config: Config, footers: Sequence[Footer]) -> _Others:
+    """Judge the optional columns. A file is never left out for one of them; a name that no file knows is refused."""
+    section, found = config.input, _Others()
+    uses = {"label": section.label_column, "weight": section.weight_column}
+    named = [(use, name) for use, name in uses.items() if name] + [("carried", n) for n in section.carry_columns]
+    as_text = []
+    for use, name in named:
+        types, absent = _types_of(name, footers)
+        if not types and footers:
+            assert footers[0].schema is not None
+            found.problems.append(f"has no column {name!r} in any file (columns: {names_of(footers[0].schema)})")
+            continue
+        if absent:
+            meaning = {"label": "their labels are missing", "weight": "their rows weigh 1", "carried": "left empty"}
+            found.notes.append(
+                f"{use} column {name!r} is not in {len(absent)} of {len(footers)} files, such as {absent[0]}: "
+                f"{meaning[use]}"
+            )
+        wrong = [t for t in types if not _fits(use, t)]
+        if len(wrong) == len(types) and wrong:
+            expected = "numbers" if use == "weight" else "numbers or text"
+            cast = "COLUMN::DOUBLE" if use == "weight" else "COLUMN::VARCHAR"
+            line = converted(cast).replace("COLUMN", name)
+            found.problems.append(f"{use} column {name!r} is {wrong[0]}, expected {expected}. {line}")
+        elif wrong:
+            effect = "those rows are bad (bad_weight)" if use == "weight" else "those are read as text"
+            found.notes.append(f"{use} column {name!r} is {wrong[0]} in some files: {effect}")
+        if use == "label" and any(pa.types.is_floating(t) for t in types):
+            found.notes.append(f"label column {name!r} holds floating numbers: each different number is a class")
+        if use == "carried" and not _stackable(types):
+            as_text.append(name)
+            found.notes.append(f"carried column {name!r} has types that do not fit together, written as text")
+    found.carry_as_text = tuple(as_text)
+    return found
+
+
+def _types_of(name: str, footers: Sequence[Footer]) -> tuple[list[pa.DataType], list[str]]:
+    """Return the types of a column over all files, each once, and the files that have it nowhere."""
+    types: dict[str, pa.DataType] = {}
+    absent = []
     for f in footers:
         assert f.schema is not None
-        names = [n for n in (section.label_column, section.weight_column, *section.carry_columns) if n]
-        missing = [n for n in names if n not in f.schema.names]
-        found = []
-        if missing:
-            found.append(f"has no column {', '.join(map(repr, missing))} (columns: {', '.join(f.schema.names)})")
-        if section.label_column and section.label_column not in missing:
-            type_ = f.schema.field(section.label_column).type
-            plain = type_.value_type if pa.types.is_dictionary(type_) else type_
-            if not (pa.types.is_integer(plain) or pa.types.is_boolean(plain) or _is_text(plain)):
-                found.append(f"label column {section.label_column!r} is {type_}, expected integers or strings")
-        if section.weight_column and section.weight_column not in missing:
-            type_ = f.schema.field(section.weight_column).type
-            if not (pa.types.is_integer(type_) or pa.types.is_floating(type_)):
-                found.append(f"weight column {section.weight_column!r} is {type_}, expected numbers")
-        for name in section.carry_columns:
-            if name not in missing and not _stackable(f.schema.field(name), usual[name]):
-                found.append(f"carried column {name!r} is {f.schema.field(name).type}, expected {usual[name].type}")
-        if found:
-            problems[f.uri] = "; ".join(found)
-    return problems
+        if name in f.schema.names:
+            found = f.schema.field(name).type
+            types[str(found)] = found
+        elif name in partition_values(f.uri):
+            types["string"] = pa.string()
+        else:
+            absent.append(f.uri)
+    return list(types.values()), absent
 
 
-def _usual_field(name: str, footers: Sequence[Footer]) -> pa.Field | None:
-    types = Counter(f.schema.field(name).type for f in footers if f.schema is not None and name in f.schema.names)
-    return pa.field(name, types.most_common(1)[0][0]) if types else None
+def _fits(use: str, type_: pa.DataType) -> bool:
+    plain = type_.value_type if pa.types.is_dictionary(type_) else type_
+    if use == "weight":
+        number = pa.types.is_integer(plain) or pa.types.is_floating(plain) or pa.types.is_decimal(plain)
+        return number or pa.types.is_null(plain)
+    return use == "carried" or not pa.types.is_nested(plain)
 
 
-def _stackable(first: pa.Field, second: pa.Field) -> bool:
-    """Return whether rows of both files fit into one table, as the exemplars need."""
+def _stackable(types: Sequence[pa.DataType]) -> bool:
+    """Return whether rows of all files fit into one table, as the exemplars need."""
     try:
-        pa.unify_schemas([pa.schema([first]), pa.schema([second])], promote_options="permissive")
+        pa.unify_schemas([pa.schema([pa.field("x", t)]) for t in types], promote_options="permissive")
     except pa.ArrowException:
         return False
     return True
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_)
 
 
 def _collect(into: dict[str, str], problems: dict[str, str]) -> None:

@@ -29,6 +29,9 @@ class Profile:
     sample_rejects: dict[str, int] = field(default_factory=dict)
     """Bad rows in the sample, by reason."""
 
+    notes: list[str] = field(default_factory=list)
+    """What was passed over, or read otherwise than it lies; told in the plan and in the summary."""
+
     @property
     def num_rows(self) -> int:
         """Rows of all slices, good and bad."""
@@ -62,6 +65,7 @@ class Profile:
             "spec": asdict(self.spec),
             "bad_files": self.bad_files,
             "sample_rejects": self.sample_rejects,
+            "notes": self.notes,
             "moments": {
                 "num_rows": self.moments.num_rows,
                 "mean": self.moments.mean_D.tolist(),
@@ -74,13 +78,15 @@ class Profile:
     def from_json(cls, value: dict[str, Any]) -> "Profile":
         """Return the profile that `to_json` gave."""
         spec = value["spec"]
-        columns = tuple(Column(**c) for c in spec["columns"])
+        columns = tuple(Column(**(c | {"parts": tuple(c.get("parts", ()))})) for c in spec["columns"])
+        lists = {k: tuple(v) for k, v in spec.items() if isinstance(v, list)}
         moments = value["moments"]
         return cls(
-            InputSpec(**(spec | {"columns": columns, "carry_columns": tuple(spec["carry_columns"])})),
+            InputSpec(**(spec | lists | {"columns": columns})),
             [Slice.from_row(s) for s in value["slices"]],
             value["fingerprint"],
             value["bad_files"],
             Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
             value["sample_rejects"],
+            value.get("notes", []),
         )

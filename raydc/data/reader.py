@@ -10,14 +10,23 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydc.data.columns import canonical_ids, mark, mark_bad_values, shown, vectors_from_arrow, without_broken_text
+from raydc.core.row_guard import mark
+from raydc.data.columns import as_text, shown, vectors_from_arrow, vectors_from_parts, weights_from_arrow
 from raydc.data.footers import NOT_THE_FILE, first_line
+from raydc.data.ids import ids_from_arrow
+from raydc.data.partitions import partition_values
 from raydc.data.schema import rejects_schema
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError
 from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)
+
+REMEDIES = {
+    "too_large": "Its norm leaves what float32 distances can hold: set the value right or leave the row out",
+    "not_numbers": "Its text holds no list of numbers: set it right",
+}
+"""What to do about a bad row, by reason, where `Fix the export` says too little."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +64,11 @@ def read_slice(
     """
     if not part.num_rows:
         return
-    names = [spec.id_column, *(c.name for c in spec.columns)]
-    names += [spec.weight_column] if spec.weight_column else []
-    names += [spec.label_column] if with_labels and spec.label_column else []
-    names += list(spec.carry_columns) if with_carry else []
-    names = list(dict.fromkeys(names))
+    names = wanted_columns(spec, with_labels=with_labels, with_carry=with_carry)
     row = 0
     try:
         for table in _tables(lake, part, part.row_groups, names, block_rows):
-            yield _decode(table, part, row, spec, with_labels=with_labels, with_carry=with_carry)
+            yield _decode(lake, table, part, row, spec, with_labels=with_labels, with_carry=with_carry)
             row += len(table)
         return
     except NOT_THE_FILE:
@@ -81,7 +86,7 @@ def read_slice(
                 fresh = table.slice(max(0, row - at))
                 at += len(table)
                 if len(fresh):
-                    yield _decode(fresh, part, row, spec, with_labels=with_labels, with_carry=with_carry)
+                    yield _decode(lake, fresh, part, row, spec, with_labels=with_labels, with_carry=with_carry)
                     row += len(fresh)
         except NOT_THE_FILE:
             raise
@@ -96,7 +101,8 @@ def _tables(
     with lake.open_parquet(part.uri) as handle:
         # Where the writer left checksums of its pages, a flipped bit is found instead of read as another number.
         parquet = pq.ParquetFile(handle, page_checksum_verification=True)
-        for batch in parquet.iter_batches(block_rows, row_groups=list(row_groups), columns=names, use_threads=False):
+        there = [name for name in names if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(block_rows, row_groups=list(row_groups), columns=there, use_threads=False):
             yield pa.Table.from_batches([batch])
 
 
@@ -114,55 +120,105 @@ def _group_rows(lake: Lake, part: Slice) -> list[tuple[int, int, int]]:
     return [(g, a, b) for g, a, b in zip(part.row_groups, [0, *stops], stops, strict=False)]
 
 
+def wanted_columns(spec: InputSpec, *, with_labels: bool, with_carry: bool) -> list[str]:
+    """Return the columns of a file that a reader looks for; those that only serve evaluation may be absent."""
+    names = [spec.id_column]
+    for column in spec.columns:
+        names += column.parts or ([] if column.npy else [column.name])
+    names += [spec.weight_column] if spec.weight_column else []
+    names += [spec.label_column] if with_labels and spec.label_column else []
+    names += list(spec.carry_columns) if with_carry else []
+    return list(dict.fromkeys(names))
+
+
 def _decode(
-    table: pa.Table, part: Slice, row: int, spec: InputSpec, *, with_labels: bool, with_carry: bool
+    lake: Lake, table: pa.Table, part: Slice, row: int, spec: InputSpec, *, with_labels: bool, with_carry: bool
 ) -> RowBatch:
-    n = len(table)
-    x = np.empty((n, spec.dim), spec.dtype) if len(spec.columns) > 1 else None
-    reasons = np.full(n, "", dtype="U16")
-    for column, (start, stop, _) in zip(spec.columns, spec.blocks, strict=True):
-        values = vectors_from_arrow(table[column.name], column.dim, column.dtype, reasons)
-        mark_bad_values(values, reasons, refuse_zero_norm=spec.refuse_zero_norm)
-        # What leaves the range of float32 here was marked above.
-        with np.errstate(over="ignore"):
-            if x is None:
-                x = values.astype(spec.dtype, copy=False)
-            else:
-                x[:, start:stop] = values
-    assert x is not None
-    ids = canonical_ids(table[spec.id_column], spec)
-    ids, broken = without_broken_text(ids)
+    reasons = np.full(len(table), "", dtype="U16")
+    x = _matrix(lake, table, part, row, spec, reasons)
+    spec.guard.mark(x, reasons)
+    ids, broken = ids_from_arrow(table[spec.id_column], spec.arrow_id_type)
     mark(reasons, broken, "bad_id")
     if ids.null_count:
-        reasons[(reasons == "") & ids.is_null().to_numpy(zero_copy_only=False)] = "missing"
+        mark(reasons, np.asarray(ids.is_null()), "missing")
     weights = None
     if spec.weight_column:
-        with np.errstate(over="ignore"):
-            weights = table[spec.weight_column].to_numpy().astype(np.float32)
-        reasons[(reasons == "") & ~(np.isfinite(weights) & (weights > 0))] = "bad_weight"
-    labels = table[spec.label_column].combine_chunks() if with_labels and spec.label_column else None
-    carry = table.select(list(spec.carry_columns)) if with_carry else None
+        weights = _weights(table, part, spec.weight_column)
+        mark(reasons, ~(np.isfinite(weights) & (weights > 0)), "bad_weight")
+    labels = None
+    if with_labels and spec.label_column:
+        labels = _one_array(_optional(table, part, spec.label_column))
+    carry = _carried(table, part, spec) if with_carry else None
 
     good = reasons == ""
-    positions = np.arange(n, dtype=np.int64)
-    if not good.all():
-        bad = np.flatnonzero(~good)
-        if spec.on_bad_rows == "fail":
-            where = int(bad[0])
-            raise DataError(
-                f"{part.uri} row {part.first_row + row + where} (id {shown(ids[where].as_py())}) is bad: "
-                f"{reasons[where]}. Fix the export, or set input.on_bad_rows=quarantine."
-            )
-        rejects = _rejects(ids.take(pa.array(bad)), part, part.first_row + row + bad, reasons[bad], spec)
-        keep = pa.array(good)
-        x, positions = x[good], positions[good]
-        ids = ids.filter(keep)
-        weights = weights[good] if weights is not None else None
-        labels = labels.filter(keep) if labels is not None else None
-        carry = carry.filter(keep) if carry is not None else None
-    else:
+    positions = np.arange(len(table), dtype=np.int64)
+    if good.all():
         rejects = rejects_schema(spec.arrow_id_type).empty_table()
-    return RowBatch(part.first_key + row + positions, x, ids, weights, labels, carry, rejects)
+        return RowBatch(part.first_key + row + positions, x, ids, weights, labels, carry, rejects)
+    bad = np.flatnonzero(~good)
+    if spec.on_bad_rows == "fail":
+        where = int(bad[0])
+        raise DataError(
+            f"{part.uri} row {part.first_row + row + where} (id {shown(ids[where].as_py())}) is bad: "
+            f"{reasons[where]}. {REMEDIES.get(reasons[where], 'Fix the export')}, or set input.on_bad_rows=quarantine."
+        )
+    keep = pa.array(good)
+    return RowBatch(
+        part.first_key + row + positions[good],
+        x[good],
+        ids.filter(keep),
+        weights[good] if weights is not None else None,
+        labels.filter(keep) if labels is not None else None,
+        carry.filter(keep) if carry is not None else None,
+        _rejects(ids.take(pa.array(bad)), part, part.first_row + row + bad, reasons[bad], spec),
+    )
+
+
+def _matrix(
+    lake: Lake, table: pa.Table, part: Slice, row: int, spec: InputSpec, reasons: npt.NDArray[np.str_]
+) -> npt.NDArray[Any]:
+    """Return the raw rows, all embedding columns side by side, in the type that memory holds them in."""
+    x = np.empty((len(table), spec.dim), spec.dtype) if len(spec.columns) > 1 else None
+    for column, (start, stop, _) in zip(spec.columns, spec.blocks, strict=True):
+        if column.parts:
+            values = vectors_from_parts(table, column.parts, reasons)
+        else:
+            values = vectors_from_arrow(table[column.name], column.dim, column.dtype, reasons)
+        if column.scale != 1.0:
+            values = values * np.float32(column.scale)
+        # What leaves the range of float32 here becomes infinite, and is found by the guard.
+        with np.errstate(over="ignore"):
+            if x is None:
+                return values.astype(spec.dtype, copy=False)
+            x[:, start:stop] = values
+    assert x is not None
+    return x
+
+
+def _optional(table: pa.Table, part: Slice, name: str) -> pa.ChunkedArray:
+    """Return a column that may stand in the folders' names instead, or nowhere: its values are missing then."""
+    if name in table.column_names:
+        return table[name]
+    value = partition_values(part.uri).get(name)
+    return pa.chunked_array([pa.nulls(len(table)) if value is None else pa.repeat(pa.scalar(value), len(table))])
+
+
+def _weights(table: pa.Table, part: Slice, name: str) -> npt.NDArray[np.float32]:
+    column = _optional(table, part, name)
+    if pa.types.is_null(column.type):
+        # A file that knows no weights: each row counts once, as it does without the setting.
+        return np.ones(len(table), np.float32)
+    return weights_from_arrow(column)
+
+
+def _carried(table: pa.Table, part: Slice, spec: InputSpec) -> pa.Table:
+    columns = {name: _optional(table, part, name) for name in spec.carry_columns}
+    return pa.table({n: as_text(c) if n in spec.carry_as_text else c for n, c in columns.items()})
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
 def _rejects(
@@ -178,8 +234,8 @@ def _lost_rows(lake: Lake, part: Slice, group: int, start: int, row: int, stop: 
     rows = np.arange(part.first_row + row, part.first_row + stop)
     try:
         columns = [t[spec.id_column] for t in _tables(lake, part, (group,), [spec.id_column], stop - start)]
-        ids = canonical_ids(pa.chunked_array([c for t in columns for c in t.chunks]), spec).slice(row - start)
-        ids, _ = without_broken_text(ids)
+        chunks = [c for column in columns for c in column.chunks]
+        ids = ids_from_arrow(pa.chunked_array(chunks), spec.arrow_id_type)[0].slice(row - start)
     except NOT_THE_FILE:
         raise
     except (pa.ArrowException, OSError):

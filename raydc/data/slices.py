@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydc.core.row_guard import RowGuard
+from raydc.data import ids
 from raydc.data.footers import Footer
+from raydc.data.layouts import is_whole
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,22 @@ class Column:
     name: str
     dim: int
     dtype: str
-    """Element type on disk: float16, float32 or float64."""
+    """Element type on disk, such as float32 or int8; the widest where files differ."""
 
     weight: float = 1.0
+    scale: float = 1.0
+    """Factor on the stored numbers, of quantized embeddings."""
+
+    parts: tuple[str, ...] = ()
+    """Columns of one number each that make up the row; empty where one column holds it all."""
+
+    npy: str | None = None
+    """Where .npy files beside the Parquet files hold the rows; {number} stands for a Parquet file's number."""
+
+    @property
+    def is_exact_in_float16(self) -> bool:
+        """Whether float16 holds every stored number."""
+        return self.scale == 1.0 and (self.dtype == "float16" or is_whole(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,22 @@ class InputSpec:
     columns: tuple[Column, ...]
     id_column: str
     id_type: str
-    """int64 or string."""
+    """int64, string or another type that raydc.data.ids names."""
 
     label_column: str | None = None
     weight_column: str | None = None
     carry_columns: tuple[str, ...] = ()
+    carry_as_text: tuple[str, ...] = ()
+    """Carried columns whose types in the files do not fit into one table."""
+
     refuse_zero_norm: bool = False
     """Under l2 a row of zeros, or one whose norm leaves float32, has no direction and counts as bad."""
+
+    factor: tuple[float, ...] = (1.0,)
+    """Of each dimension in preprocessing, or one for all: a row must be fit for float32 after it too."""
+
+    offset: tuple[float, ...] = ()
+    """Subtracted from each dimension in preprocessing; empty for none."""
 
     on_bad_rows: str = "fail"
     on_bad_files: str = "fail"
@@ -51,19 +76,25 @@ class InputSpec:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of a row in memory: float16 where every column is, else float32."""
-        return np.dtype("float16" if all(c.dtype == "float16" for c in self.columns) else "float32")
+        """Type of a row in memory: float16 where that holds every column's numbers, else float32."""
+        return np.dtype("float16" if all(c.is_exact_in_float16 for c in self.columns) else "float32")
 
     @property
     def arrow_id_type(self) -> pa.DataType:
         """Arrow type of the id in outputs."""
-        return pa.int64() if self.id_type == "int64" else pa.string()
+        return ids.arrow_type(self.id_type)
 
     @property
     def blocks(self) -> list[tuple[int, int, float]]:
         """(start, stop, weight) of each embedding column within a row."""
         stops = np.cumsum([c.dim for c in self.columns]).tolist()
         return [(stop - c.dim, stop, c.weight) for stop, c in zip(stops, self.columns, strict=True)]
+
+    @property
+    def guard(self) -> RowGuard:
+        """What tells rows that cannot be clustered."""
+        blocks = tuple((a, b) for a, b, _ in self.blocks)
+        return RowGuard(blocks, self.refuse_zero_norm, self.factor, self.offset)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
 from raydc.data.columns import class_names
+from raydc.data.ids import readable
 from raydc.data.reader import RowBatch, read_slice
 from raydc.data.schema import labels_schema, level_column, rejects_schema
 from raydc.data.slices import InputSpec, Slice
@@ -283,7 +284,7 @@ def _count_sample(
     keep = pa.array(drawn)
     columns = {
         "key": batch.keys[drawn],
-        "id": batch.ids.filter(keep),
+        "id": readable(batch.ids.filter(keep)),
         "leaf": found.leaf[drawn],
         "label": pa.array(classes[drawn].tolist() if classes is not None else [None] * int(drawn.sum()), pa.string()),
         **{level_column(k): groups[drawn] for k, groups in found.levels.items()},
@@ -301,7 +302,7 @@ def _exemplars(job: Labeling, batch: RowBatch, found: Prediction, classes: npt.N
     columns: dict[str, Any] = {
         "leaf": found.leaf[kept],
         "key": batch.keys[kept],
-        "id": batch.ids.take(take),
+        "id": readable(batch.ids.take(take)),
         "distance": found.distance[kept],
     }
     if classes is not None:

@@ -39,6 +39,7 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "sampled_rows": profile.moments.num_rows,
         "sample_rejects": profile.sample_rejects,
         "bad_files": profile.bad_files,
+        "notes": profile.notes,
         "repeated_ids": repeated,
     }
 
