@@ -3,6 +3,7 @@
 Ray Data takes a schema from a few sampled files and silently bends the later ones to it, so every footer is read here.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from raydc.storage.lake import Lake
 from raydc.storage.listing import passed_over_text
 
 _MOST_LISTED = 20
+
+_NOT_IN_DELTA = {"uint64", "uuid"}
+_NOT_IN_ICEBERG = {"uint64", "uuid", "fixed_size_binary", "binary", "date32", "timestamp", "decimal128"}
 
 _ID_TYPES = "integers, text, a UUID, bytes, a decimal, a date or a timestamp"
 
@@ -58,7 +62,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
             general[-1] += ". Fix the export, or set input.on_bad_files=quarantine" if num_rows else ". Fix the export"
     if not general and num_rows == 0:
         general.append(f"input.path={section.path}: no rows in {len(footers)} files")
-    settings = _settings_problems(config, num_rows, sum(c.dim for c in embeddings.columns))
+    settings = _settings_problems(config, num_rows, sum(c.dim for c in embeddings.columns), id_type)
     if general or len(embeddings.general) or not embeddings.columns or id_type is None:
         return None, general, settings
     spec = InputSpec(
@@ -79,7 +83,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     return Profile(spec, plan_slices(good, section.slice_bytes), fingerprint, bad_files, notes=notes), general, settings
 
 
-def _settings_problems(config: Config, num_rows: int, dim: int) -> list[str]:
+def _settings_problems(config: Config, num_rows: int, dim: int, id_type: str | None) -> list[str]:
     problems = []
     if num_rows and config.cluster.num_leaves > num_rows:
         problems.append(
@@ -89,6 +93,11 @@ def _settings_problems(config: Config, num_rows: int, dim: int) -> list[str]:
     shape = config.input.image_shape
     if dim and shape and int(np.prod(shape)) != dim:
         problems.append(f"input.image_shape={shape} does not hold {dim} values.")
+    tables = {"delta": _NOT_IN_DELTA, "iceberg": _NOT_IN_ICEBERG}
+    for form, strangers in tables.items():
+        if id_type and getattr(config.publish, form) is not None and re.split(r"\W", id_type)[0] in strangers:
+            line = converted("COLUMN::VARCHAR").replace("COLUMN", config.input.id_column)
+            problems.append(f"publish.{form}: a table there holds no ids of type {id_type}. {line}")
     return problems
 
 

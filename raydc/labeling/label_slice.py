@@ -181,6 +181,12 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
             x = torch.from_numpy(np.require(batch.x, requirements=["C", "W"]))
             z = job.model.encode(x, block_rows=job.block_rows)
             found = job.model.label(z, block_rows=job.block_rows)
+            if len(lost := found.beyond_float32()):
+                row = part.first_row + int(batch.keys[lost[0]]) - part.first_key
+                raise DataError(
+                    f"assign: {part.uri} row {row} leaves the range of float32 on its way through the network. Set its "
+                    "values right, or leave the row out."
+                )
             writer.write_table(_label_table(batch, found, schema))
             classes = class_names(batch.labels)
             _count(statistics, job, z, found, classes)
