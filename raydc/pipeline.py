@@ -11,7 +11,6 @@ from typing import Any
 from raydc.commands.show import resume_command
 from raydc.config import Config
 from raydc.data.inspection import inspect, refuse
-from raydc.data.sample import profile_input
 from raydc.data.schema import MANIFEST
 from raydc.errors import StageError
 from raydc.runfolder.folder import RUN_KIND, RunDir, now
@@ -85,21 +84,6 @@ def check(config: Config, run_id: str, kind: str = RUN_KIND) -> None:
     RunDir(make_lake(config), config.output, run_id).check(config, kind)
 
 
-def plan(config: Config, run_id: str) -> list[str]:
-    """Return what a run would cost, as lines of text; nothing is written and no worker is started.
-
-    Raises:
-        ConfigError, DataError, StageError: the run cannot work; all problems of a kind in one message.
-    """
-    lake = make_lake(config)
-    folder = RunDir(lake, config.output, run_id)
-    folder.check(config)
-    register.check(config, folder)
-    found = profile_input(config, lake)
-    load_teacher(config, found.spec.dim, lake)
-    return make_plan(config, found).lines()
-
-
 def run(config: Config, run_id: str) -> RunDir:
     """Run every stage that is not done yet and return the run folder.
 
@@ -110,6 +94,7 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.lake.check_writable(folder.root)
     folder.check(config)
     register.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}

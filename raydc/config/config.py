@@ -942,14 +942,14 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k} was {before.get(k)!r}, is {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Return the checked config of a YAML file with `key=value` overrides.
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Return the checked config of a YAML file with `key=value` overrides; without a file, of the overrides alone.
 
     Raises:
         ConfigError: the file cannot be read, or any setting is wrong; all problems are in one message.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text()) or {} if path is not None else {}
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}. Give an existing YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

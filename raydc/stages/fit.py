@@ -117,6 +117,10 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             num_readers=readers(config),
             neighbors_root=run.uri("neighbors") if config.needs_neighbors else None,
         )
+        log.info(
+            "fit: starting %s training worker(s), which read the rows first; a line for each epoch follows",
+            config.fit.fewest_workers,
+        )
         outcome = launch(config, run, dataset, _train_loop, {"job": job}, "fit")
     return outcome["metrics"]
 
@@ -143,7 +147,7 @@ def launch(
         DataError, StageError: the loop told of a failure, or the workers failed too often.
     """
     file_system, path = run.lake.arrow_file_system(run.uri("checkpoints"))
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         loop,  # type: ignore[arg-type]
         train_loop_config=loop_config,
         scaling_config=ScalingConfig(
@@ -199,6 +203,13 @@ def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
         fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
         checkpoint_epochs=config.fit.checkpoint_epochs,
     )
+
+
+class _Trainer(TorchTrainer):
+    """Ctrl-C stays Python's own: Train's handler would end the process with exit code 1 and without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 class RayContext:

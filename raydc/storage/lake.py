@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from raydc.errors import DataError
 from raydc.storage import listing
 from raydc.storage.listing import PassedOver, passed_over_text
-from raydc.storage.local import MORE_ROOM, WholeFiles, create_local, renamed_into, told
+from raydc.storage.local import MORE_ROOM, WholeFiles, check_writable, create_local, renamed_into, told
 from raydc.storage.secrets import refuse_credentials
 
 _S3 = ("s3", "s3a", "s3n")
@@ -306,6 +306,16 @@ class Lake:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.read_bytes(stored.uri))
+
+    def check_writable(self, uri: str) -> None:
+        """Return if a local folder is there to write in or can be made; a store tells when it is written to.
+
+        Raises:
+            StageError: a file is in the way, or the rights are missing.
+        """
+        fs, path = self.file_system(uri)
+        if isinstance(fs, LocalFileSystem):
+            check_writable(Path(path))
 
     def remove(self, uri: str) -> None:
         """Remove a file or a folder with all below it, if it is there."""

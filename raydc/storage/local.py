@@ -75,6 +75,24 @@ def renamed_into(target: Path) -> Generator[Path, None, None]:
         staged.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Return if a folder is there to write in or can be made, without writing anything.
+
+    Raises:
+        StageError: a file is in the way, or the rights are missing.
+    """
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise StageError(f"storage {folder}: {place} is there and no folder. Move it away, or use another output.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StageError(
+            f"storage {folder}: {place} may not be written. Give this user the right to write there, or use another "
+            "output."
+        )
+
+
 def create_local(target: Path, data: bytes) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = _beside(target)
