@@ -94,7 +94,7 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
-    folder.lake.check_writable(folder.root)
+    folder.lake.check_writable(config.output)
     folder.check(config)
     register.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}

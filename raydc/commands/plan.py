@@ -19,7 +19,7 @@ def plan(config: Config, run_id: str) -> list[str]:
     """
     lake = Lake(**config.storage.model_dump())
     folder = RunDir(lake, config.output, run_id)
-    lake.check_writable(folder.root)
+    lake.check_writable(config.output)
     folder.check(config)
     register.check(config, folder)
     found = profile_input(config, lake)
