@@ -45,14 +45,23 @@ class Stage:
 
 
 STAGES = (
-    Stage("profile", profile.run, ("profile.json",)),
-    Stage("neighbors", neighbors.run, ("neighbors",)),
-    Stage("fit", fit.run, ("checkpoints", "fit")),
-    Stage("merge", merge.run, ("tree", "model")),
+    Stage("profile", profile.run, ("profile.json", "attempts/profile")),
+    Stage("neighbors", neighbors.run, ("neighbors", "attempts/neighbors")),
+    Stage("fit", fit.run, ("checkpoints", "fit", "attempts/fit")),
+    Stage("merge", merge.run, ("tree", "model", "attempts/merge")),
     Stage(
         "assign",
         assign.run,
-        ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet", "agreement.json", "statistics.npz"),
+        (
+            "labels",
+            "rejects",
+            "slices",
+            "exemplars.parquet",
+            "map_rows.parquet",
+            "agreement.json",
+            "statistics.npz",
+            "attempts/assign",
+        ),
     ),
     Stage("evaluate", evaluate.run, ("metrics.json", "leaves.parquet"), on_cluster=False),
     Stage("report", report.run, ("report",), on_cluster=False),

@@ -87,3 +87,50 @@ def _no_connection_of_another_test():
 
     for kind in (S3FileSystem, *S3FileSystem.__subclasses__()):
         kind.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request, tmp_path):
+    """An empty lake, in a folder and in a bucket."""
+    from tests.foreign import Bucket, Local
+
+    if request.param == "local":
+        (tmp_path / "lake").mkdir()
+        return Local(tmp_path / "lake")
+    return Bucket(request.getfixturevalue("bucket"), request.getfixturevalue("s3_client"))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A folder of one small Parquet file."""
+    from tests import shards
+
+    x, _ = shards.near_corners(200)
+    shards.write(tmp_path / "rows" / "a.parquet", shards.rows(x))
+    return tmp_path / "rows"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A run folder with a model of such rows."""
+    from raydc.storage.lake import Lake
+    from tests import shards
+
+    shards.corner_model().save(Lake(), str(tmp_path / "trained" / "model"))
+    return tmp_path / "trained"
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """No command may start Ray here; one that would raises Reached."""
+    from contextlib import contextmanager
+
+    from raydc.runtime import session
+    from tests.foreign import Reached
+
+    @contextmanager
+    def refuse(config):
+        raise Reached
+        yield
+
+    monkeypatch.setattr(session, "connected", refuse)

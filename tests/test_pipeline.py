@@ -87,6 +87,12 @@ def test_the_job_finds_the_digits(on_one_worker, digits):
     assert metrics["fit"]["num_workers"] == 1 and metrics["fit"]["rows"] == 1797
 
 
+def test_every_file_of_a_run_is_in_the_list_of_what_its_stages_write(on_one_worker):
+    found = {path.name for path in Path(on_one_worker.root).iterdir()}
+    listed = {name for stage in pipeline.STAGES for name in stage.writes}
+    assert found - listed == {"run.json", "stages", "lease"}
+
+
 def test_label_files_stand_beside_the_input(on_one_worker, digits):
     for source in sorted(digits.glob("*.parquet")):
         labels = pq.read_table(Path(on_one_worker.uri("labels", source.name)))
@@ -276,6 +282,16 @@ def test_new_rows_are_labeled_with_the_model_of_a_run(on_one_worker, digits, tmp
     for source in digits.glob("*.parquet"):
         ours = pq.read_table(tmp_path / "new" / "labels" / source.name)
         assert ours.equals(pq.read_table(Path(on_one_worker.uri("labels", source.name))))
+    # As a driver leaves it that was killed at its last slice: the same command does that one alone.
+    (tmp_path / "new" / "slices" / "part-00003.npz").unlink()
+    (tmp_path / "new" / "labels" / "part-00003.parquet").unlink()
+    done = [tmp_path / "new" / "labels" / f"part-0000{i}.parquet" for i in range(3)]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in done]
+    main(arguments)
+    assert "1797 rows in, 1797 labels, 0 rejects" in capsys.readouterr().out
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in done] == before
+    last = pq.read_table(tmp_path / "new" / "labels" / "part-00003.parquet")
+    assert last.equals(pq.read_table(Path(on_one_worker.uri("labels", "part-00003.parquet"))))
     arguments[4] = str(digits / "part-00000.parquet")
     with pytest.raises(SystemExit):
         main(arguments)

@@ -19,6 +19,7 @@ from raydc.runfolder.lease import acquire
 from raydc.runfolder.ownership import LABELS, OwnedFolder, overlaps
 from raydc.runfolder.signals import stoppable
 from raydc.runtime import session
+from raydc.runtime.session import bounded
 from raydc.stages.assign import label_all
 from raydc.storage.lake import Lake, absolute, join
 
@@ -69,8 +70,12 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
         _refuse_others(folder, made_from)
         folder.write_owner({"format_version": FORMAT_VERSION, **made_from})
         # Twice, because joining a cluster installs Ray's own handler.
-        with session.connected(config), stoppable(lease, give_back):
-            total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, folder)
+        with (
+            session.connected(config),
+            stoppable(lease, give_back),
+            bounded("assign", config, lake, folder.root, folder.tell) as bound,
+        ):
+            total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, folder)
     return total.rows, total.labels, total.rejects
 
 

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 _NAME = SWEEP_KIND
 
 # What a sweep leaves in its folder; an interrupted one goes on from it, a new start removes it.
-_WRITES = ("checkpoints", "sweep.json", "sweep.md", "sweep.png")
+_WRITES = ("attempts", "checkpoints", "sweep.json", "sweep.md", "sweep.png")
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -133,7 +133,7 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
         evaluate.num_neighbors,
         evaluate.neighbor_queries,
     )
-    with session.watched(_NAME, folder.tell) as board:
+    with session.bounded(_NAME, config, folder.lake, folder.root, folder.tell) as bound:
         job = fit.Job(
             fit.fit_settings(config, found.fingerprint),
             found.preprocess(config),
@@ -144,7 +144,7 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
             expected,
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
-            board,
+            bound.board,
             WatchSettings(**config.watch.model_dump()),
             config.row_bytes(found.spec.dim, found.spec.dtype.itemsize),
         )
@@ -152,7 +152,7 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
             folder.lake,
             found.slices,
             found.spec,
-            board,
+            bound,
             seed=config.seed,
             fraction=expected / found.num_rows,
             num_readers=readers(config),

@@ -766,6 +766,10 @@ class RayConfig(Section):
     object_store_bytes: int | None = Field(None, ge=80 * 2**20, json_schema_extra=OPERATIONAL)
     """Object store of a local cluster; by default Ray's own choice."""
 
+    max_attempts: int = Field(5, ge=1, json_schema_extra=OPERATIONAL)
+    """How many processes a slice, or another piece of work, may kill. Then the run stops and names it; a slice goes to
+    the rejects instead under input.on_bad_files=quarantine. A lost node counts a quarter."""
+
 
 class Config(Section):
     """All settings of a run."""

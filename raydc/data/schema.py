@@ -19,6 +19,7 @@ REJECT_REASONS = (
     "norm_underflow",
     "norm_overflow",
     "unreadable_file",
+    "killed_process",
     "bad_weight",
     "bad_id",
 )

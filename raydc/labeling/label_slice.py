@@ -24,7 +24,7 @@ from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
 from raydc.data.columns import class_names
 from raydc.data.ids import readable
-from raydc.data.reader import RowBatch, read_slice
+from raydc.data.reader import RowBatch, all_rejected, read_slice
 from raydc.data.schema import labels_schema, level_column, rejects_schema
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError
@@ -201,6 +201,31 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
         with job.lake.staged(join(job.output, "rejects", part.name)) as path:
             pq.write_table(table.cast(rejects_schema(job.spec.arrow_id_type)), path)
     stored = statistics.to_bytes()
+    job.lake.write_bytes(uri, stored)
+    return stored
+
+
+def reject_slice(job: Labeling, part: Slice, reason: str, *, with_ids: bool) -> bytes:
+    """Put every row of a slice into its reject file, and return its `Statistics` as they are stored.
+
+    Its label file is there too, without a row. A slice that is complete stays as it is.
+
+    Args:
+        job: where to write.
+        part: the slice.
+        reason: one of REJECT_REASONS.
+        with_ids: whether the ids are read; null otherwise.
+    """
+    uri = job.statistics_uri(part)
+    if job.lake.exists(uri):
+        return job.lake.read_bytes(uri)
+    with job.lake.staged(join(job.output, "labels", part.name)) as path:
+        pq.write_table(labels_schema(job.spec.arrow_id_type, list(job.model.levels)).empty_table(), path)
+    schema = rejects_schema(job.spec.arrow_id_type)
+    with job.lake.staged(join(job.output, "rejects", part.name)) as path, pq.ParquetWriter(path, schema) as writer:
+        for table in all_rejected(job.lake, part, job.spec, reason, with_ids=with_ids):
+            writer.write_table(table)
+    stored = Statistics(rows=part.num_rows, rejects=part.num_rows).to_bytes()
     job.lake.write_bytes(uri, stored)
     return stored
 

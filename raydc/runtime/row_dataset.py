@@ -21,6 +21,7 @@ from raydc.data.columns import class_names
 from raydc.data.reader import RowBatch, read_slice
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError, StorageUnavailable
+from raydc.runfolder.attempts import Bound
 from raydc.runtime.session import nodes_with_cpus
 from raydc.storage.lake import Lake
 
@@ -31,7 +32,7 @@ class BlockJob:
 
     lake: Lake
     spec: InputSpec
-    board: Any
+    bound: Bound
     seed: int
     """Of the sample."""
 
@@ -70,7 +71,7 @@ def slice_dataset(
     lake: Lake,
     slices: list[Slice],
     spec: InputSpec,
-    board: Any,
+    bound: Bound,
     *,
     seed: int,
     fraction: float,
@@ -87,10 +88,13 @@ def slice_dataset(
     lost: the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
     `num_readers` bounds them instead. None leaves it to Ray Data: workers on GPUs leave CPUs, and a queue of readers
     that book one lets the cluster grow.
+
+    Ray starts a reader that died again for ever, so each counts its attempts in `bound`. A slice that kills its reader
+    too often stops the fit, or, under on_bad_files=quarantine, is not trained on.
     """
     from raydc.core.hashing import stream_seed
 
-    job = BlockJob(lake, spec, board, stream_seed(seed, 8), fraction, neighbors_root, with_classes)
+    job = BlockJob(lake, spec, bound, stream_seed(seed, 8), fraction, neighbors_root, with_classes)
     items = [asdict(s) for s in slices if s.num_rows]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read_blocks,  # type: ignore[arg-type]
@@ -113,16 +117,22 @@ def read_blocks(batch: pa.Table, job: BlockJob) -> Iterator[pa.Table]:
     try:
         for row in batch.to_pylist():
             part = Slice.from_row(row)
-            graph = None if job.neighbors_root is None else _graph(job, part)
-            for rows in read_slice(job.lake, part, job.spec, with_labels=job.with_classes):
-                block = _to_block(rows, job)
-                yield block if graph is None else _with_neighbors(block, part, *graph)
+            with job.bound.attempt(part.name) as lost:
+                if not job.bound.is_left_out(part, lost, job.spec.on_bad_files):
+                    yield from _blocks(part, job)
     except StorageUnavailable:
         # The next try of the workers may find the store well.
         raise
     except (DataError, StageError) as error:
-        ray.get(job.board.fail.remote((type(error).__name__, str(error))))
+        ray.get(job.bound.board.fail.remote((type(error).__name__, str(error))))
         raise
+
+
+def _blocks(part: Slice, job: BlockJob) -> Iterator[pa.Table]:
+    graph = None if job.neighbors_root is None else _graph(job, part)
+    for rows in read_slice(job.lake, part, job.spec, with_labels=job.with_classes):
+        block = _to_block(rows, job)
+        yield block if graph is None else _with_neighbors(block, part, *graph)
 
 
 def readers(config: Config) -> int | None:

@@ -7,6 +7,7 @@ group that is restarted after one returns at once.
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,28 +19,34 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydc.config import Config
 from raydc.errors import StageError
+from raydc.runfolder import attempts
+from raydc.runfolder.attempts import Attempts, Bound, Ledger, known_attempts
+from raydc.storage.lake import Lake, join
 from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
+_RAYLET_SECONDS = 2.0
+_BOARD_RESTARTS = 10
 _READERS = ("iter_threaded", "StreamingExecutor")
 
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Lines and the first permanent failure of the workers of one stage."""
+    """Lines, lost attempts and the first permanent failure of the workers of one stage."""
 
-    def __init__(self) -> None:
-        self._lines: list[str] = []
+    def __init__(self, known: dict[str, Attempts] | None = None) -> None:
+        self._lines: list[tuple[int, str]] = []
         self._failure: tuple[str, str] | None = None
+        self._ledger = Ledger(known or {}, node_is_gone)
 
-    def post(self, line: str) -> None:
+    def post(self, line: str, level: int = logging.INFO) -> None:
         """Add a line."""
-        self._lines.append(line)
+        self._lines.append((level, line))
 
-    def take(self) -> list[str]:
-        """Return the lines since the last call."""
+    def take(self) -> list[tuple[int, str]]:
+        """Return the lines since the last call, each with the level at which it is logged."""
         lines, self._lines = self._lines, []
         return lines
 
@@ -50,6 +57,23 @@ class Board:
     def failure(self) -> tuple[str, str] | None:
         """Return the first recorded failure."""
         return self._failure
+
+    def begin(self, piece: str, task: str, worker: str, node: str) -> Attempts:
+        """Note that a task is at a piece of work, and return the attempts at it that were lost (see Ledger)."""
+        lost, line = self._ledger.begin(piece, task, worker, node)
+        if line is not None:
+            self.post(line, logging.WARNING)
+        return lost
+
+    def leave_out(self, piece: str, line: str) -> bool:
+        """Note that the run goes on without a piece; return whether that is new, in which case the line is posted."""
+        if fresh := self._ledger.leave_out(piece):
+            self.post(line, logging.WARNING)
+        return fresh
+
+    def done(self, task: str, worker: str) -> None:
+        """Note that a task has ended what it was at."""
+        self._ledger.done(task, worker)
 
 
 @contextmanager
@@ -150,18 +174,45 @@ def _quiet_data() -> None:
 
 
 @contextmanager
-def watched(stage: str, tell: Callable[[str], None] | None = None) -> Iterator[Any]:
-    """Yield a board whose lines are logged, as `<stage>: <line>`, and told, while the block lasts."""
+def bounded(
+    stage: str, config: Config, lake: Lake, root: str, tell: Callable[[str], None] | None = None
+) -> Iterator[Bound]:
+    """Yield the bound on the attempts of a stage, with a board as of `watched`, while the block lasts.
+
+    Args:
+        stage: its counts go on from those that earlier drivers have kept below `root`.
+        config: for ray.max_attempts.
+        lake: storage.
+        root: URI of the run folder.
+        tell: called with each line of the board.
+    """
+    folder = join(root, attempts.FOLDER, stage)
+    with watched(stage, tell, known_attempts(lake, folder)) as board:
+        yield Bound(board, config.ray.max_attempts, lake, folder)
+
+
+@contextmanager
+def watched(
+    stage: str, tell: Callable[[str], None] | None = None, known: dict[str, Attempts] | None = None
+) -> Iterator[Any]:
+    """Yield a board whose lines are logged, as `<stage>: <line>`, and told, while the block lasts.
+
+    Args:
+        stage: for the log.
+        tell: called with each line.
+        known: attempts that were lost before.
+    """
     # Beside the driver, with which it lives and dies: elsewhere a lost node would take the board along, and every
-    # restarted worker asks it.
+    # restarted worker asks it. Should its process be killed, it starts again from what was known at first.
     beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = Board.options(scheduling_strategy=beside).remote()  # type: ignore[attr-defined]
+    options = {"max_restarts": _BOARD_RESTARTS, "max_task_retries": _BOARD_RESTARTS}
+    board = Board.options(scheduling_strategy=beside, **options).remote(known)  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def drain() -> None:
         try:
-            for line in ray.get(board.take.remote(), timeout=30):
-                log.info("%s: %s", stage, line)
+            for level, line in ray.get(board.take.remote(), timeout=30):
+                log.log(level, "%s: %s", stage, line)
                 if tell is not None:
                     tell(line)
         except (ray.exceptions.RayError, TimeoutError):
@@ -187,6 +238,21 @@ def nodes_with_cpus() -> dict[str, str] | None:
     """Return the label selector that keeps work which books no CPU off nodes that offer none, such as a bare head."""
     bare = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not n["Resources"].get("CPU")]
     return {"ray.io/node-id": f"!in({','.join(bare)})"} if bare else None
+
+
+def node_is_gone(node: str) -> bool:
+    """Return whether a node is lost: the cluster says so, or nothing answers where its raylet listened.
+
+    The cluster takes seconds to miss a node; whoever asks after a death wants to know now.
+    """
+    found = next((n for n in ray.nodes() if n["NodeID"] == node), None)
+    if found is None or not found["Alive"]:
+        return True
+    try:
+        with socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), _RAYLET_SECONDS):
+            return False
+    except OSError:
+        return True
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -22,12 +22,14 @@ from raydc.core.metrics.neighbor_agreement import agreement, gain, nearest_neigh
 from raydc.core.process import prepare_process
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError
-from raydc.labeling.label_slice import Labeling, Statistics, label_slice
+from raydc.labeling.label_slice import Labeling, Statistics, label_slice, reject_slice
 from raydc.model import Model
+from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.ownership import OwnedFolder
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
+from raydc.runtime.session import bounded
 from raydc.stages import merge
 from raydc.stages import profile as profiling
 from raydc.storage.lake import Lake
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 10.0
 _FULL_POOL = 0.75
+_LESS_MEMORY = "If memory was short, lower assign.num_actors, or give the workers more."
 _CONTINUES = "Complete slices are kept; the same command continues."
 _RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), ("failure", pa.string())])
 
@@ -49,7 +52,8 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     """
     profile = profiling.load(run)
     load = partial(_load, config, run, profile.spec, profile.num_rows)
-    total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, run)
+    with bounded("assign", config, run.lake, run.root) as bound:
+        total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, run)
     _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
     _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
     # What the slices took on their way.
@@ -138,19 +142,24 @@ def label_all(
     load: Callable[[], Labeling],
     slices: list[Slice],
     num_exemplars: int,
+    bound: Bound,
     run: OwnedFolder | None = None,
 ) -> Statistics:
     """Return the sum of all slices' statistics, after every slice was labeled.
+
+    A slice that kills its process stops the run after `bound.most` deaths; under on_bad_files=quarantine its rows go to
+    the rejects instead. It is on_bad_files because the file is what cannot be used: no row of it was seen to be bad.
 
     Args:
         config: for the resources of the actors.
         load: called once in each actor.
         slices: to be labeled; those that are complete already are only counted.
         num_exemplars: nearest rows kept for each leaf.
+        bound: on the attempts at a slice.
         run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
 
     Raises:
-        DataError: a bad row or file that the settings do not let pass.
+        DataError: a bad row or file that the settings do not let pass, or a slice that kills its process.
         StageError: a worker failed for good, or rows in are not labels + rejects.
     """
     total = Statistics()
@@ -158,7 +167,7 @@ def label_all(
     expected = sum(s.num_rows for s in slices)
     check = run.check_owner if run is not None else None
     # Closed at once when something stops the loop: an error's traceback would keep the actors and their readers alive.
-    with closing(_labeled(config, load, slices, check)) as labeled:
+    with closing(_labeled(config, load, slices, bound, check)) as labeled:
         for done, statistics in enumerate(labeled, 1):
             total.merge(statistics, num_exemplars)
             now = time.monotonic()
@@ -179,7 +188,11 @@ def label_all(
 
 
 def _labeled(
-    config: Config, load: Callable[[], Labeling], slices: list[Slice], check: Callable[[], None] | None
+    config: Config,
+    load: Callable[[], Labeling],
+    slices: list[Slice],
+    bound: Bound,
+    check: Callable[[], None] | None,
 ) -> Generator[Statistics]:
     section = config.assign
     slots = _free_slots(config)
@@ -199,10 +212,10 @@ def _labeled(
             # An error comes back as a row: raised here, it would reach the driver without its cause.
             try:
                 if self.job is None:
-                    self.job = _on_gpu(load()) if section.use_gpu else load()
+                    self.job = _loaded(load, row["name"], bound, use_gpu=section.use_gpu)
                 if check is not None:
                     check()
-                return {"statistics": label_slice(self.job, Slice.from_row(row))}
+                return {"statistics": label_or_reject(self.job, Slice.from_row(row), bound)}
             except Exception as error:
                 log.exception("slice %s", row["name"])
                 return {"kind": type(error).__name__, "failure": f"slice {row['name']}: {error}"}
@@ -236,6 +249,29 @@ def _labeled(
         raise StageError(
             f"assign: the actors were lost: {masked(told)}.{remedy('assign', told)} {_CONTINUES}"
         ) from error
+
+
+def label_or_reject(job: Labeling, part: Slice, bound: Bound) -> bytes:
+    """Return the statistics of a slice, labeled, or all in the rejects if it kills its process each time.
+
+    Raises:
+        DataError: it does, under on_bad_files=fail, or even while its ids or nothing of it is read.
+    """
+    with bound.attempt(part.name, task=part.name) as lost:
+        if not bound.is_left_out(part, lost, job.spec.on_bad_files):
+            return label_slice(job, part)
+        beyond = lost.beyond(bound.most)
+        if beyond > 1:
+            raise DataError(f"{part.uri}: its rows could not even be put into the rejects; it {bound.ending(lost)}")
+        return reject_slice(job, part, "killed_process", with_ids=beyond == 0)
+
+
+def _loaded(load: Callable[[], Labeling], name: str, bound: Bound, *, use_gpu: bool) -> Labeling:
+    """Return what an actor needs; a process that dies meanwhile is not charged to the slice that waits for it."""
+    piece = f"{name}.model"
+    with bound.attempt(piece, task=piece) as lost:
+        bound.require(lost, "loading the model", _LESS_MEMORY)
+        return _on_gpu(load()) if use_gpu else load()
 
 
 def _on_gpu(job: Labeling) -> Labeling:

@@ -43,13 +43,14 @@ from raydc.core.training.state import Clustering
 from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
 from raydc.model import Model
+from raydc.runfolder.attempts import FOLDER, known_attempts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost
 from raydc.runfolder.teacher import load_teacher
 from raydc.runtime.memory import available_bytes, give_back
 from raydc.runtime.remedies import remedy
 from raydc.runtime.row_dataset import EverySlice, readers, slice_dataset
-from raydc.runtime.session import in_one_line, root_cause, watched
+from raydc.runtime.session import bounded, in_one_line, root_cause
 from raydc.stages import profile as profiling
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,11 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         )
     taught = load_teacher(config, profile.spec.dim, run.lake)
     inputs = profile.fingerprint if taught is None else f"{profile.fingerprint}-{taught.fingerprint}"
-    with watched("fit", run.tell) as board:
+    slices = profile.slices
+    if config.needs_neighbors:
+        missing = {name for name, a in known_attempts(run.lake, run.uri(FOLDER, "neighbors")).items() if a.left_out}
+        slices = [s for s in slices if s.name not in missing]
+    with bounded("fit", config, run.lake, run.root, run.tell) as bound:
         job = Job(
             fit_settings(config, inputs),
             profile.preprocess(config) if taught is None else taught.preprocess,
@@ -103,15 +108,15 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             expected,
             config.fit.resident_bytes,
             config.fit.cpus_per_worker,
-            board,
+            bound.board,
             WatchSettings(**config.watch.model_dump()),
             config.row_bytes(profile.spec.dim, profile.spec.dtype.itemsize),
         )
         dataset = slice_dataset(
             run.lake,
-            profile.slices,
+            slices,
             profile.spec,
-            board,
+            bound,
             seed=config.seed,
             fraction=fraction,
             num_readers=readers(config),

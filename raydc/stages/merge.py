@@ -24,16 +24,19 @@ from raydc.data.schema import level_column
 from raydc.errors import StageError
 from raydc.model import Model
 from raydc.runfolder import merge_cells as cells
+from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
-from raydc.runfolder.merge_cells import kept
+from raydc.runfolder.merge_cells import fingerprint, kept
 from raydc.runtime.remedies import remedy
-from raydc.runtime.session import in_one_line, root_cause
+from raydc.runtime.session import bounded, in_one_line, root_cause
 from raydc.storage.lake import Lake, join
 
 log = logging.getLogger(__name__)
 
 _CELL_RETRIES = 10
-"""Workers and nodes that a cell may lose. It is a pure function of its cell, so another try gives the same merges."""
+"""Processes and nodes that a cell may lose where its attempts are not counted. Another try gives the same merges."""
+
+_LESS_MEMORY = "If memory was short, raise merge.cpus_per_cell, or give the workers more."
 
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
@@ -102,6 +105,8 @@ def merge_leaves(
     _warn_of_idle_settings(section)
     connected = ray.is_initialized()
     run_cells: Runner = partial(run_on_cluster, num_cpus=section.cpus_per_cell) if connected else run_here
+    if connected and run is not None:
+        run_cells = partial(_run_counted, config, run)
     if run is not None:
         run_cells = kept(run, run_cells)
     try:
@@ -131,8 +136,20 @@ def merge_leaves(
         ) from error
 
 
+def _run_counted(
+    config: Config, run: RunDir, step: Callable[..., CellMerges], state: CellState, cells: Sequence[int]
+) -> Iterable[CellMerges]:
+    with bounded("merge", config, run.lake, run.root) as bound:
+        yield from run_on_cluster(step, state, cells, num_cpus=config.merge.cpus_per_cell, bound=bound)
+
+
 def run_on_cluster(
-    step: Callable[..., CellMerges], state: CellState, cells: Sequence[int], *, num_cpus: int
+    step: Callable[..., CellMerges],
+    state: CellState,
+    cells: Sequence[int],
+    *,
+    num_cpus: int,
+    bound: Bound | None = None,
 ) -> Iterable[CellMerges]:
     """Run each cell as a task and yield their merges in the order of the cells; a task that is lost runs again.
 
@@ -143,21 +160,35 @@ def run_on_cluster(
         state: of all clusters of the round.
         cells: which cells.
         num_cpus: CPUs and threads of a task.
+        bound: on the attempts at a cell; None leaves them to Ray's own count.
 
     Raises:
         ray.exceptions.RayError: a cell was lost too often, or raised.
     """
     shared = ray.put(state)
-    task = ray.remote(num_cpus=num_cpus, max_retries=_CELL_RETRIES)(_run_cell)
-    waiting = [task.remote(step, shared, cell, num_cpus) for cell in cells]
+    retries = _CELL_RETRIES if bound is None else bound.retries
+    task = ray.remote(num_cpus=num_cpus, max_retries=retries)(_run_cell)
+    name = "" if bound is None else fingerprint(step, state)
+    waiting = [task.remote(step, shared, cell, num_cpus, bound, f"{name}/{cell:06d}") for cell in cells]
     for one in waiting:
         yield ray.get(one)
 
 
-def _run_cell(step: Callable[..., CellMerges], state: CellState, cell: int, num_threads: int) -> CellMerges:
+def _run_cell(
+    step: Callable[..., CellMerges],
+    state: CellState,
+    cell: int,
+    num_threads: int,
+    bound: Bound | None,
+    piece: str,
+) -> CellMerges:
     # The search asks BLAS for its number of threads, and a worker serves tasks of several widths in its life.
     with threadpool_limits(num_threads):
-        return step(state, cell)
+        if bound is None:
+            return step(state, cell)
+        with bound.attempt(piece) as lost:
+            bound.require(lost, f"cell {cell} of {len(state.weight_M):,} clusters", _LESS_MEMORY)
+            return step(state, cell)
 
 
 def _cells_at_a_time(cpus_per_cell: int) -> int:

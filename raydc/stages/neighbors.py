@@ -26,15 +26,15 @@ from raydc.core.search.knn import Neighbors, Shard, cell_centers, nearest_cells,
 from raydc.data.reader import read_slice
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError
+from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
-from raydc.runtime.session import in_one_line, root_cause
+from raydc.runtime.session import bounded, in_one_line, root_cause
 from raydc.stages import profile as profiling
 from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)
 
-_RETRIES = 10
-"""Workers and nodes that a task may lose: it is a pure function of its slice."""
+_LESS_MEMORY = "If memory was short, give the workers more, or lower input.slice_bytes under a new --run-id."
 
 _CELL_SAMPLE = 64
 """Rows per cell from which the cells of the approximate search are made."""
@@ -52,6 +52,9 @@ class Job:
     fraction: float
     """Share of the rows that the fit is trained on."""
 
+    bound: Bound
+    """On the attempts at a slice. A task is a pure function of it, so Ray may run it again."""
+
     def uri(self, part: Slice) -> str:
         """Return where the neighbors of a slice are."""
         return file_uri(self.run.uri("neighbors"), part)
@@ -59,15 +62,20 @@ class Job:
 
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Write neighbors/: one Parquet file per slice with the key, neighbors and similarities of each trained row."""
+    with bounded("neighbors", config, run.lake, run.root) as bound:
+        return _run(config, run, bound)
+
+
+def _run(config: Config, run: RunDir, bound: Bound) -> dict[str, Any]:
     profile = profiling.load(run)
-    section = config.neighbors
     job = Job(
         run,
         profile.spec,
         profile.preprocess(config),
-        section,
+        config.neighbors,
         config.seed,
         profile.trained_fraction(config),
+        bound,
     )
     slices = [s for s in profile.slices if s.num_rows]
     done = [s for s in slices if run.lake.exists(job.uri(s))]
@@ -99,12 +107,13 @@ def read(lake: Lake, root: str, part: Slice) -> tuple[npt.NDArray[np.int64], npt
     with lake.open_parquet(file_uri(root, part)) as handle:
         table = pq.read_table(handle, columns=["key", "neighbors"])
     keys = table["key"].to_numpy()
-    return keys, table["neighbors"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
+    lists = table["neighbors"]
+    return keys, lists.combine_chunks().flatten().to_numpy().reshape(len(keys), lists.type.list_size)
 
 
 def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
-    section = job.section
-    load = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES, num_returns=2)(_load)
+    section, retries = job.section, job.bound.retries
+    load = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries, num_returns=2)(_load)
     loaded: list[Any] = [load.remote(job, part) for part in slices]
     shards = [rows for rows, _ in loaded]
     num_rows = sum(ray.get([count for _, count in loaded]))
@@ -118,12 +127,12 @@ def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
     if not exact:
         num_cells = max(1, math.isqrt(num_rows))
         log.info("neighbors: %d rows, approximate search in %d cells", num_rows, num_cells)
-        train = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_train_cells)
+        train = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries)(_train_cells)
         centers = train.remote(job, shards, num_cells, num_rows)
-        sort = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_sort_into_cells)
-        shards = [sort.remote(job, shard, centers) for shard in shards]
+        sort = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries)(_sort_into_cells)
+        shards = [sort.remote(job, part, shard, centers) for part, shard in zip(slices, shards, strict=True)]
     recall_fraction = 0.0 if exact else section.recall_rows / num_rows
-    task = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_search_slice)
+    task = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries)(_search_slice)
     waiting = [
         task.remote(job, part, shards, number, centers, recall_fraction)
         for number, part in enumerate(slices)
@@ -138,31 +147,37 @@ def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
 
 
 def _load(job: Job, part: Slice) -> tuple[Shard, int]:
-    """Return the trained rows of a slice, and how many they are."""
+    """Return the trained rows of a slice, and how many they are: none if it is left out."""
     prepare_process(job.section.cpus_per_task)
     keys, rows = [np.empty(0, np.int64)], [np.empty((0, job.spec.dim), np.float32)]
-    for batch in read_slice(job.run.lake, part, job.spec):
-        chosen = sample_mask(batch.keys, stream_seed(job.seed, 8), job.fraction)
-        x = job.preprocess(torch.from_numpy(np.require(batch.x[chosen], requirements=["C", "W"]))).numpy()
-        keys.append(batch.keys[chosen])
-        rows.append(prepare(x, job.section.metric))
-    shard = Shard.of(np.concatenate(keys), np.concatenate(rows))
+    with job.bound.attempt(part.name) as lost:
+        left_out = job.bound.is_left_out(part, lost, job.spec.on_bad_files)
+        for batch in () if left_out else read_slice(job.run.lake, part, job.spec):
+            chosen = sample_mask(batch.keys, stream_seed(job.seed, 8), job.fraction)
+            x = job.preprocess(torch.from_numpy(np.require(batch.x[chosen], requirements=["C", "W"]))).numpy()
+            keys.append(batch.keys[chosen])
+            rows.append(prepare(x, job.section.metric))
+        shard = Shard.of(np.concatenate(keys), np.concatenate(rows))
     return shard, len(shard.keys_N)
 
 
 def _train_cells(job: Job, shards: list[Any], num_cells: int, num_rows: int) -> npt.NDArray[np.float32]:
     prepare_process(job.section.cpus_per_task)
     sample = []
-    for reference in shards:
-        shard: Shard = ray.get(reference)
-        chosen = sample_mask(shard.keys_N, stream_seed(job.seed, 12), num_cells * _CELL_SAMPLE / num_rows)
-        sample.append(shard.x_ND[chosen])
-    return cell_centers(np.concatenate(sample), num_cells, seed=stream_seed(job.seed, 13))
+    with job.bound.attempt("cells") as lost:
+        job.bound.require(lost, f"making the {num_cells} cells of the approximate search", _LESS_MEMORY)
+        for reference in shards:
+            shard: Shard = ray.get(reference)
+            chosen = sample_mask(shard.keys_N, stream_seed(job.seed, 12), num_cells * _CELL_SAMPLE / num_rows)
+            sample.append(shard.x_ND[chosen])
+        return cell_centers(np.concatenate(sample), num_cells, seed=stream_seed(job.seed, 13))
 
 
-def _sort_into_cells(job: Job, shard: Shard, centers: npt.NDArray[np.float32]) -> Shard:
+def _sort_into_cells(job: Job, part: Slice, shard: Shard, centers: npt.NDArray[np.float32]) -> Shard:
     prepare_process(job.section.cpus_per_task)
-    return shard.in_cells(centers, job.section.metric)
+    with job.bound.attempt(f"{part.name}.cells") as lost:
+        job.bound.require(lost, f"sorting the rows of {part.uri} into cells", _LESS_MEMORY)
+        return shard.in_cells(centers, job.section.metric)
 
 
 def _search_slice(
@@ -175,6 +190,19 @@ def _search_slice(
 ) -> None:
     """Search the rows of shard `number` among all shards and write the file of their slice."""
     prepare_process(job.section.cpus_per_task)
+    with job.bound.attempt(f"{part.name}.search") as lost:
+        job.bound.require(lost, f"searching the neighbors of {part.uri}", _LESS_MEMORY)
+        _search_rows(job, part, shards, number, centers, recall_fraction)
+
+
+def _search_rows(
+    job: Job,
+    part: Slice,
+    shards: list[Any],
+    number: int,
+    centers: npt.NDArray[np.float32] | None,
+    recall_fraction: float,
+) -> None:
     own: Shard = ray.get(shards[number])
     order = np.argsort(own.keys_N)
     keys, x = own.keys_N[order], np.ascontiguousarray(own.x_ND[order])

@@ -16,8 +16,10 @@ from raydc.data import duplicate_ids
 from raydc.data.profile import Profile
 from raydc.data.sample import profile_input
 from raydc.data.slices import InputSpec, Slice
-from raydc.errors import DataError
+from raydc.errors import DataError, StageError
+from raydc.runfolder.attempts import Bound
 from raydc.runfolder.folder import RunDir
+from raydc.runtime.session import bounded, in_one_line, root_cause
 from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ _READERS = 16
 def run(config: Config, run: RunDir) -> dict[str, Any]:
     """Read the input's footers and sample, and write profile.json."""
     profile = profile_input(config, run.lake)
-    repeated = _repeated_ids(config, profile, run.lake)
+    repeated = _repeated_ids(config, profile, run)
     run.lake.write_json(run.uri("profile.json"), profile.to_json())
     assert profile.moments is not None
     return {
@@ -49,13 +51,13 @@ def load(run: RunDir) -> Profile:
     return Profile.from_json(run.lake.read_json(run.uri("profile.json")))
 
 
-def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
+def _repeated_ids(config: Config, profile: Profile, run: RunDir) -> int:
     """Return how many rows repeat the id of another, after telling of them.
 
     Raises:
         DataError: there are some, under input.unique_ids.
     """
-    slices, spec = profile.slices, profile.spec
+    slices, spec, lake = profile.slices, profile.spec, run.lake
     num_parts = -(-profile.num_rows // duplicate_ids.ROWS_PER_PART)
     if num_parts <= 1:
         with ThreadPoolExecutor(_READERS) as pool:
@@ -63,7 +65,8 @@ def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
                 np.concatenate(list(pool.map(lambda s: duplicate_ids.slice_keys(lake, s, spec), slices)))
             )
     else:
-        found = _repeats_by_tasks(slices, spec, lake, num_parts)
+        with bounded("profile", config, lake, run.root) as bound:
+            found = repeats_by_tasks(slices, spec, lake, num_parts, bound)
     if not found.rows:
         return 0
     examples = "; ".join(duplicate_ids.describe(lake, slices, spec, found))
@@ -74,19 +77,40 @@ def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
     return found.rows
 
 
-def _repeats_by_tasks(slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int) -> duplicate_ids.Repeats:
-    """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks."""
+def repeats_by_tasks(
+    slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int, bound: Bound
+) -> duplicate_ids.Repeats:
+    """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks.
+
+    Raises:
+        StageError: a task was lost too often.
+    """
     import ray
 
-    @ray.remote(num_returns=num_parts)
+    @ray.remote(num_returns=num_parts, max_retries=bound.retries)
     def split(some: Sequence[Slice]) -> list[npt.NDArray[np.void]]:
-        return duplicate_ids.by_part(np.concatenate([duplicate_ids.slice_keys(lake, s, spec) for s in some]), num_parts)
+        return duplicate_ids.by_part(np.concatenate([_keys_or_none(lake, s, spec, bound) for s in some]), num_parts)
 
-    @ray.remote
-    def count(*parts: npt.NDArray[np.void]) -> duplicate_ids.Repeats:
-        return duplicate_ids.count(np.concatenate(parts))
+    @ray.remote(max_retries=bound.retries)
+    def count(number: int, *parts: npt.NDArray[np.void]) -> duplicate_ids.Repeats:
+        with bound.attempt(f"ids-{number}") as lost:
+            bound.require(lost, f"comparing part {number} of {num_parts} of the ids", "Give the workers more memory.")
+            return duplicate_ids.count(np.concatenate(parts))
 
     # As many readers as counters, so that neither holds more rows than the other.
     groups = [slices[i::num_parts] for i in range(num_parts)]
     pieces = [split.remote(group) for group in groups if group]
-    return duplicate_ids.total(ray.get([count.remote(*parts) for parts in zip(*pieces, strict=True)]))
+    try:
+        counts = [count.remote(number, *parts) for number, parts in enumerate(zip(*pieces, strict=True))]
+        return duplicate_ids.total(ray.get(counts))
+    except ray.exceptions.RayError as error:
+        raise StageError(f"profile: {in_one_line(root_cause(error))}. The same command tries again.") from error
+
+
+def _keys_or_none(lake: Lake, part: Slice, spec: InputSpec, bound: Bound) -> npt.NDArray[np.void]:
+    """Return the keys of the ids of a slice; none if reading them kills the process, as if they were unreadable."""
+    with bound.attempt(part.name) as lost:
+        if lost.beyond(bound.most) < 0:
+            return duplicate_ids.slice_keys(lake, part, spec)
+        bound.leave_out(part.name, lost, f"its {part.num_rows:,} ids are not compared")
+        return duplicate_ids.no_keys()

@@ -12,6 +12,7 @@ import pytest
 from raydc.data.sample import profile_input
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling
+from raydc.runfolder.attempts import Bound
 from raydc.runtime import session
 from raydc.stages import assign
 from raydc.stages.assign import label_all
@@ -36,8 +37,12 @@ def test_no_reader_outlives_a_labeling_that_fails(ray_cluster, tmp_path):
 
     # Slices enough for more than a minute are left when the error comes.
     slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(3), tell=lambda line: None)
-    with pytest.raises(DataError, match=r"part-01\.parquet") as caught:
-        label_all(config, load, profile.slices, 3, slow)
+    with (
+        session.watched("assign") as board,
+        pytest.raises(DataError, match=r"part-01\.parquet") as caught,
+    ):
+        bound = Bound(board, 5)
+        label_all(config, load, profile.slices, 3, bound, slow)
     # The traceback is alive, as it is while a command leaves its cluster.
     assert caught.tb is not None
     session.await_readers()
@@ -63,7 +68,8 @@ def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp
 
     # Room for one at the start.
     monkeypatch.setattr(assign, "_free_slots", lambda config: 1)
-    total = label_all(config, load, profile.slices, 3)
+    with session.watched("assign") as board:
+        total = label_all(config, load, profile.slices, 3, Bound(board, 5))
     assert total.labels == sum(s.num_rows for s in profile.slices)
     assert len(list(seen.iterdir())) == 2
 
