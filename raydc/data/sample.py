@@ -12,6 +12,7 @@ from raydc.config import Config
 from raydc.core.hashing import stream_seed
 from raydc.core.models.preprocess import Moments, Preprocess
 from raydc.data.columns import shown
+from raydc.data.distinct import DistinctRows
 from raydc.data.inspection import inspect, refuse
 from raydc.data.profile import Profile
 from raydc.data.reader import REMEDIES, RowBatch, read_slice
@@ -88,10 +89,11 @@ def _sample(profile: Profile, config: Config, lake: Lake, preprocess: Preprocess
     Every row is read where there are no more than `input.sample_rows`; else the first rows of slices chosen by hash.
     """
     wanted = config.input.sample_rows
+    distinct = DistinctRows(config.cluster.num_leaves)
     try:
         if preprocess is not None:
             profile = _guarded(profile, preprocess)
-        seen = _look(profile, wanted, lake)
+        seen = _look(profile, wanted, lake, distinct=distinct)
         moments, note = _robust(profile, wanted, lake, seen)
         profile = replace(profile, moments=moments)
         if preprocess is None and moments.num_rows:
@@ -115,10 +117,13 @@ def _sample(profile: Profile, config: Config, lake: Lake, preprocess: Preprocess
             f"input.path={config.input.path}: no usable row in the sample ({_counts(rejects)}). Fix the export"
         )
     notes = profile.notes + ([note] if note and not profile.spec.refuse_zero_norm else [])
+    notes += _few_rows(distinct.num, moments.num_rows, profile, config)
     return replace(profile, sample_rejects=dict(rejects), notes=notes), problems
 
 
-def _look(profile: Profile, wanted: int, lake: Lake, most_square: float = np.inf) -> _Seen:
+def _look(
+    profile: Profile, wanted: int, lake: Lake, *, most_square: float = np.inf, distinct: DistinctRows | None = None
+) -> _Seen:
     """Return what the sample's rows say; rows of a larger squared norm than `most_square` stay out of the moments."""
     zeros = np.zeros(profile.spec.dim)
     seen = _Seen(Moments(0, zeros, zeros))
@@ -133,6 +138,8 @@ def _look(profile: Profile, wanted: int, lake: Lake, most_square: float = np.inf
             text = shown(batch.ids[int(at)].as_py())
             seen.extremes.append(f"{part.uri} row {row} (id {text}, norm {np.sqrt(squares[at]):.3g})")
         seen.squares.append(squares)
+        if distinct is not None:
+            distinct.add(batch.x)
         found = Counter(batch.rejects["reason"].to_pylist())
         seen.unreadable += found.pop("unreadable_file", 0)
         if found and not seen.example:
@@ -173,12 +180,24 @@ def _robust(profile: Profile, wanted: int, lake: Lake, seen: _Seen) -> tuple[Mom
     extreme = int((squares > EXTREME**2 * median).sum())
     if not 0 < extreme <= _FEW * len(squares):
         return seen.moments, ""
-    again = _look(profile, wanted, lake, EXTREME**2 * median)
+    again = _look(profile, wanted, lake, most_square=EXTREME**2 * median)
     return again.moments, (
         f"{extreme} of {len(squares)} sampled rows are over {EXTREME:.0f} times as long as the median row (norm "
         f"{np.sqrt(median):.3g}), such as {'; '.join(again.extremes)}. Each may take a leaf of its own; they have no "
         "say in the means and spreads of preprocessing. Set them right, leave them out, or use preprocess.method=l2"
     )
+
+
+def _few_rows(num: int, sampled: int, profile: Profile, config: Config) -> list[str]:
+    """Return a note where there are fewer different rows than leaves."""
+    leaves = config.cluster.num_leaves
+    if not 0 < num < leaves:
+        return []
+    where = "the input has" if sampled == profile.num_rows else f"the {sampled} sampled rows have"
+    rows = "one distinct row" if num == 1 else f"{num} distinct rows"
+    return [
+        f"{where} {rows}, fewer than cluster.num_leaves={leaves}: at most {num} leaves can differ. Lower num_leaves"
+    ]
 
 
 def _guarded(profile: Profile, preprocess: Preprocess) -> Profile:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from raydc.data.columns import class_names
+from raydc.data.distinct import DistinctRows
 from raydc.data.ids import readable
 from raydc.data.profile import Profile
 from raydc.data.reader import RowBatch, read_slice
@@ -396,3 +397,25 @@ def test_outliers_are_named_and_have_no_say_in_the_scale(tmp_path, value):
     assert note.startswith("2 of 200 sampled rows are over 1000 times as long as the median row (norm ")
     assert f"a.parquet row 7 (id 7, norm {2 * value:.3g}); " in note
     assert ordinary.notes == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("num", [1, 5])
+def test_fewer_distinct_rows_than_leaves_are_told(tmp_path, num, dtype):
+    x = shards.vectors(num)[np.random.default_rng(0).integers(0, num, 200)]
+    x[x == 0] = -0.0
+    x[:num] = shards.vectors(num)
+    shards.write(tmp_path / "a.parquet", shards.rows(x.astype(dtype)))
+    (note,) = read(tmp_path, cluster={"num_leaves": 6})[0].notes
+    rows = "one distinct row" if num == 1 else "5 distinct rows"
+    assert note.startswith(f"the input has {rows}, fewer than cluster.num_leaves=6: at most {num} leaves can differ")
+    if num > 1:
+        assert read(tmp_path, cluster={"num_leaves": num})[0].notes == []
+
+
+def test_distinct_rows_are_counted_up_to_what_matters():
+    rows = np.random.default_rng(0).normal(size=(3000, 5)).astype(np.float32)
+    count = DistinctRows(10_000)
+    for block in (rows[:1000], rows, rows[::-1]):
+        count.add(block)
+    assert count.num == len(np.unique(rows, axis=0)) == 3000
