@@ -105,7 +105,12 @@ def _profile(config: Config, model: Model, lake: Lake) -> Profile:
 def _as_setting(column: dict[str, Any]) -> EmbeddingColumn:
     """Return the setting that reads a column as the model's run did."""
     dtype = column["dtype"] if column["dtype"] in get_args(ElementType) else None
-    given = {"dtype": dtype, "columns": list(column.get("parts", ())), "scale": column.get("scale", 1.0)}
+    given = {
+        "dtype": dtype,
+        "columns": list(column.get("parts", ())),
+        "scale": column.get("scale", 1.0),
+        "npy": column.get("npy"),
+    }
     return EmbeddingColumn(name=column["name"], weight=column["weight"], **given)
 
 

@@ -96,7 +96,9 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
             started = time.perf_counter()
             found = METHODS[name](x, config.cluster.num_leaves, seed)
             shown = None if name in DETERMINISTIC else seed
-            note(name, shown, found.groups_N, time.perf_counter() - started, found.parameters)
+            # scikit-learn's k-means is another method than our own.
+            method = f"{name} (scikit-learn)" if name in objectives else name
+            note(method, shown, found.groups_N, time.perf_counter() - started, found.parameters)
     body = {"rows": len(x), "input_rows": total, "num_leaves": config.cluster.num_leaves, "entries": entries}
     check(config)
     lake, folder = make_lake(config), absolute(config.output)

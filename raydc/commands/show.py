@@ -26,8 +26,10 @@ def lines(run: RunDir) -> list[str]:
         text += _standing(run, markers)
     if run.lake.exists(run.uri("metrics.json")):
         text += _results(run.lake.read_json(run.uri("metrics.json")), markers)
-    profile = markers["profile"]
-    text += [f"note        {note}" for note in (profile or {}).get("metrics", {}).get("notes", [])]
+    else:
+        # The metrics have them among their warnings.
+        profile = markers["profile"] or {}
+        text += [f"note        {note}" for note in profile.get("metrics", {}).get("notes", [])]
     text.append("")
     text.append("stages      " + ", ".join(_stage(name, marker) for name, marker in markers.items()))
     written = {"labels": "labels", "tree": "tree", "model": "model", "report": "report/index.html"}

@@ -74,6 +74,10 @@ class EmbeddingColumn(Section):
     columns: list[str] = []
     """One column for each dimension, by name and in this order."""
 
+    npy: str | None = None
+    """Where .npy files hold the rows, beside Parquet files without them, as clip-retrieval writes: a path with
+    {number} for the digits at the end of a Parquet file's name, or {stem} for all of the name."""
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _name_what_has_none(cls, values: Any) -> Any:
@@ -82,14 +86,20 @@ class EmbeddingColumn(Section):
         columns = values.get("columns")
         if values.get("prefix") is not None:
             return values | {"name": f"{values['prefix']}*"}
+        if isinstance(values.get("npy"), str):
+            return values | {"name": values["npy"].rsplit("/", 1)[-1]}
         if isinstance(columns, list) and columns:
             return values | {"name": f"{columns[0]}..{columns[-1]}"}
         return values
 
     @pydantic.model_validator(mode="after")
     def _is_stored_in_one_way(self) -> Self:
-        if self.prefix is not None and self.columns:
-            raise ValueError(f"input.embedding_columns: {self.name!r} has both prefix and columns; give one of them")
+        if (self.prefix is not None) + bool(self.columns) + (self.npy is not None) > 1:
+            raise ValueError(f"input.embedding_columns: {self.name!r}: give one of prefix, columns and npy")
+        if self.npy is not None:
+            _check_uri(self.npy, "input.embedding_columns[].npy")
+            if "{number}" not in self.npy and "{stem}" not in self.npy:
+                raise ValueError(f"input.embedding_columns: npy={self.npy!r} needs {{number}} or {{stem}} in it")
         if len(set(self.columns)) != len(self.columns):
             raise ValueError(f"input.embedding_columns: columns of {self.name!r} names a column twice")
         return self
@@ -98,7 +108,7 @@ class EmbeddingColumn(Section):
     def _leave_out_what_is_not_set(self, handler: Any) -> dict[str, Any]:
         # So that settings which came later change no fingerprint of a run that does not use them.
         found = handler(self)
-        unset = {"scale": 1.0, "prefix": None, "columns": []}
+        unset = {"scale": 1.0, "prefix": None, "columns": [], "npy": None}
         return {k: v for k, v in found.items() if k not in unset or v != unset[k]}
 
 
@@ -816,6 +826,18 @@ class Config(Section):
         objective = fit.get("objective", FitConfig.model_fields["objective"].default)
         return presets.filled(values, str(objective), fit["preset"])
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _two_leaves_take_a_sharper_kernel(cls, values: Any) -> Any:
+        # The default, 0.5, is the top q of no signal at all for two leaves: halfway to certainty instead.
+        sections = [values.get(name) or {} for name in ("cluster", "refine")] if isinstance(values, dict) else []
+        if len(sections) != 2 or not all(isinstance(s, dict) for s in sections):
+            return values
+        cluster, refine = sections
+        if str(cluster.get("num_leaves")) != "2" or "target_top_q" in refine:
+            return values
+        return values | {"refine": refine | {"target_top_q": 0.75}}
+
     @pydantic.model_validator(mode="after")
     def _settings_fit_the_leaves(self) -> Self:
         leaves, problems = self.cluster.num_leaves, []
@@ -831,7 +853,7 @@ class Config(Section):
         if self.refines and self.refine.scale == "auto" and self.refine.target_top_q * leaves <= 1:
             problems.append(
                 f"refine.target_top_q={self.refine.target_top_q} must be above 1 / cluster.num_leaves={1 / leaves:.3g}"
-                ", the top q of a kernel without any signal"
+                f", the top q of a kernel without any signal. Set it to {(1 + 1 / leaves) / 2:.3g}, say"
             )
         if isinstance(self.refine.size_prior, list) and len(self.refine.size_prior) != leaves:
             problems.append(

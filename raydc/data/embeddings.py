@@ -3,8 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,8 +15,11 @@ from raydc.config import EmbeddingColumn
 from raydc.data.columns import row_lengths
 from raydc.data.footers import Footer
 from raydc.data.layouts import Layout, embedding_layout, is_whole, values_per_item, widest
+from raydc.data.npy import Npy, npy_uri, read_header
 from raydc.data.slices import Column
 from raydc.storage.lake import Lake
+
+_READERS = 16
 
 # Files whose first rows are looked at where the footer does not say how long a row is.
 _LOOKED_AT = 3
@@ -29,6 +35,9 @@ class Resolved:
     columns: list[Column] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     """Of a file, by URI."""
+
+    arrays: list[list[Any]] = field(default_factory=list)
+    """Size and type of each .npy file, for the input's fingerprint."""
 
     general: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -49,7 +58,9 @@ def resolve(wanted: Sequence[EmbeddingColumn], footers: Sequence[Footer], on_bad
     found = Resolved()
     for group in _groups(wanted, footers):
         first = group[0]
-        if first.prefix is not None or first.columns or len(group) > 1 or _is_number(first, footers):
+        if first.npy is not None:
+            column = _from_npy(first, footers, lake, found)
+        elif first.prefix is not None or first.columns or len(group) > 1 or _is_number(first, footers):
             column = _from_parts(group, footers, found)
         else:
             column = _from_column(first, footers, on_bad_rows, lake, found)
@@ -66,7 +77,7 @@ def _groups(wanted: Sequence[EmbeddingColumn], footers: Sequence[Footer]) -> lis
     groups: list[list[EmbeddingColumn]] = []
     together = False
     for column in wanted:
-        number = column.prefix is None and not column.columns and _is_number(column, footers)
+        number = column.prefix is None and not column.columns and column.npy is None and _is_number(column, footers)
         same = groups and (groups[-1][-1].weight, groups[-1][-1].scale) == (column.weight, column.scale)
         if number and together and same:
             groups[-1].append(column)
@@ -88,6 +99,30 @@ def _is_number(column: EmbeddingColumn, footers: Sequence[Footer]) -> bool:
     layouts = (_layout(f, column.name, column.dtype) for f in footers)
     first = next((x for x in layouts if isinstance(x, Layout) and x.kind != "null"), None)
     return first is not None and first.kind == "number"
+
+
+def _from_npy(wanted: EmbeddingColumn, footers: Sequence[Footer], lake: Lake, found: Resolved) -> Column | None:
+    assert wanted.npy is not None
+    uris = [npy_uri(wanted.npy, f.uri) for f in footers]
+    with ThreadPoolExecutor(_READERS) as pool:
+        heads = list(pool.map(lambda uri: "" if uri is None else read_header(lake, uri), uris))
+    kinds = Counter((h.dim, np.dtype(h.dtype).name) for h in heads if isinstance(h, Npy))
+    if not kinds:
+        found.general += [f"{f.uri}: {h}" for f, h in zip(footers, heads, strict=True) if h][:1]
+        return None
+    dim, dtype = kinds.most_common(1)[0][0]
+    for f, head, uri in zip(footers, heads, uris, strict=True):
+        if uri is None:
+            found.add(f.uri, f"has no number at the end of its name, which {wanted.npy} asks for")
+        elif isinstance(head, str):
+            found.add(f.uri, head)
+        elif (head.dim, np.dtype(head.dtype).name) != (dim, dtype):
+            found.add(f.uri, f"goes with {uri} of {head.dim} x {np.dtype(head.dtype).name}, expected {dim} x {dtype}")
+        elif head.num_rows != f.num_rows:
+            found.add(f.uri, f"has {f.num_rows} rows, and {uri} has {head.num_rows}: they are not the same rows")
+        else:
+            found.arrays.append([uri.rsplit("/", 1)[-1], head.num_rows, head.dim, head.dtype])
+    return Column(wanted.name, dim, dtype, wanted.weight, wanted.scale, npy=wanted.npy)
 
 
 def _from_parts(group: list[EmbeddingColumn], footers: Sequence[Footer], found: Resolved) -> Column | None:

@@ -37,17 +37,24 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     section = config.input
     listing = lake.find_parquet(section.path)
     footers = read_footers(lake, listing.files)
-    fingerprint = digest([[f.uri.rsplit("/", 1)[-1], f.size, f.digest, f.problem] for f in footers])
     file_problems = {f.uri: f"cannot be read: {f.problem}" for f in footers if f.problem}
     readable = [f for f in footers if not f.problem]
     # A file without rows cannot hold wrong ones, whatever types its writer gave to empty columns.
     filled = [f for f in readable if f.num_rows] or readable
     embeddings = resolve(section.embedding_columns, filled, section.on_bad_rows, lake)
+    contents = [[f.uri.rsplit("/", 1)[-1], f.size, f.digest, f.problem] for f in footers]
+    fingerprint = digest(contents + embeddings.arrays)
     id_type, id_problems = _resolve_ids(section.id_column, filled)
     for problems in (embeddings.problems, id_problems):
         _collect(file_problems, problems)
     others = _other_columns(config, filled)
     general = [*embeddings.general, *others.problems]
+    if embeddings.general and "*.npy" in listing.passed_over:
+        arrays = listing.passed_over["*.npy"]
+        general[0] += (
+            f". {arrays.count} .npy files lie there, such as {arrays.example}: if they hold the rows in the same order, "
+            "set input.embedding_columns={npy: 'FOLDER/NAME_{number}.npy'}"
+        )
 
     good = [f for f in readable if f.uri not in file_problems]
     num_rows = sum(f.num_rows for f in good)

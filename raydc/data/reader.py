@@ -14,6 +14,7 @@ from raydc.core.row_guard import mark
 from raydc.data.columns import as_text, shown, vectors_from_arrow, vectors_from_parts, weights_from_arrow
 from raydc.data.footers import NOT_THE_FILE, first_line
 from raydc.data.ids import ids_from_arrow
+from raydc.data.npy import npy_uri, read_rows
 from raydc.data.partitions import partition_values
 from raydc.data.schema import rejects_schema
 from raydc.data.slices import InputSpec, Slice
@@ -180,7 +181,11 @@ def _matrix(
     """Return the raw rows, all embedding columns side by side, in the type that memory holds them in."""
     x = np.empty((len(table), spec.dim), spec.dtype) if len(spec.columns) > 1 else None
     for column, (start, stop, _) in zip(spec.columns, spec.blocks, strict=True):
-        if column.parts:
+        if column.npy is not None:
+            uri = npy_uri(column.npy, part.uri)
+            assert uri is not None
+            values = read_rows(lake, uri, part.first_row + row, len(table))
+        elif column.parts:
             values = vectors_from_parts(table, column.parts, reasons)
         else:
             values = vectors_from_arrow(table[column.name], column.dim, column.dtype, reasons)

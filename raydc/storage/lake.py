@@ -170,6 +170,11 @@ class Lake:
         fs, path = self.file_system(uri)
         return fs.cat_file(path)
 
+    def read_range(self, uri: str, start: int, stop: int) -> bytes:
+        """Return the bytes of a file from `start` to before `stop`, fewer where it ends earlier."""
+        fs, path = self.file_system(uri)
+        return fs.cat_file(path, start=start, end=stop)
+
     def read_json(self, uri: str) -> Any:
         """Return a JSON document.
 

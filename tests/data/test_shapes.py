@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import json
+import re
 import uuid
 
 import numpy as np
@@ -419,3 +420,79 @@ def test_distinct_rows_are_counted_up_to_what_matters():
     for block in (rows[:1000], rows, rows[::-1]):
         count.add(block)
     assert count.num == len(np.unique(rows, axis=0)) == 3000
+
+
+# Arrays beside Parquet files.
+
+
+def clip(folder, num_files: int = 3, rows: int = 10, dtype: str = "float16") -> np.ndarray:
+    """Write the layout of clip-retrieval: img_emb/img_emb_0.npy beside metadata/metadata_0.parquet."""
+    x = shards.vectors(num_files * rows).astype(dtype)
+    (folder / "img_emb").mkdir(parents=True)
+    for number in range(num_files):
+        some = slice(number * rows, (number + 1) * rows)
+        np.save(folder / f"img_emb/img_emb_{number}.npy", x[some])
+        names = [f"{i:09d}" for i in range(some.start, some.stop)]
+        table = pa.table({"image_path": names, "caption": ["a photo"] * rows})
+        shards.write(folder / f"metadata/metadata_{number}.parquet", table, row_group_size=4)
+    return x
+
+
+def beside(folder, **others) -> dict:
+    columns = [{"npy": f"{folder}/img_emb/img_emb_{{number}}.npy"}]
+    return {"input": {"embedding_columns": columns, "id_column": "image_path", "slice_bytes": 100, **others}}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f4", "float64", "int8"])
+def test_arrays_beside_parquet_files_are_read_as_their_rows(tmp_path, dtype):
+    x = clip(tmp_path, dtype=dtype)
+    profile, batches = read(tmp_path / "metadata", **beside(tmp_path))
+    assert len(profile.slices) > 3
+    assert np.array_equal(matrix(batches), x.astype(np.float32))
+    assert ids_of(batches) == [f"{i:09d}" for i in range(30)]
+    first = profile.fingerprint
+    np.save(tmp_path / "img_emb/img_emb_1.npy", np.float64(x[10:20]))
+    assert "expected 4 x" in refused(tmp_path / "metadata", **beside(tmp_path)) or dtype == "float64"
+    np.save(tmp_path / "img_emb/img_emb_1.npy", x[10:20])
+    assert read(tmp_path / "metadata", **beside(tmp_path))[0].fingerprint == first
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("short", "has 10 rows, and .*img_emb_1.npy has 9: they are not the same rows"),
+        ("gone", "has no array .*img_emb_1.npy"),
+        ("cut", "img_emb_1.npy, which is not whole: "),
+        ("fortran", "must hold numbers row by row"),
+        ("cube", "whose header is not that of a matrix"),
+        ("objects", "must hold numbers row by row"),
+        ("text", "which is no .npy file"),
+    ],
+)
+def test_an_array_that_does_not_fit_its_parquet_file_is_told(tmp_path, how, text):
+    x = clip(tmp_path)
+    path = tmp_path / "img_emb/img_emb_1.npy"
+    if how == "gone":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "text":
+        path.write_text("no array")
+    else:
+        made = {
+            "short": x[:9],
+            "fortran": np.asfortranarray(x[:10]),
+            "cube": x[None, :10],
+            "objects": x[:10].astype("O"),
+        }
+        np.save(path, made[how], allow_pickle=True)
+    assert re.search(f"metadata_1.parquet: .*{text}", refused(tmp_path / "metadata", **beside(tmp_path)))
+    profile, _ = read(tmp_path / "metadata", **beside(tmp_path, on_bad_files="quarantine"))
+    assert profile.num_rows == 20
+
+
+def test_arrays_that_lie_there_are_told_where_no_column_holds_embeddings(tmp_path):
+    clip(tmp_path)
+    text = refused(tmp_path, input={"id_column": "image_path"})
+    assert "3 .npy files lie there, such as " in text
+    assert "set input.embedding_columns={npy: 'FOLDER/NAME_{number}.npy'}" in text
