@@ -105,12 +105,13 @@ def _profile(config: Config, model: Model, lake: Lake) -> Profile:
 def _as_setting(column: dict[str, Any]) -> EmbeddingColumn:
     """Return the setting that reads a column as the model's run did."""
     dtype = column["dtype"] if column["dtype"] in get_args(ElementType) else None
-    given = {
-        "dtype": dtype,
-        "columns": list(column.get("parts", ())),
-        "scale": column.get("scale", 1.0),
-        "npy": column.get("npy"),
-    }
+    if column.get("npy") is not None:
+        # Its arrays are those of the rows that the model was fitted on.
+        raise ConfigError(
+            "assign: the rows of the model's run came from .npy files. Say where those of the new rows are: --set "
+            "'input.embedding_columns={npy: \"FOLDER/NAME_{number}.npy\"}'."
+        )
+    given = {"dtype": dtype, "columns": list(column.get("parts", ())), "scale": column.get("scale", 1.0)}
     return EmbeddingColumn(name=column["name"], weight=column["weight"], **given)
 
 

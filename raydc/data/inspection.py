@@ -52,8 +52,8 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     if embeddings.general and "*.npy" in listing.passed_over:
         arrays = listing.passed_over["*.npy"]
         general[0] += (
-            f". {arrays.count} .npy files lie there, such as {arrays.example}: if they hold the rows in the same order, "
-            "set input.embedding_columns={npy: 'FOLDER/NAME_{number}.npy'}"
+            f". {arrays.count} .npy files lie there, such as {arrays.example}: if they hold the rows in the same "
+            "order, set input.embedding_columns={npy: 'FOLDER/NAME_{number}.npy'}"
         )
 
     good = [f for f in readable if f.uri not in file_problems]

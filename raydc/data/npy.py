@@ -1,4 +1,4 @@
-"""Embeddings in .npy files beside the Parquet files, in the same order of rows, as img2dataset and clip-retrieval write.
+"""Embeddings in .npy files beside the Parquet files, in the same order of rows, as clip-retrieval writes them.
 
 A template names the array of each Parquet file: {number} stands for the digits at the end of its name, {stem} for its
 name without the ending. So metadata/metadata_3.parquet goes with `img_emb/img_emb_{number}.npy`.
