@@ -428,7 +428,7 @@ class PublishMetrics(TypedDict):
     tables: list[TableEntry]
 
 
-class Marker(TypedDict):
+class StageMarker(TypedDict):
     """stages/<name>.json: the state of a stage."""
 
     stage: str
