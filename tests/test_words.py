@@ -27,7 +27,7 @@ STILL_OF = {
     "core/training/kmeans_on_codes.py",
     "runfolder/teacher.py",
     "runtime/row_dataset.py",
-    "stages/profile.py",
+    "data/profile.py",
 }
 
 BRITISH = re.compile(

@@ -9,13 +9,13 @@ from typing import Any
 
 from raydc.config import LeaseConfig
 from raydc.config.stages import STAGE_NAMES, StageName
-from raydc.data.records import Marker, Method, Metrics
+from raydc.data.records import Method, Metrics, StageMarker
 from raydc.report.results import baseline_of
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import Holder, holder
 
-Markers = dict[StageName, Marker | None]
+Markers = dict[StageName, StageMarker | None]
 
 _TOLD = (artifacts.LABELS, artifacts.TREE, artifacts.MODEL, artifacts.PAGE)
 _QUALITY = ("acc", "nmi", "ami", "ari")
@@ -91,7 +91,7 @@ def _state(run: RunDir, markers: Markers) -> str:
     return "finished"
 
 
-def _stage(name: str, marker: Marker | None) -> str:
+def _stage(name: str, marker: StageMarker | None) -> str:
     if marker is None:
         return f"{name} -"
     return f"{name} {marker['seconds']:.1f} s" if marker["state"] == "done" else f"{name} running"

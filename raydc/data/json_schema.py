@@ -17,7 +17,7 @@ DOCUMENTS: dict[str, Any] = {
     "metrics": records.Metrics,
     "profile": records.ProfileRecord,
     "run": records.Header,
-    "stage": records.Marker,
+    "stage": records.StageMarker,
     "sweep": records.SweepRecord,
 }
 """Type of each document, by the name of its schema."""

@@ -157,7 +157,7 @@ class MethodAgreement(TypedDict):
     chance: float
     num_effective: float
     gain: float
-    """Of its score over that of k-means on the raw rows."""
+    """Standard error of the gain: its score minus that of k-means on the raw rows."""
 
     standard_error: float
 
@@ -350,7 +350,7 @@ class FileEntry(TypedDict):
     bytes: int
     sha256: str
     rows: NotRequired[int]
-    """Of a Parquet file."""
+    """Row groups of a Parquet file."""
 
 
 class TableEntry(TypedDict):
@@ -428,7 +428,7 @@ class PublishMetrics(TypedDict):
     tables: list[TableEntry]
 
 
-class Marker(TypedDict):
+class StageMarker(TypedDict):
     """stages/<name>.json: the state of a stage."""
 
     stage: str

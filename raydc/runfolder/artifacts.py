@@ -21,10 +21,10 @@ from raydc.data.records import (
     Header,
     LevelRecord,
     Manifest,
-    Marker,
     Metrics,
     NeighborFacts,
     ProfileRecord,
+    StageMarker,
     SweepRecord,
 )
 from raydc.data.schema import MODEL_FOLDER, level_column
@@ -295,7 +295,7 @@ REPORT = Folder("report")
 PAGE = BytesFile("report/index.html")
 MANIFEST = JsonFile[Manifest]("_MANIFEST.json")
 
-# Of the other commands.
+# Files of the other commands.
 SWEEP = JsonFile[SweepRecord]("sweep.json")
 SWEEP_PAGE = BytesFile("sweep.md")
 SWEEP_FIGURE = BytesFile("sweep.png")
@@ -326,9 +326,9 @@ UNLISTED: tuple[Folder, ...] = (CHECKPOINTS, STAGES, SLICES, FIT, LEASE, Folder(
 """Working files, which a later command may rewrite: the manifest does not list them."""
 
 
-def marker(stage: str) -> JsonFile[Marker]:
+def marker(stage: str) -> JsonFile[StageMarker]:
     """Return the marker of a stage."""
-    return JsonFile[Marker](join(STAGES.path, f"{stage}.json"))
+    return JsonFile[StageMarker](join(STAGES.path, f"{stage}.json"))
 
 
 def baseline(name: str) -> ModelFolder:

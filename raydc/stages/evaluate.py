@@ -17,12 +17,12 @@ from raydc.data.records import (
     External,
     Internal,
     InternalOfTree,
-    Marker,
     Measured,
     Method,
     Metrics,
     Quality,
     Scores,
+    StageMarker,
 )
 from raydc.data.schema import level_column
 from raydc.data.statistics import Statistics, nearest_rows
@@ -74,7 +74,7 @@ def _measured(
     return cast(Measured, {name: found[name] for name in Measured.__annotations__ if name in found})  # type: ignore[literal-required]
 
 
-def _repeated_ids(marker: Marker | None) -> int | None:
+def _repeated_ids(marker: StageMarker | None) -> int | None:
     """Return how many rows repeat the id of another; None where they were not counted."""
     return None if marker is None else marker.get("metrics", {}).get("repeated_ids")
 
