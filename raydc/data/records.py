@@ -157,7 +157,7 @@ class MethodAgreement(TypedDict):
     chance: float
     num_effective: float
     gain: float
-    """Standard error of the gain: its score minus that of k-means on the raw rows."""
+    """Its score minus that of k-means on the raw rows."""
 
     standard_error: float
 
@@ -350,7 +350,7 @@ class FileEntry(TypedDict):
     bytes: int
     sha256: str
     rows: NotRequired[int]
-    """Row groups of a Parquet file."""
+    """Rows, where the file is Parquet."""
 
 
 class TableEntry(TypedDict):
