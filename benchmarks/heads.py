@@ -28,7 +28,7 @@ from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, prepare, search
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
-from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import ResidentRows
 
 # torch before faiss: the other order gives the two libraries separate thread settings.
@@ -147,7 +147,7 @@ def _spherical_kmeans(data: Data, seed: int) -> npt.NDArray[np.int64]:
 def _graph(x_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     keys = np.arange(len(x_ND))
     found = Neighbors.none(len(x_ND), _NUM_NEIGHBORS)
-    return search(keys, x_ND, Shard.of(keys, x_ND), found, metric="cosine").keys_QM
+    return search(keys, x_ND, Shard.from_rows(keys, x_ND), found, metric="cosine").keys_QM
 
 
 def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None) -> Fitted:
@@ -162,8 +162,8 @@ def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None
         Ranks(),
         None if graph is None else torch.from_numpy(graph),
     )
-    partners = None if graph is None else NeighborPartners(rows, Ranks())
-    return fit(rows, _preprocess(data, values), parse_config(values).fit_settings(data.name), Launcher(), partners)
+    pairs = None if graph is None else NeighborPairs(rows, Ranks())
+    return fit(rows, _preprocess(data, values), parse_config(values).fit_settings(data.name), Launcher(), pairs)
 
 
 def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:

@@ -166,8 +166,10 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     """Dendrogram purity of 1,000 leaves on MNIST: trees of the same leaves, against the same table of leaf x digit."""
     from scipy.cluster.hierarchy import linkage
 
+    from raydc.core.tree.levels import level_statistics
     from raydc.core.tree.linkage import agglomerate
-    from raydc.core.tree.order import cut, dendrogram_purity, level_statistics
+    from raydc.core.tree.order import cut
+    from raydc.core.tree.purity import dendrogram_purity
     from raydc.runfolder import artifacts
     from raydc.runfolder.folder import RunDir
     from raydc.storage.lake import Lake
@@ -215,7 +217,8 @@ def beside_exact(data: str, num: int, width: int) -> dict[str, Any]:
 
 def sse_at_cuts(data: str, num: int, width: int, method: str) -> dict[int, float]:
     """Return the sum of squared errors of the leaves around the means of their groups, at each of CUTS."""
-    from raydc.core.tree.order import cut, level_statistics
+    from raydc.core.tree.levels import level_statistics
+    from raydc.core.tree.order import cut
 
     merges, x = np.load(_saved(method, data, num, width, "unit")), data_of(data, num, width)
     return {k: level_statistics(cut(merges, k), np.ones(num), x).sse for k in CUTS}

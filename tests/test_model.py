@@ -25,7 +25,7 @@ def network_model(method: str = "standardize", num_leaves: int = 7) -> Model:
     widths = (12, 16, 3)
     encoder = perceptron(widths)
     initialize(encoder, torch.Generator().manual_seed(0))
-    preprocess = Preprocess.fit(method, [(0, 8, 1.0), (8, 12, 0.5)], Moments.of(rows()))
+    preprocess = Preprocess.fit(method, [(0, 8, 1.0), (8, 12, 0.5)], Moments.from_rows(rows()))
     with torch.no_grad():
         centers = encoder(preprocess(torch.from_numpy(rows(num_leaves, seed=3))))
     levels = {2: np.array([0, 0, 0, 1, 1, 1, 1], np.int32)[:num_leaves], 3: np.arange(num_leaves, dtype=np.int32) // 3}

@@ -11,7 +11,8 @@ from raydc.config import Config
 from raydc.config.stages import before
 from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
-from raydc.core.tree.order import central_leaves, dendrogram_purity
+from raydc.core.tree.order import central_leaves
+from raydc.core.tree.purity import dendrogram_purity
 from raydc.data.records import (
     EvaluateMetrics,
     External,

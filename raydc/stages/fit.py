@@ -15,7 +15,7 @@ from raydc.core.models.autoencoder import choose_precision
 from raydc.core.training.collapse import signs
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
-from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import ResidentRows, Rows
 from raydc.core.training.state import Clustering
 from raydc.data.records import Epoch, FitMetrics, Resize
@@ -93,11 +93,11 @@ def _fitted(job: Job, context: RayContext, ranks: Ranks) -> _Done:
     started = time.perf_counter()
     rows = collect(job, ranks)
     load_seconds = time.perf_counter() - started
-    partners = None
+    pairs = None
     if job.settings.needs_pairs:
         assert isinstance(rows, ResidentRows)
-        partners = NeighborPartners(rows, ranks)
-    fitted = fit(rows, job.preprocess, job.settings, context, partners, teacher=job.teacher)
+        pairs = NeighborPairs(rows, ranks)
+    fitted = fit(rows, job.preprocess, job.settings, context, pairs, teacher=job.teacher)
     return _Done(rows, fitted, context, load_seconds)
 
 

@@ -14,8 +14,9 @@ from threadpoolctl import threadpool_limits
 
 from raydc.config import Config, MergeConfig
 from raydc.core.tree.cells import CellMerges, CellState, Runner, run_here
+from raydc.core.tree.levels import level_statistics, levels
 from raydc.core.tree.linkage import Linkage, agglomerate
-from raydc.core.tree.order import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
+from raydc.core.tree.order import in_tree_order, node_table
 from raydc.data.records import LevelRecord, MergeMetrics
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
@@ -45,9 +46,8 @@ def run(config: Config, run: RunDir) -> MergeMetrics:
             len(tree.left_out),
             len(leaves.weights_K),
         )
-    turned = heavier_left(tree.merges, leaves.weights_K[tree.leaves])
-    order = tree.leaves[leaf_order(turned)]
-    linkage = relabel(turned, leaf_order(turned))
+    linkage, places = in_tree_order(tree.merges, leaves.weights_K[tree.leaves])
+    order = tree.leaves[places]
     leaves = leaves.taken(order)
     weights, means, sse = leaves.weights_K, leaves.means_KL, leaves.sse_K
     sizes = [k for k in config.levels if k < len(order)]

@@ -136,7 +136,7 @@ def _load(job: Job, part: Slice) -> tuple[Shard, int]:
             x = job.preprocess(torch.from_numpy(np.require(batch.x[chosen], requirements=["C", "W"]))).numpy()
             keys.append(batch.keys[chosen])
             rows.append(prepare(x, job.section.metric))
-        shard = Shard.of(np.concatenate(keys), np.concatenate(rows))
+        shard = Shard.from_rows(np.concatenate(keys), np.concatenate(rows))
     return shard, len(shard.keys_N)
 
 

@@ -301,7 +301,7 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
         seen = 0
         try:
             for batch in reader:
-                moments = moments.merge(Moments.of(batch.x))
+                moments = moments.merge(Moments.from_rows(batch.x))
                 found = Counter(batch.rejects["reason"].to_pylist())
                 # Not the rows' fault: input.on_bad_files has let these pass.
                 unreadable += found.pop("unreadable_file", 0)

@@ -56,7 +56,7 @@ def read_all(run):
 
 def expected(x, keys):
     rows = prepare(x[keys], "cosine")
-    return search(keys, rows, Shard.of(keys, rows), Neighbors.none(len(keys), NUM), metric="cosine")
+    return search(keys, rows, Shard.from_rows(keys, rows), Neighbors.none(len(keys), NUM), metric="cosine")
 
 
 def test_the_files_hold_the_exact_neighbors_over_all_slices(ray_cluster, tmp_path):

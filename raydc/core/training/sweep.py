@@ -29,7 +29,8 @@ from raydc.core.process import block_rows
 from raydc.core.search.nearest import own_and_other
 from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
-from raydc.core.training.fit import Context, Fitted, fit, pretrain
+from raydc.core.training.context import Context
+from raydc.core.training.fit import Fitted, fit, pretrain
 from raydc.core.training.rows import Rows
 from raydc.core.training.settings import FitSettings, SweepSettings
 from raydc.core.training.state import Clustering

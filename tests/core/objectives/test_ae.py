@@ -29,7 +29,7 @@ def test_the_loss_and_its_gradients_are_those_computed_by_hand_in_float64(code_l
     net = network()
     x, w = torch.randn(20, 6, generator=generator), torch.rand(20, generator=generator)
     centers = torch.randn(4, 3, generator=generator)
-    ae = Ae(net.encoder, net.decoder, centers, Kernel(), code_loss=code_loss, beta=0.7)
+    ae = Ae(net, centers, Kernel(), code_loss=code_loss, beta=0.7)
     ours = ae(minibatch(x, w))["loss"]
     encoder, decoder = weights_of(net.encoder), weights_of(net.decoder)
     c = centers.double().requires_grad_()
@@ -54,7 +54,7 @@ def test_the_distance_to_the_nearest_center_passes_finite_differences():
 
 def test_a_weightless_code_loss_is_plain_reconstruction():
     net, x, w = network(), torch.randn(16, 6), torch.rand(16)
-    ae = Ae(net.encoder, net.decoder, torch.randn(4, 3), Kernel(), code_loss="l2", beta=0.0)
+    ae = Ae(net, torch.randn(4, 3), Kernel(), code_loss="l2", beta=0.0)
     ours, plain = ae(minibatch(x, w))["loss"], Reconstruction(net)(x, w, x)["loss"]
     assert float(ours.detach()) == float(plain.detach())
     for a, b in zip(*(torch.autograd.grad(v, list(net.parameters())) for v in (ours, plain)), strict=True):

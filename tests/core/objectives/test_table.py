@@ -16,11 +16,10 @@ TRAINED = [name for name, about in OBJECTIVES.items() if about.is_trained]
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_class_of_the_table_is_an_objective_that_makes_itself_from_parts(name):
+def test_a_class_of_the_table_is_an_objective_that_makes_itself_from_inputs(name):
     found = class_of(name)
     assert issubclass(found, Objective)
-    assert found.from_parts.__func__ is not Objective.from_parts.__func__
-    assert found.needs_partners == info(name).needs_pairs
+    assert found.from_inputs.__func__ is not Objective.from_inputs.__func__
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
