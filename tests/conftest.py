@@ -2,9 +2,11 @@
 
 import os
 
+from raydc.runtime.environment import LOCAL_CLUSTER
+
 # Before anything imports Ray or OpenMP: no token file in the home folder, no spinning threads on a busy machine.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", LOCAL_CLUSTER["RAY_AUTH_MODE"])
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", LOCAL_CLUSTER["RAY_USAGE_STATS_ENABLED"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray's workers take their environment from the session that starts them: names for the tests' own S3 server.
@@ -24,7 +26,8 @@ def ray_cluster():
     # Train's controller fetches a report every two seconds, and a worker waits for that before its next epoch: most of
     # the time of jobs as small as these. Only the processes of this cluster, which inherit it here, are meant.
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+        environment.setenv(name, LOCAL_CLUSTER[name])
         ray.init(
             address="local",
             num_cpus=5,

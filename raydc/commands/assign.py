@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, get_args
 
@@ -13,13 +13,13 @@ from raydc.data.schema import FORMAT_VERSION
 from raydc.data.slices import InputSpec
 from raydc.errors import ConfigError, DataError, StageError
 from raydc.labeling.label_slice import Labeling
-from raydc.model import Model
+from raydc.model import CENTROIDS, HEAD, PREDICTOR, WEIGHTS, Model
 from raydc.pipeline import make_lake
 from raydc.runfolder.lease import acquire
 from raydc.runfolder.ownership import LABELS, OwnedFolder, overlaps
 from raydc.runfolder.signals import stoppable
 from raydc.runtime import session
-from raydc.runtime.session import bounded
+from raydc.runtime.board import bounded
 from raydc.stages.assign import label_all
 from raydc.storage.lake import Lake, absolute, join
 
@@ -73,7 +73,7 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
         with (
             session.connected(config),
             stoppable(lease, give_back),
-            bounded("assign", config, lake, folder.root, folder.tell) as bound,
+            bounded("assign", config, folder, folder.tell) as bound,
         ):
             total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, folder)
     return total.rows, total.labels, total.rejects
@@ -95,10 +95,13 @@ def _profile(config: Config, model: Model, lake: Lake) -> Profile:
         section = config.input.model_copy(update={"embedding_columns": named})
         config = config.model_copy(update={"input": section})
     # K bounds the rows of a fit, not of a labeling.
-    leaves = config.cluster.model_copy(update={"num_leaves": 2})
+    leaves = replace(config.cluster, num_leaves=2)
     profile = profile_input(config.model_copy(update={"cluster": leaves}), lake, model.preprocess)
     if profile.spec.dim != model.dim:
-        raise DataError(f"assign: rows are {profile.spec.dim} wide, the model expects {model.dim}.")
+        raise DataError(
+            f"assign: rows are {profile.spec.dim} wide, the model expects {model.dim}. Give input of "
+            "the model's columns, or name them in input.embedding_columns."
+        )
     return profile
 
 
@@ -137,15 +140,13 @@ def _model_digests(lake: Lake, model_uri: str) -> dict[str, str | None]:
     def checksum(name: str) -> str:
         return hashlib.sha256(lake.read_bytes(join(found, name))).hexdigest()
 
-    names = ("config.json", "weights.safetensors", "centroids.safetensors")
-    predictor = "predictor.safetensors"
     return {
-        "model": digest([checksum(name) for name in names]),
-        "predictor": digest(checksum(predictor)) if lake.exists(join(found, predictor)) else None,
+        "model": digest([checksum(name) for name in (HEAD, WEIGHTS, CENTROIDS)]),
+        "predictor": digest(checksum(PREDICTOR)) if lake.exists(join(found, PREDICTOR)) else None,
     }
 
 
 def _load(config: Config, model_uri: str, output: str, spec: InputSpec) -> Labeling:
     lake = make_lake(config)
     model = Model.load(absolute(model_uri), lake)
-    return Labeling(lake, absolute(output), spec, model, block_rows=config.assign.block_rows)
+    return Labeling(lake=lake, output=absolute(output), spec=spec, model=model, block_rows=config.assign.block_rows)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel
 
+from raydc.config.section import fields_of
 from raydc.errors import ConfigError
 from raydc.storage.secrets import masked
 
 _QUOTES = ("'", '"')
 
 
-def override_value(model: type[BaseModel], keys: Sequence[str], text: str) -> Any:
+def override_value(model: Any, keys: Sequence[str], text: str) -> Any:
     """Return the value that the text of an override means for the setting of `keys`.
 
     A text setting takes the text as it is: `/x/set #2`, `on`, `2024`, `a: b`. Three exceptions: text in quotes loses
@@ -56,23 +56,23 @@ def _loaded(keys: Sequence[str], text: str, loader: Any) -> Any:
         ) from None
 
 
-def _annotation(model: type[BaseModel], keys: Sequence[str]) -> Any:
+def _annotation(model: Any, keys: Sequence[str]) -> Any:
     """Return the annotation of a setting; None where there is no such one."""
     *parents, last = keys
     for number, name in enumerate(parents):
-        field = model.model_fields.get(name)
+        field = fields_of(model).get(name)
         if field is not None and typing.get_origin(field.annotation) is dict and number == len(parents) - 1:
             return typing.get_args(field.annotation)[1]
         inner = [a for a in _kinds(field.annotation) if _is_section(a)] if field is not None else []
         if not inner:
             return None
         model = inner[0]
-    field = model.model_fields.get(last)
+    field = fields_of(model).get(last)
     return field.annotation if field is not None else None
 
 
 def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+    return bool(fields_of(kind))
 
 
 def _kinds(annotation: Any) -> list[Any]:

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from raydc.data.footers import Footer, read_footers
 from raydc.data.layouts import converted
 from raydc.data.partitions import partition_values
 from raydc.data.profile import Profile
+from raydc.data.records import BadFile
 from raydc.data.slices import InputSpec, plan_slices
 from raydc.errors import ConfigError, DataError
 from raydc.storage.lake import Lake
@@ -58,7 +58,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
 
     good = [f for f in readable if f.uri not in file_problems]
     num_rows = sum(f.num_rows for f in good)
-    bad_files: list[dict[str, Any]] = []
+    bad_files: list[BadFile] = []
     if section.on_bad_files == "quarantine" and num_rows:
         rows = {f.uri: f.num_rows if not f.problem else None for f in footers}
         bad_files = [{"uri": u, "problem": p, "rows": rows[u]} for u, p in sorted(file_problems.items())]
@@ -87,7 +87,14 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     passed = passed_over_text(listing.passed_over)
     told = [f"{passed}. Name them in input.path to include them"] if passed else []
     notes = [*told, *listing.notes, *embeddings.notes, *others.notes]
-    return Profile(spec, plan_slices(good, section.slice_bytes), fingerprint, bad_files, notes=notes), general, settings
+    profile = Profile(
+        spec=spec,
+        slices=plan_slices(good, section.slice_bytes),
+        fingerprint=fingerprint,
+        bad_files=bad_files,
+        notes=notes,
+    )
+    return profile, general, settings
 
 
 def _settings_problems(config: Config, num_rows: int, dim: int, id_type: str | None) -> list[str]:

@@ -1,17 +1,18 @@
 """What is known of the input before any worker starts: its columns, its slices, what a sample says."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from raydc.config import Config
 from raydc.core.models.preprocess import Moments, Preprocess
+from raydc.data.records import BadFile, ProfileRecord, SliceRecord, SpecRecord
 from raydc.data.slices import Column, InputSpec, Slice
 from raydc.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """What is known of the input before any worker starts."""
 
@@ -20,8 +21,8 @@ class Profile:
     fingerprint: str
     """Of every file's name, size, counts and statistics."""
 
-    bad_files: list[dict[str, Any]] = field(default_factory=list)
-    """{uri, problem, rows} of the files left out under on_bad_files=quarantine."""
+    bad_files: list[BadFile] = field(default_factory=list)
+    """Files left out under on_bad_files=quarantine."""
 
     moments: Moments | None = None
     """Of the sample; None before it was read."""
@@ -55,14 +56,14 @@ class Profile:
         """Return the share of the rows that the fit is trained on, chosen by hash of the row key."""
         return min(self.num_rows, config.fit.max_rows or self.num_rows) / self.num_rows
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ProfileRecord:
         """Return the profile as a JSON value."""
         assert self.moments is not None
         return {
             "fingerprint": self.fingerprint,
             "num_rows": self.num_rows,
             "num_bytes": self.num_bytes,
-            "spec": asdict(self.spec),
+            "spec": cast(SpecRecord, asdict(self.spec)),
             "bad_files": self.bad_files,
             "sample_rejects": self.sample_rejects,
             "notes": self.notes,
@@ -71,22 +72,22 @@ class Profile:
                 "mean": self.moments.mean_D.tolist(),
                 "m2": self.moments.m2_D.tolist(),
             },
-            "slices": [asdict(s) for s in self.slices],
+            "slices": [cast(SliceRecord, asdict(s)) for s in self.slices],
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Profile":
+    def from_json(cls, value: ProfileRecord) -> "Profile":
         """Return the profile that `to_json` gave."""
-        spec = value["spec"]
-        columns = tuple(Column(**(c | {"parts": tuple(c.get("parts", ()))})) for c in spec["columns"])
+        spec = cast(dict[str, Any], value["spec"])
+        columns = tuple(Column.from_record(c) for c in spec["columns"])
         lists = {k: tuple(v) for k, v in spec.items() if isinstance(v, list)}
         moments = value["moments"]
         return cls(
-            InputSpec(**(spec | lists | {"columns": columns})),
-            [Slice.from_row(s) for s in value["slices"]],
-            value["fingerprint"],
-            value["bad_files"],
-            Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
-            value["sample_rejects"],
-            value.get("notes", []),
+            spec=InputSpec(**(spec | lists | {"columns": columns})),
+            slices=[Slice.from_row(cast(dict[str, Any], s)) for s in value["slices"]],
+            fingerprint=value["fingerprint"],
+            bad_files=value["bad_files"],
+            moments=Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
+            sample_rejects=value["sample_rejects"],
+            notes=value.get("notes", []),
         )

@@ -132,7 +132,7 @@ def _look(
             squares = np.einsum("ij,ij->i", batch.x, batch.x, dtype=np.float64, casting="unsafe")
         ordinary = squares <= most_square
         # Without a copy where every row is ordinary, which is nearly always.
-        seen.moments = seen.moments.merge(Moments.of(batch.x if ordinary.all() else batch.x[ordinary]))
+        seen.moments = seen.moments.merge(Moments.from_rows(batch.x if ordinary.all() else batch.x[ordinary]))
         for at in np.flatnonzero(~ordinary)[: _MOST_NAMED - len(seen.extremes)]:
             row = part.first_row + int(batch.keys[at]) - part.first_key
             text = shown(batch.ids[int(at)].as_py())

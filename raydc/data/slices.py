@@ -4,7 +4,7 @@ A slice is a whole file, or a range of its row groups where the file is large. I
 resuming. Every row has a key, its position in the sorted input, so any worker can name any row in the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,11 @@ class Column:
 
     npy: str | None = None
     """Where .npy files beside the Parquet files hold the rows; {number} stands for a Parquet file's number."""
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Column":
+        """Return the column of its fields as JSON has them, such as those of a saved model."""
+        return cls(**{**record, "parts": tuple(record.get("parts", ()))})
 
     @property
     def is_exact_in_float16(self) -> bool:

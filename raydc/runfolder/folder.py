@@ -8,13 +8,16 @@ import datetime
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 from raydc.config import Config, difference, digest
+from raydc.data.records import FitMetrics, Header, MergeMetrics, NeighborsMetrics, ProfileMetrics, StageMarker
 from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import ConfigError, StageError
+from raydc.runfolder import artifacts
 from raydc.runfolder.ownership import DEMO_INPUT, RUN, OwnedFolder, check_run_id, overlaps, same_place
 from raydc.storage.lake import Lake, absolute, join
 from raydc.storage.secrets import masked
@@ -30,6 +33,11 @@ class RunDir(OwnedFolder):
         super().__init__(lake, join(absolute(output), str(run_id)), RUN)
         self.run_id = run_id
         self._output = output
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run from any machine that reaches its folder and its input."""
+        return f"raydc resume {self.root}"
 
     def check(self, config: Config, kind: str = RUN_KIND) -> None:
         """Return if a command may work here with these settings: before anything is read, written or started.
@@ -52,18 +60,23 @@ class RunDir(OwnedFolder):
             # A run that began when its input could lie in `output` may go on: it does not touch the input there.
             check_output(config, self._output)
 
-    def header(self, kind: str | None = None) -> dict[str, Any] | None:
+    def header(self, kind: str | None = None) -> Header | None:
         """Return run.json; None in a folder that is free.
 
         Args:
             kind: the command that the folder must belong to, if it matters.
 
         Raises:
-            StageError: the folder is somebody else's, or another command's.
+            StageError: the folder is somebody else's, another command's, or of another format.
         """
-        body = self.read_owner()
+        body = cast(Header | None, self.read_owner())
         if body is None or kind is None:
             return body
+        if body.get("format_version") != FORMAT_VERSION:
+            raise StageError(
+                f"{kind}: run {self.run_id!r} in {self.root} was written by format {body.get('format_version')}, and "
+                f"this raydc writes format {FORMAT_VERSION}. Use a new --run-id; a finished model in it still loads."
+            )
         # Earlier headers do not say it.
         found = body.get("kind") or (SWEEP_KIND if self.marker(SWEEP_KIND) is not None else RUN_KIND)
         if found != kind:
@@ -96,10 +109,9 @@ class RunDir(OwnedFolder):
             }
         )
 
-    def marker(self, stage: str) -> dict[str, Any] | None:
+    def marker(self, stage: str) -> StageMarker | None:
         """Return what is known of a stage: settings, state, seconds and metrics; None before its first start."""
-        uri = self.uri("stages", f"{stage}.json")
-        return self.lake.read_json(uri) if self.lake.exists(uri) else None
+        return artifacts.marker(stage).read_if_there(self)
 
     def is_done(self, stage: str, settings: dict[str, Any], *, repeatable: bool = False) -> bool:
         """Return whether the stage has finished with these settings.
@@ -121,26 +133,60 @@ class RunDir(OwnedFolder):
             changes = "; ".join(difference(marker["settings"], settings)) or "a setting was added or removed"
             raise StageError(
                 f"{stage}: run {self.run_id!r} was started with other settings: {changes}. "
-                f"Use a new --run-id, or delete {self.uri('stages', stage + '.json')} and the markers of the stages "
+                f"Use a new --run-id, or delete {artifacts.marker(stage).uri(self)} and the markers of the stages "
                 "after it to do them again."
             )
         return marker["state"] == "done"
 
     def begin(self, stage: str, settings: dict[str, Any]) -> None:
         """Record that the stage has started with these settings."""
-        self._write_marker(stage, settings, {"state": "running", "started": now()})
-
-    def mark_done(self, stage: str, settings: dict[str, Any], seconds: float, metrics: dict[str, Any]) -> None:
-        """Record that the stage has finished."""
         self._write_marker(
-            stage, settings, {"state": "done", "finished": now(), "seconds": round(seconds, 3), "metrics": metrics}
+            {
+                "stage": stage,
+                "fingerprint": digest(settings),
+                "state": "running",
+                "started": now(),
+                "settings": settings,
+            }
         )
 
-    def metrics(self, stage: str) -> dict[str, Any]:
-        """Return what a finished stage returned."""
+    def mark_done(self, stage: str, settings: dict[str, Any], seconds: float, metrics: Mapping[str, Any]) -> None:
+        """Record that the stage has finished."""
+        self._write_marker(
+            {
+                "stage": stage,
+                "fingerprint": digest(settings),
+                "state": "done",
+                "finished": now(),
+                "seconds": round(seconds, 3),
+                "metrics": dict(metrics),
+                "settings": settings,
+            }
+        )
+
+    @overload
+    def metrics(self, stage: Literal["profile"]) -> ProfileMetrics: ...
+
+    @overload
+    def metrics(self, stage: Literal["neighbors"]) -> NeighborsMetrics: ...
+
+    @overload
+    def metrics(self, stage: Literal["fit"]) -> FitMetrics: ...
+
+    @overload
+    def metrics(self, stage: Literal["merge"]) -> MergeMetrics: ...
+
+    def metrics(self, stage: str) -> Any:
+        """Return what a finished stage returned.
+
+        Raises:
+            StageError: it has not finished.
+        """
         marker = self.marker(stage)
         if marker is None or marker["state"] != "done":
-            raise StageError(f"{stage}: run {self.run_id!r} has not finished this stage.")
+            raise StageError(
+                f"{stage}: run {self.run_id!r} has not finished this stage. Continue it with `{self.resume_command}`."
+            )
         return marker["metrics"]
 
     def remove(self, *names: str) -> None:
@@ -149,10 +195,9 @@ class RunDir(OwnedFolder):
         for name in names:
             self.lake.remove(self.uri(name))
 
-    def _write_marker(self, stage: str, settings: dict[str, Any], state: dict[str, Any]) -> None:
+    def _write_marker(self, body: StageMarker) -> None:
         self.check_owner()
-        body = {"stage": stage, "fingerprint": digest(settings), **state, "settings": settings}
-        self.lake.write_json(self.uri("stages", f"{stage}.json"), body)
+        artifacts.marker(body["stage"]).write(self, body)
 
 
 def check_output(config: Config, output: str | None = None) -> None:

@@ -14,9 +14,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from raydc.errors import ConfigError, StageError
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
 from raydc.runfolder.lease import FOLDER as LEASE_FOLDER
 from raydc.runfolder.lease import Fence, is_lease_file
-from raydc.storage.lake import Lake, absolute, is_staged, join
+from raydc.storage.lake import Lake, absolute, is_staged
 
 DEMO_INPUT = "input-digits"
 """The folder below `output` in which the demo writes its input; the only input that may lie there."""
@@ -56,14 +58,14 @@ def _is_earlier_labels(body: dict[str, Any]) -> bool:
 
 
 RUN = Marker(
-    name="run.json",
+    name=artifacts.RUN.path,
     format="raydc-run",
     is_earlier=_is_earlier_run,
     command="run",
     remedy="Use another --run-id or output",
 )
 LABELS = Marker(
-    name="labels.json",
+    name=artifacts.LABELED_FROM.path,
     format="raydc-labels",
     is_earlier=_is_earlier_labels,
     command="assign",
@@ -71,22 +73,17 @@ LABELS = Marker(
 )
 
 
-class OwnedFolder:
+class OwnedFolder(Place):
     """A folder that one command works in at a time: its marker, the fence of its driver and the progress."""
 
     def __init__(self, lake: Lake, root: str, owner: Marker) -> None:
-        self.lake = lake
-        self.root = root
+        super().__init__(lake, root)
         self.owner = owner
         self.fence: Fence | None = None
         """The number under which this process may write; None for readers."""
 
-        self.progress: dict[str, Any] = {}
+        self.progress: dict[str, str] = {}
         """What is being done, for `raydc show`; written with every heartbeat."""
-
-    def uri(self, *names: str) -> str:
-        """Return the URI of a name in the folder."""
-        return join(self.root, *names)
 
     def check_owner(self) -> None:
         """Return if this process may write: before every durable step.

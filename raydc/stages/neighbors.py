@@ -5,7 +5,6 @@ queries, goes through the shards one by one and writes the slice's file whole; a
 again. Exact search costs 2 N^2 D operations, and a task holds about 4 D (rows of its slice + rows of one shard) bytes.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -24,13 +21,14 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, cell_centers, nearest_cells, num_hits, prepare, search
 from raydc.data.reader import read_slice
+from raydc.data.records import NeighborFacts, NeighborsMetrics
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError
-from raydc.runfolder.attempts import Bound
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
-from raydc.runtime.session import bounded, in_one_line, root_cause
-from raydc.stages import profile as profiling
-from raydc.storage.lake import Lake
+from raydc.runtime.attempts import Bound
+from raydc.runtime.board import bounded
+from raydc.runtime.session import in_one_line, root_cause
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ _CELL_SAMPLE = 64
 """Rows per cell from which the cells of the approximate search are made."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What every task needs to know."""
 
@@ -55,30 +53,26 @@ class Job:
     bound: Bound
     """On the attempts at a slice. A task is a pure function of it, so Ray may run it again."""
 
-    def uri(self, part: Slice) -> str:
-        """Return where the neighbors of a slice are."""
-        return file_uri(self.run.uri("neighbors"), part)
 
-
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> NeighborsMetrics:
     """Write neighbors/: one Parquet file per slice with the key, neighbors and similarities of each trained row."""
-    with bounded("neighbors", config, run.lake, run.root) as bound:
+    with bounded("neighbors", config, run) as bound:
         return _run(config, run, bound)
 
 
-def _run(config: Config, run: RunDir, bound: Bound) -> dict[str, Any]:
-    profile = profiling.load(run)
+def _run(config: Config, run: RunDir, bound: Bound) -> NeighborsMetrics:
+    profile = artifacts.PROFILE.read(run)
     job = Job(
-        run,
-        profile.spec,
-        profile.preprocess(config),
-        config.neighbors,
-        config.seed,
-        profile.trained_fraction(config),
-        bound,
+        run=run,
+        spec=profile.spec,
+        preprocess=profile.preprocess(config),
+        section=config.neighbors,
+        seed=config.seed,
+        fraction=profile.trained_fraction(config),
+        bound=bound,
     )
     slices = [s for s in profile.slices if s.num_rows]
-    done = [s for s in slices if run.lake.exists(job.uri(s))]
+    done = [s for s in slices if artifacts.NEIGHBORS.of(s).exists(run)]
     if len(done) < len(slices):
         if done:
             log.info("neighbors: %d of %d slices are there already", len(done), len(slices))
@@ -95,20 +89,6 @@ def _run(config: Config, run: RunDir, bound: Bound) -> dict[str, Any]:
     if metrics["method"] == "ivf":
         log.info("neighbors: approximate, recall %.4f on %d rows", metrics["recall"], metrics["recall_rows"])
     return metrics
-
-
-def file_uri(root: str, part: Slice) -> str:
-    """Return where the neighbors of a slice are below the folder `root`."""
-    return f"{root.rstrip('/')}/{part.name}"
-
-
-def read(lake: Lake, root: str, part: Slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the keys (n,) of the trained rows of a slice, rising, and the keys (n, M) of their neighbors."""
-    with lake.open_parquet(file_uri(root, part)) as handle:
-        table = pq.read_table(handle, columns=["key", "neighbors"])
-    keys = table["key"].to_numpy()
-    lists = table["neighbors"]
-    return keys, lists.combine_chunks().flatten().to_numpy().reshape(len(keys), lists.type.list_size)
 
 
 def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
@@ -157,7 +137,7 @@ def _load(job: Job, part: Slice) -> tuple[Shard, int]:
             x = job.preprocess(torch.from_numpy(np.require(batch.x[chosen], requirements=["C", "W"]))).numpy()
             keys.append(batch.keys[chosen])
             rows.append(prepare(x, job.section.metric))
-        shard = Shard.of(np.concatenate(keys), np.concatenate(rows))
+        shard = Shard.from_rows(np.concatenate(keys), np.concatenate(rows))
     return shard, len(shard.keys_N)
 
 
@@ -221,7 +201,11 @@ def _search_rows(
         wanted = int(sampled.sum()) * job.section.num
         short = found.missing_Q[again]
         found.keys_QM[again[short]], found.scores_QM[again[short]] = exact.keys_QM[short], exact.scores_QM[short]
-    _write(job, part, keys, found, {"exact": centers is None, "hits": hits, "wanted": wanted})
+    similarity = float(found.scores_QM.sum())
+    facts: NeighborFacts = {"exact": centers is None, "hits": hits, "wanted": wanted, "similarity": similarity}
+    # A worker outlives its driver by a moment; by then the run may have another one.
+    job.run.check_owner()
+    artifacts.NEIGHBORS.write(job.run, part, keys, found.keys_QM, found.scores_QM.astype(np.float32), facts)
 
 
 def _through(
@@ -234,33 +218,13 @@ def _through(
     return found
 
 
-def _write(job: Job, part: Slice, keys: npt.NDArray[np.int64], found: Neighbors, facts: dict[str, Any]) -> None:
-    num = job.section.num
-    similarities = found.scores_QM.astype(np.float32)
-    table = pa.table(
-        {
-            "key": keys,
-            "neighbors": pa.FixedSizeListArray.from_arrays(pa.array(found.keys_QM.reshape(-1)), num),
-            "similarities": pa.FixedSizeListArray.from_arrays(pa.array(similarities.reshape(-1)), num),
-        }
-    )
-    facts["similarity"] = float(found.scores_QM.sum())
-    table = table.replace_schema_metadata({"raydc": json.dumps(facts)})
-    # A worker outlives its driver by a moment; by then the run may have another one.
-    job.run.check_owner()
-    with job.run.lake.staged(job.uri(part)) as path:
-        pq.write_table(table, path)
-
-
-def _summary(job: Job, slices: list[Slice]) -> dict[str, Any]:
+def _summary(job: Job, slices: list[Slice]) -> NeighborsMetrics:
     """Return what the files say, so that slices of an earlier attempt count like the others."""
     rows = hits = wanted = 0
     exact, similarity = True, 0.0
     for part in slices:
-        with job.run.lake.open_parquet(job.uri(part)) as handle:
-            parquet = pq.ParquetFile(handle)
-            facts = json.loads(parquet.schema_arrow.metadata[b"raydc"])
-            rows += parquet.metadata.num_rows
+        num_rows, facts = artifacts.NEIGHBORS.read_facts(job.run, part)
+        rows += num_rows
         hits, wanted = hits + facts["hits"], wanted + facts["wanted"]
         exact, similarity = exact and facts["exact"], similarity + facts["similarity"]
     num = job.section.num

@@ -6,7 +6,7 @@ No worker has started yet: whatever is wrong costs seconds, and all of it is tol
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,24 +14,27 @@ import numpy.typing as npt
 from raydc.config import Config
 from raydc.data import duplicate_ids
 from raydc.data.profile import Profile
+from raydc.data.records import ProfileMetrics
 from raydc.data.sample import profile_input
 from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError
-from raydc.runfolder.attempts import Bound
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
-from raydc.runtime.session import bounded, in_one_line, root_cause
 from raydc.storage.lake import Lake
+
+if TYPE_CHECKING:
+    from raydc.runtime.attempts import Bound
 
 log = logging.getLogger(__name__)
 
 _READERS = 16
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> ProfileMetrics:
     """Read the input's footers and sample, and write profile.json."""
     profile = profile_input(config, run.lake)
     repeated = _repeated_ids(config, profile, run)
-    run.lake.write_json(run.uri("profile.json"), profile.to_json())
+    artifacts.PROFILE.write(run, profile)
     assert profile.moments is not None
     return {
         "rows": profile.num_rows,
@@ -44,11 +47,6 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "notes": profile.notes,
         "repeated_ids": repeated,
     }
-
-
-def load(run: RunDir) -> Profile:
-    """Return the profile of a run."""
-    return Profile.from_json(run.lake.read_json(run.uri("profile.json")))
 
 
 def _repeated_ids(config: Config, profile: Profile, run: RunDir) -> int:
@@ -65,7 +63,9 @@ def _repeated_ids(config: Config, profile: Profile, run: RunDir) -> int:
                 np.concatenate(list(pool.map(lambda s: duplicate_ids.slice_keys(lake, s, spec), slices)))
             )
     else:
-        with bounded("profile", config, lake, run.root) as bound:
+        from raydc.runtime.board import bounded
+
+        with bounded("profile", config, run) as bound:
             found = repeats_by_tasks(slices, spec, lake, num_parts, bound)
     if not found.rows:
         return 0
@@ -78,7 +78,7 @@ def _repeated_ids(config: Config, profile: Profile, run: RunDir) -> int:
 
 
 def repeats_by_tasks(
-    slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int, bound: Bound
+    slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int, bound: "Bound"
 ) -> duplicate_ids.Repeats:
     """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks.
 
@@ -86,6 +86,8 @@ def repeats_by_tasks(
         StageError: a task was lost too often.
     """
     import ray
+
+    from raydc.runtime.session import in_one_line, root_cause
 
     @ray.remote(num_returns=num_parts, max_retries=bound.retries)
     def split(some: Sequence[Slice]) -> list[npt.NDArray[np.void]]:
@@ -107,7 +109,7 @@ def repeats_by_tasks(
         raise StageError(f"profile: {in_one_line(root_cause(error))}. The same command tries again.") from error
 
 
-def _keys_or_none(lake: Lake, part: Slice, spec: InputSpec, bound: Bound) -> npt.NDArray[np.void]:
+def _keys_or_none(lake: Lake, part: Slice, spec: InputSpec, bound: "Bound") -> npt.NDArray[np.void]:
     """Return the keys of the ids of a slice; none if reading them kills the process, as if they were unreadable."""
     with bound.attempt(part.name) as lost:
         if lost.beyond(bound.most) < 0:

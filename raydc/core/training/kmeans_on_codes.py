@@ -73,7 +73,7 @@ class Sample:
     z_NL: Tensor
     weights_N: Tensor
 
-    def thin(self, num_leaves: int) -> None:
+    def shrink_to_calibrate(self, num_leaves: int) -> None:
         """Keep as many rows as a calibration takes, evenly spread: the start of k-means needs more, nothing after it.
 
         The bound keeps the (rows, K) distances small.
@@ -88,7 +88,7 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     """Return a sample of about `num_rows` latents; of preprocessed rows where there is no encoder."""
     ranks, rows = trainer.ranks, trainer.rows
     fraction, seed = num_rows / max(rows.num_rows, 1), stream_seed(trainer.settings.seed, 6)
-    width = rows.dim if encoder is None else trainer.settings.latent_dim
+    width = rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
     share = int(_MARGIN * min(num_rows, rows.num_rows) / ranks.world_size)
     keys = RowStore([], torch.int64, share, ranks.device)
     values = RowStore([width], torch.float32, share, ranks.device)
@@ -105,15 +105,22 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     return Sample(z_NL[order], weights_N[order])
 
 
-def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> Tensor:
-    """Return the latents of `sample_latents` on every rank, on the training device; none for 0 rows."""
+def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> tuple[Tensor, Tensor | None]:
+    """Return the latents of `sample_latents` on every rank, on the training device, and their weights; none for 0 rows.
+
+    The weights are None where all are 1.
+    """
     ranks = trainer.ranks
     if not num_rows:
-        width = trainer.rows.dim if encoder is None else trainer.settings.latent_dim
-        return torch.empty((0, width), device=ranks.device)
-    sample = sample_latents(trainer, encoder, num_rows).z_NL
-    size = int(ranks.broadcast(torch.tensor([len(sample)]))[0])
-    return ranks.broadcast(sample if ranks.rank == 0 else sample.new_empty((size, sample.shape[1]))).to(ranks.device)
+        width = trainer.rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
+        return torch.empty((0, width), device=ranks.device), None
+    sample = sample_latents(trainer, encoder, num_rows)
+    z_NL, weights_N = sample.z_NL, sample.weights_N
+    size = int(ranks.broadcast(torch.tensor([len(z_NL)]))[0])
+    if ranks.rank != 0:
+        z_NL, weights_N = z_NL.new_empty((size, z_NL.shape[1])), weights_N.new_empty(size)
+    z_NL, weights_N = (ranks.broadcast(values).to(ranks.device) for values in (z_NL, weights_N))
+    return z_NL, None if bool((weights_N == 1.0).all()) else weights_N
 
 
 def faiss_start(trainer: Trainer, sample: Sample, seed: int) -> Tensor:
@@ -161,18 +168,18 @@ def cluster(trainer: Trainer, blocks: Blocks, sample: Sample, generator: torch.G
     Args:
         trainer: for the settings and the ranks.
         blocks: gives this rank's codes and weights, anew at each call.
-        sample: for the FAISS start; thinned after it.
+        sample: for the FAISS start; shrunk after it.
         generator: CPU generator in the same state on all ranks.
     """
     seed = stream_seed(trainer.settings.seed, 4)
     if trainer.settings.cluster.space == "codes":
         first = faiss_start(trainer, sample, seed)
-        sample.thin(len(first))
+        sample.shrink_to_calibrate(len(first))
         return run_lloyd(trainer, blocks, first, generator)
     ranks = trainer.ranks
-    turned = Directions.of(blocks(), sample.z_NL.shape[1], ranks)
+    turned = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
     first = faiss_start(trainer, Sample(turned(sample.z_NL), sample.weights_N), seed)
-    sample.thin(len(first))
+    sample.shrink_to_calibrate(len(first))
     found = run_lloyd(trainer, lambda: ((turned(z), weights) for z, weights in blocks()), first, generator)
 
     def assign(z_NL: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +209,7 @@ class Directions:
     whiten_LL: Tensor
 
     @classmethod
-    def of(cls, blocks: Iterable[tuple[Tensor, Tensor]], width: int, ranks: Ranks) -> "Directions":
+    def from_blocks(cls, blocks: Iterable[tuple[Tensor, Tensor]], width: int, ranks: Ranks) -> "Directions":
         """Return those of all rows of all ranks, from float64 sums."""
         sums = torch.zeros(1 + width, 1 + width, dtype=torch.float64, device=ranks.device)
         for z, weights in blocks:
@@ -223,10 +230,10 @@ class Directions:
 def calibrated(trainer: Trainer, sample: Sample, centers_KL: Tensor) -> tuple[Kernel, float]:
     """Return the kernel that goes with centers, by rank 0's sample, and its mean largest q; the same on every rank.
 
-    The sample is thinned.
+    The sample is shrunk.
     """
     ranks, plan = trainer.ranks, trainer.settings.refine
-    sample.thin(len(centers_KL))
+    sample.shrink_to_calibrate(len(centers_KL))
     numbers = torch.zeros(3, dtype=torch.float64)
     if ranks.rank == 0:
         kernel, top_q = calibrate(

@@ -17,9 +17,12 @@ from raydc.data.reader import all_rejected
 from raydc.data.sample import profile_input
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling
-from raydc.runfolder.attempts import Attempts, Bound, Ledger, known_attempts
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
+from raydc.runtime.attempts import Attempts, Bound, Ledger, known_attempts
+from raydc.runtime.board import bounded, watched
 from raydc.runtime.row_dataset import slice_dataset
-from raydc.runtime.session import bounded, node_is_gone, watched
+from raydc.runtime.session import node_is_gone
 from raydc.stages import merge, neighbors
 from raydc.stages import profile as profiling
 from raydc.stages.assign import label_all
@@ -59,9 +62,9 @@ def job(ray_cluster, tmp_path):
         lake, out = killing_lake(tmp_path / "kills", times), str(tmp_path / "out")
 
         def load() -> Labeling:
-            return Labeling(lake, out, profile.spec, shards.corner_model(), shards.group_centers())
+            return shards.corner_labeling(lake, out, profile.spec)
 
-        with bounded("assign", config, Lake(), out) as bound:
+        with bounded("assign", config, Place(Lake(), out)) as bound:
             return label_all(config, load, profile.slices, 3, bound)
 
     return SimpleNamespace(label=label, out=tmp_path / "out", kills=lambda: len(list((tmp_path / "kills").iterdir())))
@@ -123,7 +126,7 @@ def test_a_slice_that_kills_the_readers_of_a_fit_is_named_or_not_trained_on(ray_
     def read(on_bad_files):
         chosen = config.input.model_copy(update={"on_bad_files": on_bad_files})
         profile = profile_input(config.model_copy(update={"input": chosen}), Lake())
-        with bounded("fit", config, Lake(), str(tmp_path)) as bound:
+        with bounded("fit", config, Place(Lake(), str(tmp_path))) as bound:
             rows = slice_dataset(lake, profile.slices, profile.spec, bound, seed=0, fraction=1.0, num_readers=2)
             try:
                 return sorted(key for block in rows.iter_batches(batch_size=None) for key in block["key"].tolist())
@@ -146,7 +149,7 @@ def test_a_slice_that_kills_the_search_of_neighbors_is_named_or_left_out(ray_clu
     run.lake.write_json(run.uri("profile.json"), body)
     # The files that are written then are read by the driver, which the lake spares.
     assert neighbors.run(config, run)["rows"] == 160
-    keys, lists = neighbors.read(Lake(), run.uri("neighbors"), profiling.load(run).slices[1])
+    keys, lists = artifacts.NEIGHBORS.read(Place(Lake(), run.root), artifacts.PROFILE.read(run).slices[1])
     assert keys.shape == (0,) and lists.shape == (0, 4)
     assert known_attempts(Lake(), run.uri("attempts", "neighbors")) == {POISON: Attempts(deaths=2, left_out=True)}
 
@@ -162,7 +165,7 @@ def test_a_cell_of_the_merge_that_kills_each_time_ends_and_is_named(ray_cluster,
     state = CellState("ward", four[:, None], four, four, np.arange(4), np.array([0, 2, 4]))
     told = "cell 1 of 4 clusters killed its process 2 times"
     with watched("merge") as board, pytest.raises(StageError, match=told):
-        list(merge.run_on_cluster(kill, state, [0, 1], num_cpus=1, bound=Bound(board, 2)))
+        list(merge.run_on_cluster(kill, state, [0, 1], num_cpus=1, bound=Bound(board=board, most=2)))
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -173,14 +176,14 @@ def test_ids_that_kill_the_process_are_not_compared_and_that_is_told(ray_cluster
     profile = profile_input(shards.settings(tmp_path / "in"), Lake())
     lake = killing_lake(tmp_path / "kills", 99)
     with caplog.at_level(logging.WARNING), watched("profile") as board:
-        found = profiling.repeats_by_tasks(profile.slices, profile.spec, lake, 2, Bound(board, 2))
+        found = profiling.repeats_by_tasks(profile.slices, profile.spec, lake, 2, Bound(board=board, most=2))
     assert found.rows == 1 and len(list((tmp_path / "kills").iterdir())) == 2
     assert f"profile: {POISON} killed its process 2 times: its 2 ids are not compared" in caplog.text
 
 
 def test_work_that_the_run_cannot_do_without_is_told_apart_from_data(ray_cluster):
     with watched("merge") as board:
-        bound = Bound(board, 2)
+        bound = Bound(board=board, most=2)
         with pytest.raises(StageError, match=r"cell 3 killed its process 2 times .* Take more\."):
             bound.require(Attempts(deaths=2), "cell 3", "Take more.")
         bound.require(Attempts(deaths=1, losses=7), "cell 3", "Take more.")

@@ -18,12 +18,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import ray
+
 from raydc.data.slices import Slice
 from raydc.errors import DataError, StageError
 from raydc.storage.lake import Lake, join
-
-FOLDER = "attempts"
-"""In the run folder: one folder for each stage."""
 
 _LOSSES = 4
 """A piece may lose its node this many times as often as it may kill its process."""
@@ -112,7 +111,7 @@ class Ledger:
         return line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bound:
     """The bound on the attempts of one stage; goes to whatever works for it."""
 
@@ -146,8 +145,6 @@ class Bound:
             task: what stays the same when Ray runs the work again. Default: the id of Ray's task, which an actor's
                 retries do not keep.
         """
-        import ray
-
         context = ray.get_runtime_context()
         task, worker = task or context.get_task_id(), context.get_worker_id()
         lost: Attempts = ray.get(self.board.begin.remote(piece, task, worker, context.get_node_id()))
@@ -184,8 +181,6 @@ class Bound:
 
     def leave_out(self, piece: str, lost: Attempts, line: str) -> None:
         """Note that the run goes on without a piece, and say so once."""
-        import ray
-
         if ray.get(self.board.leave_out.remote(piece, f"{piece} {lost}: {line}")):
             self.note(piece, replace(lost, left_out=True))
 
