@@ -65,8 +65,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     elif file_problems:
         general += [f"{uri}: {problem}" for uri, problem in sorted(file_problems.items())]
         if section.on_bad_files == "fail":
-            # Without a good file there would be nothing left.
-            general[-1] += ". Fix the export, or set input.on_bad_files=quarantine" if num_rows else ". Fix the export"
+            general[-1] += _remedy(general[-1], num_rows)
     if not general and num_rows == 0:
         general.append(f"input.path={section.path}: no rows in {len(footers)} files")
     settings = _settings_problems(config, num_rows, sum(c.dim for c in embeddings.columns), id_type)
@@ -95,6 +94,14 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
         notes=notes,
     )
     return profile, general, settings
+
+
+def _remedy(problem: str, num_rows: int) -> str:
+    """Return what to do about files of which the last problem is given; "" where it says so itself."""
+    if num_rows:
+        return ". Fix the export, or set input.on_bad_files=quarantine"
+    # Without a good file nothing would be left.
+    return "" if "input." in problem or "To convert" in problem else ". Fix the export"
 
 
 def _settings_problems(config: Config, num_rows: int, dim: int, id_type: str | None) -> list[str]:
@@ -193,7 +200,7 @@ def _other_columns(config: Config, footers: Sequence[Footer]) -> _Others:
         elif wrong:
             effect = "those rows are bad (bad_weight)" if use == "weight" else "those are read as text"
             found.notes.append(f"{use} column {name!r} is {wrong[0]} in some files: {effect}")
-        if use == "label" and any(pa.types.is_floating(t) for t in types):
+        if use == "label" and all(pa.types.is_floating(t) for t in types):
             found.notes.append(f"label column {name!r} holds floating numbers: each different number is a class")
         if use == "carried" and not _stackable(types):
             as_text.append(name)
