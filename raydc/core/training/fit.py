@@ -52,7 +52,7 @@ class Fitted:
     """One entry for each epoch, and one for the k-means between them."""
 
     decoder: nn.Module | None = None
-    """Of the autoencoder, where there is one."""
+    """The decoder of the autoencoder, where there is one."""
 
 
 def fit(
