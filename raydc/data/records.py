@@ -157,7 +157,7 @@ class MethodAgreement(TypedDict):
     chance: float
     num_effective: float
     gain: float
-    """Of its score over that of k-means on the raw rows."""
+    """Mean difference of its scores to those of k-means on the raw rows."""
 
     standard_error: float
 
@@ -350,7 +350,7 @@ class FileEntry(TypedDict):
     bytes: int
     sha256: str
     rows: NotRequired[int]
-    """Of a Parquet file."""
+    """Rows of a Parquet file."""
 
 
 class TableEntry(TypedDict):

@@ -34,7 +34,7 @@ class BlockJob:
     spec: InputSpec
     bound: Bound
     seed: int
-    """Of the sample."""
+    """Seed of the sample."""
 
     fraction: float
     """Share of the rows that is taken."""

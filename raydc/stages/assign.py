@@ -163,7 +163,7 @@ def label_all(
         slices: to be labeled; those that are complete already are only counted.
         num_exemplars: nearest rows kept for each leaf.
         bound: on the attempts at a slice.
-        run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
+        run: gets the progress; its lease is checked before each slice is written. Default: neither.
         slots: actors for which there is room at the start. Default: what the cluster offers now.
 
     Raises:
