@@ -30,7 +30,6 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.neighbor_pairs import NeighborPartners
 from raydc.core.training.rows import ResidentRows
-from raydc.stages.fit import fit_settings
 
 # torch before faiss: the other order gives the two libraries separate thread settings.
 import faiss  # isort: skip
@@ -57,7 +56,7 @@ _LARGE: dict[str, Any] = {
     "pretrain": {"num_epochs": 6, "batch_rows": 1024, "learning_rate": 1e-3},
     "refine": {"num_epochs": 6, "batch_rows": 1024, "tolerance": 0.0},
     # The sizes are uneven, so leaves must be free to die.
-    "head": {"learning_rate": 3e-3, "beta": 1.0},
+    "head": {"learning_rate": 3e-3, "pair_exponent": 1.0},
 }
 _LARGE_DEC: dict[str, Any] = {"preprocess": {"method": "scale"}, "refine": {"num_epochs": 5, "batch_rows": 1024}}
 
@@ -164,7 +163,7 @@ def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None
         None if graph is None else torch.from_numpy(graph),
     )
     partners = None if graph is None else NeighborPartners(rows, Ranks())
-    return fit(rows, _preprocess(data, values), fit_settings(parse_config(values), data.name), Launcher(), partners)
+    return fit(rows, _preprocess(data, values), parse_config(values).fit_settings(data.name), Launcher(), partners)
 
 
 def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:

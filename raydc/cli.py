@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -213,9 +214,12 @@ def _assign(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from raydc.commands import show as summary
+    from raydc.runfolder.folder import RUN_KIND
     from raydc.stages import evaluate
 
     folder, config = _open_run(options.run, options.set)
+    # Its files are written anew, so they must be of this format.
+    folder.header(RUN_KIND)
     evaluate.run(config, folder)
     print("\n".join(summary.lines(folder)))
 
@@ -282,7 +286,10 @@ def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     folder = RunDir(Lake(**door.model_dump()), output, run_id)
     if not artifacts.RUN.exists(folder) or (header := folder.header()) is None:
         raise StageError(f"{uri}: no run there. Give the folder <output>/<run_id> of a run.")
-    return folder, parse_config(header["config"] | settings)
+    with warnings.catch_warnings():
+        # What a run wrote down long ago is not for its reader to rename.
+        warnings.simplefilter("ignore", FutureWarning)
+        return folder, parse_config(header["config"] | settings)
 
 
 def _with_overrides(base: dict[str, Any], overrides: Sequence[str]) -> Config:

@@ -22,7 +22,7 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.process import block_rows as rows_at_once
 from raydc.core.search.nearest import SquaredDistances, cache_rows
-from raydc.data.schema import FORMAT_VERSION, MODEL_FOLDER
+from raydc.data.schema import MODEL_FOLDER, MODEL_FORMAT_VERSION
 from raydc.errors import DataError
 from raydc.storage.lake import Lake, join
 
@@ -205,7 +205,7 @@ class Model:
             join(uri, HEAD),
             {
                 "format": "raydc-model",
-                "format_version": FORMAT_VERSION,
+                "format_version": MODEL_FORMAT_VERSION,
                 "num_leaves": self.num_leaves,
                 "levels": list(self.levels),
                 "widths": list(self.widths),
@@ -231,10 +231,10 @@ class Model:
         except (FileNotFoundError, ValueError, RecursionError):
             raise DataError(f"model {uri}: no model there. Give the model folder of a finished run.") from None
         found = (head.get("format"), head.get("format_version")) if isinstance(head, dict) else (None, None)
-        if found != ("raydc-model", FORMAT_VERSION):
+        if found != ("raydc-model", MODEL_FORMAT_VERSION):
             raise DataError(
                 f"model {uri}: config.json says format {found[0]!r}, version {found[1]!r}; this raydc reads "
-                f"'raydc-model', version {FORMAT_VERSION}. Fit again, or use the raydc that wrote it."
+                f"'raydc-model', version {MODEL_FORMAT_VERSION}. Fit again, or use the raydc that wrote it."
             )
         try:
             return _read(uri, lake, head)

@@ -128,6 +128,12 @@ def test_the_way_of_the_rows_to_the_workers_loads_no_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_settings_load_neither_torch_nor_ray_nor_pyarrow():
+    script = "import sys, raydc.config; assert not {'torch', 'ray', 'pyarrow', 'faiss', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_package_itself_loads_neither_torch_nor_ray():
     script = "import sys, raydc; raydc.Config; assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

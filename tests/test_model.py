@@ -241,6 +241,17 @@ def test_another_format_is_refused(tmp_path, change, text):
         Model.load(uri)
 
 
+def test_a_model_of_the_first_format_is_loaded_from_the_folder_of_its_run(tmp_path):
+    model = network_model()
+    model.save(Lake(), str(tmp_path / "model"))
+    head = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert head["format_version"] == 1
+    old = {"run_id": "old", "format_version": 1, "config": {"neighbours": {"num": 3}}}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    rows = np.random.default_rng(0).normal(size=(20, model.dim)).astype(np.float32)
+    np.testing.assert_array_equal(Model.load(str(tmp_path)).predict(rows).leaf, model.predict(rows).leaf)
+
+
 @pytest.mark.parametrize("body", ["[1, 2]", '"raydc-model"', "{}"])
 def test_a_head_that_is_no_model_is_refused(tmp_path, body):
     uri = saved(tmp_path)

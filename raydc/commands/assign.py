@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -95,7 +95,7 @@ def _profile(config: Config, model: Model, lake: Lake) -> Profile:
         section = config.input.model_copy(update={"embedding_columns": named})
         config = config.model_copy(update={"input": section})
     # K bounds the rows of a fit, not of a labeling.
-    leaves = config.cluster.model_copy(update={"num_leaves": 2})
+    leaves = replace(config.cluster, num_leaves=2)
     profile = profile_input(config.model_copy(update={"cluster": leaves}), lake)
     if profile.spec.dim != model.dim:
         raise DataError(

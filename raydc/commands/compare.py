@@ -27,8 +27,8 @@ from raydc.core.metrics.choose_k import calinski_harabasz
 from raydc.core.metrics.neighbor_agreement import Neighbors, agreement, nearest_neighbors
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.models.preprocess import Preprocess
-from raydc.core.objectives.build import uses_autoencoder
 from raydc.core.objectives.snapshot import encode
+from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
 from raydc.core.search.nearest import own_and_other
 from raydc.core.training import checkpoint
@@ -41,7 +41,6 @@ from raydc.pipeline import make_lake
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import check_output
 from raydc.runfolder.formats import Place
-from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
 from raydc.storage.lake import absolute
 
@@ -195,10 +194,10 @@ def _fitted(
     with tempfile.TemporaryDirectory(prefix="raydc-compare-") as folder:
         for name, config in configs.items():
             # One fingerprint for all: they differ in what comes after the pretraining.
-            settings = replace(fit_settings(config, fingerprint), seed=seed, fingerprint="compare")
+            settings = replace(config.fit_settings(fingerprint), seed=seed, fingerprint="compare")
             started, before = time.perf_counter(), 0.0
             launcher = _Launcher()
-            if uses_autoencoder(name):
+            if info(name).needs_autoencoder:
                 if shared is None:
                     checkpoint.save(Path(folder), *pretrain(rows, preprocess, settings, _Launcher()))
                     shared = Path(folder), time.perf_counter() - started

@@ -128,7 +128,7 @@ def _compared(metrics: Metrics, columns: list[str]) -> tuple[list[str], int]:
         "autoencoder_kmeans": "autoencoder + k-means",
         "learned": objective,
     }
-    if objective in ("kmeans", "autoencoder"):
+    if baseline_of(metrics) is not None:
         del names["learned"]
     text, sampled = [], 0
     for name, title in names.items():

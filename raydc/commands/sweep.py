@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raydc.config import Config
+from raydc.config import Config, dump
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.choose_k import recommend
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.training.sweep import Sample, SweepSettings, sweep
+from raydc.core.training.settings import SweepSettings
+from raydc.core.training.sweep import Sample, sweep
 from raydc.data.profile import Profile
 from raydc.data.records import RecommendationRecord, SweepEntry, SweepRecord
 from raydc.errors import ConfigError
@@ -34,7 +35,6 @@ from raydc.runtime.board import bounded
 from raydc.runtime.row_dataset import readers, slice_dataset
 from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
 from raydc.stages import profile
-from raydc.stages.fit import fit_settings
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +82,10 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
     folder = RunDir(make_lake(config), config.output, run_id)
     folder.check(config, SWEEP_KIND)
     # The largest K must fit the rows; that of the settings only says for which K target_top_q was set.
-    wanted = config.cluster.model_copy(update={"num_leaves": max(config.cluster.num_leaves, numbers[-1])})
+    wanted = replace(config.cluster, num_leaves=max(config.cluster.num_leaves, numbers[-1]))
     found = profile.profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
     settings = config.settings("fit") | {
-        "sweep": config.sweep.model_dump(mode="json") | {"k": list(numbers)},
+        "sweep": dump(config.sweep) | {"k": list(numbers)},
         "input_fingerprint": found.fingerprint,
     }
     if folder.is_done(_NAME, settings):
@@ -126,15 +126,15 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
     )
     evaluate = config.evaluate
     plan = SweepSettings(
-        numbers,
-        config.sweep.stability_rows,
-        config.sweep.num_repeats,
-        evaluate.neighbor_rows,
-        evaluate.num_neighbors,
-        evaluate.neighbor_queries,
+        num_leaves=numbers,
+        stability_rows=config.sweep.stability_rows,
+        num_repeats=config.sweep.num_repeats,
+        neighbor_rows=evaluate.neighbor_rows,
+        num_neighbors=evaluate.num_neighbors,
+        neighbor_queries=evaluate.neighbor_queries,
     )
     with bounded(_NAME, config, folder, folder.tell) as bound:
-        settings = fit_settings(config, found.fingerprint)
+        settings = config.fit_settings(found.fingerprint)
         job = Job.of(config, settings, found, folder, bound.board, expected_rows=expected)
         dataset = slice_dataset(
             folder.lake,

@@ -2,7 +2,11 @@
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version of a run folder and of its manifest. 2: American names of stages, settings and files."""
+
+MODEL_FORMAT_VERSION = 1
+"""Version of a saved model; it has not changed since the first."""
 
 MODEL_FOLDER = "model"
 """Where a run folder has its model."""

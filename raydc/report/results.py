@@ -4,22 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from raydc.core.objectives.table import OBJECTIVES
 from raydc.data.records import Baseline, Epoch, Measured, Scores
 from raydc.report.text import count, duration, plural, score
-
-OBJECTIVES = {
-    "dec": "DEC",
-    "idec": "IDEC",
-    "ae": "Autoencoder with a code loss",
-    "dcn": "DCN",
-    "vade": "VaDE",
-    "vdc": "VaDE",
-    "distill": "Distillation",
-    "temi": "TEMI",
-    "icon": "I-Con",
-    "autoencoder": "Autoencoder + k-means",
-    "kmeans": "k-means",
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +89,7 @@ class Accounts:
 def objective_name(metrics: Measured) -> str:
     """Return the name of the run's objective as people write it."""
     name = objective(metrics)
-    return OBJECTIVES.get(name, name.upper())
+    return OBJECTIVES[name].title if name in OBJECTIVES else name.upper()
 
 
 def leaf_scores(metrics: Measured, level: int | None = None) -> Scores:
@@ -250,9 +237,9 @@ def objective(metrics: Measured) -> str:
 
 
 def baseline_of(metrics: Measured) -> Baseline | None:
-    """Return the baseline that the run's objective is itself; None where it is none of them."""
-    alike: dict[str, Baseline] = {"kmeans": "raw_kmeans", "autoencoder": "autoencoder_kmeans"}
-    return alike.get(objective(metrics))
+    """Return the name of the baseline that the run's objective is itself; None where it is none of them."""
+    found = OBJECTIVES.get(objective(metrics))
+    return None if found is None else found.baseline
 
 
 def has(scores: Mapping[str, Any], key: str) -> bool:

@@ -67,11 +67,16 @@ class RunDir(OwnedFolder):
             kind: the command that the folder must belong to, if it matters.
 
         Raises:
-            StageError: the folder is somebody else's, or another command's.
+            StageError: the folder is somebody else's, another command's, or of another format.
         """
         body = cast(Header | None, self.read_owner())
         if body is None or kind is None:
             return body
+        if body.get("format_version") != FORMAT_VERSION:
+            raise StageError(
+                f"{kind}: run {self.run_id!r} in {self.root} was written by format {body.get('format_version')}, and "
+                f"this raydc writes format {FORMAT_VERSION}. Use a new --run-id; a finished model in it still loads."
+            )
         # Earlier headers do not say it.
         found = body.get("kind") or (SWEEP_KIND if self.marker(SWEEP_KIND) is not None else RUN_KIND)
         if found != kind:

@@ -23,10 +23,10 @@ from raydc.config import Config
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.models.teacher import Teacher
 from raydc.core.process import prepare_process
-from raydc.core.training.collapse import WatchSettings, signs
+from raydc.core.training.collapse import signs
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.training.settings import FitSettings
+from raydc.core.training.settings import FitSettings, WatchSettings
 from raydc.data.profile import Profile
 from raydc.data.slices import InputSpec
 from raydc.errors import DataError, StageError
@@ -100,7 +100,7 @@ class Job:
             resident_bytes=config.fit.resident_bytes,
             num_threads=config.fit.cpus_per_worker,
             board=board,
-            watch=WatchSettings(**config.watch.model_dump()),
+            watch=config.watch,
             row_bytes=config.row_bytes(spec.dim, spec.dtype.itemsize),
         )
 
@@ -295,7 +295,7 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
         allowed = int(0.6 * available_bytes()) // ray.train.get_context().get_local_world_size()
     # Every rank takes the same mode, that of the rank with the least memory.
     streamed = bool(ranks.max(torch.tensor([int(shard_bytes > allowed)]))[0])
-    if streamed and job.settings.head is not None:
+    if streamed and job.settings.needs_pairs:
         # The same on every rank, like every ValueError of the fit.
         raise ValueError(
             f"{job.settings.objective} meets each row with its neighbors and needs the rows resident, but a shard of "

@@ -18,6 +18,7 @@ from ray.data import ActorPoolStrategy
 
 from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
+from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
 from raydc.data.records import AgreementRecord, AssignMetrics, Baseline, MethodAgreement
 from raydc.data.slices import InputSpec, Slice
@@ -71,7 +72,7 @@ def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeli
         if (saved := artifacts.baseline(name)).exists(run):
             baselines[name] = saved.load(run)
     section = config.evaluate
-    learned = config.fit.objective != "kmeans"
+    learned = info(config.fit.objective).baseline != "raw_kmeans"
     near_rows = min(section.neighbor_rows, section.baseline_rows) if baselines and learned else 0
     return Labeling(
         lake=run.lake,

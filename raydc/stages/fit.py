@@ -17,15 +17,6 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.neighbor_pairs import NeighborPartners
 from raydc.core.training.rows import ResidentRows, Rows
-from raydc.core.training.settings import (
-    ClusterSettings,
-    DistillSettings,
-    FitSettings,
-    HeadSettings,
-    PretrainSettings,
-    RefineSettings,
-    VadeSettings,
-)
 from raydc.core.training.state import Clustering
 from raydc.data.records import Epoch, FitMetrics, Resize
 from raydc.model import Model
@@ -62,7 +53,7 @@ def run(config: Config, run: RunDir) -> FitMetrics:
         missing = {name for name, attempts in lost.items() if attempts.left_out}
         slices = [s for s in slices if s.name not in missing]
     with bounded("fit", config, run, run.tell) as bound:
-        settings = fit_settings(config, inputs)
+        settings = config.fit_settings(inputs)
         job = Job.of(config, settings, profile, run, bound.board, expected_rows=expected, teaching=taught)
         dataset = slice_dataset(
             run.lake,
@@ -75,26 +66,6 @@ def run(config: Config, run: RunDir) -> FitMetrics:
             neighbors_of=run if config.needs_neighbors else None,
         )
         return launch(config, run, dataset, _train_loop, {"job": job}, "fit")
-
-
-def fit_settings(config: Config, input_fingerprint: str) -> FitSettings:
-    """Return the core's settings of a config."""
-    return FitSettings(
-        objective=config.fit.objective,
-        seed=config.seed,
-        precision=config.fit.precision,
-        hidden_dims=tuple(config.autoencoder.hidden_dims),
-        latent_dim=config.autoencoder.latent_dim,
-        pretrain=PretrainSettings(**config.pretrain.model_dump()),
-        cluster=ClusterSettings(**config.cluster.model_dump()),
-        refine=RefineSettings(**config.refine.model_dump()),
-        vade=VadeSettings(**config.vade.model_dump()),
-        distill=DistillSettings(**config.distill.model_dump()),
-        head=HeadSettings(**config.head.model_dump()) if config.needs_neighbors else None,
-        baseline_rows=config.evaluate.baseline_rows,
-        fingerprint=f"{config.fingerprint('fit')}-{input_fingerprint}",
-        checkpoint_epochs=config.fit.checkpoint_epochs,
-    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +94,7 @@ def _fitted(job: Job, context: RayContext, ranks: Ranks) -> _Done:
     rows = collect(job, ranks)
     load_seconds = time.perf_counter() - started
     partners = None
-    if job.settings.head is not None:
+    if job.settings.needs_pairs:
         assert isinstance(rows, ResidentRows)
         partners = NeighborPartners(rows, ranks)
     fitted = fit(rows, job.preprocess, job.settings, context, partners, teacher=job.teacher)

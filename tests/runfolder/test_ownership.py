@@ -159,11 +159,11 @@ def test_a_folder_of_an_earlier_version_goes_on(kind, rows, model, tmp_path, no_
 
 
 def _sweep_marker(config, rows) -> dict:
-    from raydc.config import digest
+    from raydc.config import digest, dump
     from raydc.stages.profile import profile_input
 
     settings = config.settings("fit") | {
-        "sweep": config.sweep.model_dump(mode="json") | {"k": [2, 3]},
+        "sweep": dump(config.sweep) | {"k": [2, 3]},
         "input_fingerprint": profile_input(config, Lake()).fingerprint,
     }
     return {"stage": "sweep", "fingerprint": digest(settings), "state": "running", "settings": settings}

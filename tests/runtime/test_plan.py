@@ -62,7 +62,7 @@ def test_arithmetic_of_the_other_objectives_by_hand():
     dcn = ae + 1000 * 5 * (forward + nearest)
     assert make_plan(config(fit={"objective": "ae"}), profile()).fit_flops == plain + ae
     assert make_plan(config(fit={"objective": "dcn"}), profile()).fit_flops == plain + dcn
-    assert make_plan(config(fit={"objective": "ae"}, refine={"beta": 0.0}), profile()).refine_steps == 0
+    assert make_plan(config(fit={"objective": "ae"}, refine={"code_weight": 0.0}), profile()).refine_steps == 0
 
 
 def test_layers_are_pretrained_in_epochs_of_their_own():

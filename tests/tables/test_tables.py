@@ -75,7 +75,7 @@ class Runs:
         """Return what a reader opens."""
         if self.form == "delta":
             return DeltaTable(self.root)
-        return iceberg.open_catalog(self.config(), self.run("x")).load_table("raydc.commands.assign")
+        return iceberg.open_catalog(self.config(), self.run("x")).load_table("raydc.labels")
 
     def rows(self) -> pa.Table:
         table = self.table()
@@ -336,13 +336,13 @@ def test_publish_registers_a_run_in_both_and_says_so_in_the_manifest(tmp_path):
     manifest = artifacts.MANIFEST.read(run)
     assert [(t["format"], t["table"]) for t in manifest["tables"]] == [
         ("delta", run.uri("labels")),
-        ("iceberg", "raydc.commands.assign"),
+        ("iceberg", "raydc.labels"),
     ]
     assert not [f for f in manifest["files"] if "_delta_log" in f["path"]]
     frame = pl.read_delta(run.uri("labels"))
     assert frame.columns == labels(0).column_names
     assert frame.height == DeltaTable(run.uri("labels")).to_pyarrow_dataset().count_rows() == 97
-    assert iceberg.open_catalog(config, run).load_table("raydc.commands.assign").scan().count() == 97
+    assert iceberg.open_catalog(config, run).load_table("raydc.labels").scan().count() == 97
     publish.run(config, run)
     assert artifacts.MANIFEST.read(run) == manifest
 
@@ -358,7 +358,7 @@ def test_a_publish_that_died_after_the_commit_ends_without_another_one(tmp_path,
     publish.run(config, run)
     assert run.lake.exists(run.uri(artifacts.MANIFEST.path))
     assert DeltaTable(run.uri("labels")).version() == 1
-    table = iceberg.open_catalog(config, run).load_table("raydc.commands.assign")
+    table = iceberg.open_catalog(config, run).load_table("raydc.labels")
     assert len(table.snapshots()) == 1 and table.scan().count() == 100
 
 
@@ -461,7 +461,7 @@ def test_tables_in_s3_hold_no_credentials(bucket, s3_endpoint, tmp_path, form, m
     if form == "delta":
         found = DeltaTable(bucket, storage_options=delta.storage_options(config.storage)).to_pyarrow_table()
     else:
-        found = iceberg.open_catalog(config, run).load_table("raydc.commands.assign").scan().to_arrow()
+        found = iceberg.open_catalog(config, run).load_table("raydc.labels").scan().to_arrow()
     assert sorted(found["id"].to_pylist()) == list(range(20))
     bodies = [lake.read_bytes(f.uri) for f in lake.find(bucket) if not f.uri.endswith(".parquet")]
     bodies += [p.read_bytes() for p in tmp_path.iterdir()]

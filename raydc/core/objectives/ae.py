@@ -37,12 +37,17 @@ class Ae(Objective):
         self.code_loss, self.beta = code_loss, beta
 
     @classmethod
-    def of(cls, parts: Parts) -> "Ae":
+    def from_parts(cls, parts: Parts) -> "Ae":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
         net, refine = parts.autoencoder, parts.settings.refine
         return cls(
-            net.encoder, net.decoder, parts.centers_KL, parts.kernel, code_loss=refine.code_loss, beta=refine.beta
+            net.encoder,
+            net.decoder,
+            parts.centers_KL,
+            parts.kernel,
+            code_loss=refine.code_loss,
+            beta=refine.code_weight,
         )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:

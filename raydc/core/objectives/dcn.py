@@ -70,7 +70,7 @@ class Dcn(Objective):
         self.register_buffer("tally", torch.zeros(num_leaves, width + 2, dtype=torch.float64))
 
     @classmethod
-    def of(cls, parts: Parts) -> "Dcn":
+    def from_parts(cls, parts: Parts) -> "Dcn":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
         net, settings = parts.autoencoder, parts.settings

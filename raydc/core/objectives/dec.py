@@ -179,7 +179,7 @@ class Dec(Objective):
         """The frozen state at the last refresh; no submodule, so neither optimizer nor ranks touch it."""
 
     @classmethod
-    def of(cls, parts: Parts) -> "Dec":
+    def from_parts(cls, parts: Parts) -> "Dec":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
         target = Target.of(parts.settings.refine)

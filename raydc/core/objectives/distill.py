@@ -93,7 +93,7 @@ class Distill(Objective):
         """What gives the ids of this epoch; no submodule, so neither optimizer nor ranks touch it."""
 
     @classmethod
-    def of(cls, parts: Parts) -> "Distill":
+    def from_parts(cls, parts: Parts) -> "Distill":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
         return cls(

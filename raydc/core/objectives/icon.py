@@ -55,23 +55,26 @@ class Icon(Heads):
     steps: Tensor
 
     def __init__(self, parts: Parts) -> None:
-        plan = parts.settings.head
-        assert plan is not None
-        super().__init__(parts, plan, 1)
+        super().__init__(parts, parts.settings.head, 1)
         self.register_buffer("negatives", torch.empty(0, parts.dim))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "Icon":
+        """Return the objective that starts from these parts."""
+        return cls(parts)
 
     def start(self, sample_NL: Tensor) -> None:
         """Start the head, and choose the rows from which each step takes its negatives."""
         super().start(sample_NL)
-        if self.plan.alpha > 0:
+        if self.plan.debiasing > 0:
             chosen = rotating_rows(len(sample_NL), 16 * self.plan.num_negatives, 0, stream_seed(self.seed, 16))
             self.negatives = sample_NL[chosen.to(sample_NL.device)].clone()
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `attraction`."""
         assert batch.partners is not None
-        alpha, head, marginals = self.plan.alpha, self.heads[0], self.marginals[0]
+        alpha, head, marginals = self.plan.debiasing, self.heads[0], self.marginals[0]
         log_phi = head(batch.x_ND)
         lift = log_lift(log_phi, head(batch.partners.x_ND), log_marginal(marginals))
         losses = -(1.0 - alpha) * log_debiased(lift, alpha)

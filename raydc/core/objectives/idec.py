@@ -36,7 +36,7 @@ class Idec(Dec):
         self.gamma = gamma
 
     @classmethod
-    def of(cls, parts: Parts) -> "Idec":
+    def from_parts(cls, parts: Parts) -> "Idec":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
         net, refine = parts.autoencoder, parts.settings.refine
@@ -46,7 +46,7 @@ class Idec(Dec):
             parts.centers_KL,
             parts.kernel,
             Target.of(refine),
-            gamma=refine.gamma,
+            gamma=refine.clustering_weight,
             arithmetic=parts.arithmetic,
         )
 

@@ -75,7 +75,7 @@ class Parts:
     """What an objective is made from, the same on every rank."""
 
     autoencoder: Autoencoder | None
-    """Pretrained; None for an objective that works on the preprocessed rows (see `build.uses_autoencoder`)."""
+    """Pretrained; None for an objective that works on the preprocessed rows (see raydc.core.objectives.table)."""
 
     centers_KL: Tensor
     """Those of k-means over all rows."""
@@ -150,6 +150,16 @@ class Objective(nn.Module):
 
     ending: Literal["keep", "lloyd", "kmeans"] = "keep"
     """After the last epoch: keep the centers; Lloyd's iterations from them; or k-means anew."""
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "Objective":
+        """Return the objective that starts from these parts."""
+        raise NotImplementedError(f"{cls.__name__} has no from_parts")
+
+    @classmethod
+    def check_inputs(cls, settings: FitSettings) -> "Pass | None":
+        """Return a pass over all rows, before any training, that refuses what the objective cannot take."""
+        return None
 
     def start(self, sample_NL: Tensor) -> None:
         """Begin a new fit; the sample is of the codes (or preprocessed rows), on the training device, (0, L) if none.

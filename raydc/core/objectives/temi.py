@@ -46,9 +46,13 @@ class Temi(Heads):
 
     def __init__(self, parts: Parts) -> None:
         plan = parts.settings.head
-        assert plan is not None
         super().__init__(parts, plan, plan.num_heads)
         self.teachers = copy.deepcopy(self.heads).requires_grad_(False)
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "Temi":
+        """Return the objective that starts from these parts."""
+        return cls(parts)
 
     def start(self, sample_NL: Tensor) -> None:
         """Start the students, and the teachers at the same numbers."""
@@ -66,7 +70,9 @@ class Temi(Heads):
         for head, (t, t2), marginals in zip(self.heads, taught, self.marginals, strict=True):
             log_pk = log_marginal(marginals)
             s, s2 = head(x), head(x2)
-            both = pair_loss(s, t2, log_pk, beta=self.plan.beta) + pair_loss(s2, t, log_pk, beta=self.plan.beta)
+            both = pair_loss(s, t2, log_pk, beta=self.plan.pair_exponent) + pair_loss(
+                s2, t, log_pk, beta=self.plan.pair_exponent
+            )
             losses.append(weight * 0.5 * both)
         self._keep_sums(batch, [t for t, _ in taught], losses)
         return {"loss": (batch.weights_N * torch.stack(losses).mean(dim=0)).sum()}

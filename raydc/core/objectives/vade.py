@@ -16,7 +16,7 @@ from raydc.core.models.mixture import Mixture, fit_mixture, log_joint
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
 from raydc.core.search.nearest import nearest
-from raydc.core.training.settings import VadeSettings
+from raydc.core.training.settings import FitSettings, VadeSettings
 
 LOG_VARIANCE_BOUNDS = (-8.0, 8.0)
 """Of the components and of the posterior, in a latent scaled to variances of about 1 inside a component."""
@@ -153,7 +153,12 @@ class Vade(Objective):
         self.kl_weight = settings.kl_weight
 
     @classmethod
-    def of(cls, parts: Parts) -> "Vade":
+    def check_inputs(cls, settings: FitSettings) -> UnitRange | None:
+        """Return the pass that refuses rows outside [0, 1], where a Bernoulli decoder needs them."""
+        return UnitRange() if settings.vade.likelihood == "bernoulli" else None
+
+    @classmethod
+    def from_parts(cls, parts: Parts) -> "Vade":
         """Return the objective that starts from these parts."""
         assert parts.autoencoder is not None
         model = cls(parts.autoencoder, len(parts.centers_KL), parts.kernel, parts.settings.vade)

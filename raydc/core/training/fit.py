@@ -16,7 +16,7 @@ from raydc.core.hashing import stream_seed
 from raydc.core.models.autoencoder import Autoencoder, choose_precision, initialize
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.models.teacher import Teacher
-from raydc.core.objectives.build import build, first_look, uses_autoencoder
+from raydc.core.objectives.build import build, check_inputs
 from raydc.core.objectives.kernel import Kernel
 from raydc.core.objectives.objective import Minibatch, Objective, Parts, run_pass
 from raydc.core.process import release_memory
@@ -141,7 +141,7 @@ class _Fit:
         self.trainer = Trainer(rows, preprocess, settings, self.ranks, arithmetic)
         generator = torch.Generator().manual_seed(stream_seed(settings.seed, 1))
         autoencoder = None
-        if uses_autoencoder(settings.objective):
+        if settings.learns:
             autoencoder = self._new_autoencoder()
             initialize(autoencoder, generator)
         self.teacher = teacher.to(self.ranks.device) if teacher is not None else None
@@ -157,7 +157,7 @@ class _Fit:
 
     def first_look(self) -> None:
         """Refuse rows that the objective cannot take."""
-        look = first_look(self.settings)
+        look = check_inputs(self.settings)
         if look is not None:
             blocks = (self._minibatch(b, seed=0) for b in self.trainer.rows.blocks(self.trainer.block_rows))
             run_pass(look, blocks, self.ranks.sum)
@@ -351,7 +351,9 @@ class _Fit:
         return found, calibrated(trainer, sample, found)[0]
 
     def _new_autoencoder(self) -> Autoencoder:
-        return Autoencoder(self.trainer.rows.dim, self.settings.hidden_dims, self.settings.latent_dim)
+        return Autoencoder(
+            self.trainer.rows.dim, self.settings.autoencoder.hidden_dims, self.settings.autoencoder.latent_dim
+        )
 
     def _copy_encoder(self, encoder: nn.Module) -> nn.Module:
         copy = self._new_autoencoder().encoder

@@ -88,7 +88,7 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     """Return a sample of about `num_rows` latents; of preprocessed rows where there is no encoder."""
     ranks, rows = trainer.ranks, trainer.rows
     fraction, seed = num_rows / max(rows.num_rows, 1), stream_seed(trainer.settings.seed, 6)
-    width = rows.dim if encoder is None else trainer.settings.latent_dim
+    width = rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
     share = int(_MARGIN * min(num_rows, rows.num_rows) / ranks.world_size)
     keys = RowStore([], torch.int64, share, ranks.device)
     values = RowStore([width], torch.float32, share, ranks.device)
@@ -109,7 +109,7 @@ def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) ->
     """Return the latents of `sample_latents` on every rank, on the training device; none for 0 rows."""
     ranks = trainer.ranks
     if not num_rows:
-        width = trainer.rows.dim if encoder is None else trainer.settings.latent_dim
+        width = trainer.rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
         return torch.empty((0, width), device=ranks.device)
     sample = sample_latents(trainer, encoder, num_rows).z_NL
     size = int(ranks.broadcast(torch.tensor([len(sample)]))[0])

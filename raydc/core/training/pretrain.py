@@ -27,7 +27,7 @@ def pretrain_layers(trainer: Trainer, state: State, end_epoch: EndEpoch) -> None
     """Train one pair of layers after the other, each on the codes of those below it."""
     plan, autoencoder = trainer.settings.pretrain, state.autoencoder
     assert autoencoder is not None
-    num_layers = len(trainer.settings.hidden_dims) + 1
+    num_layers = len(trainer.settings.autoencoder.hidden_dims) + 1
     num_steps = trainer.rows.num_steps(plan.batch_rows)
     for layer in range(state.epoch // plan.layer_epochs, num_layers):
         pair = LayerPair(autoencoder, layer, share=plan.layer_corruption)

@@ -62,7 +62,7 @@ def test_a_weightless_code_loss_is_plain_reconstruction():
 
 
 def test_a_fit_without_code_loss_is_exactly_the_autoencoder_baseline():
-    ours = run_ranks(1, fit_blobs, settings(beta=0.0))[0]
+    ours = run_ranks(1, fit_blobs, settings(code_weight=0.0))[0]
     plain = run_ranks(1, fit_blobs, with_objective("autoencoder"))[0]
     np.testing.assert_array_equal(ours["centers"], plain["centers"])
     for name, weights in plain["encoder"].items():
@@ -70,7 +70,7 @@ def test_a_fit_without_code_loss_is_exactly_the_autoencoder_baseline():
 
 
 def test_a_penalty_shrinks_the_code_and_k_means_finds_its_leaves_again():
-    result = run_ranks(1, fit_blobs, settings(code_loss="l2", beta=5.0, num_epochs=4))[0]
+    result = run_ranks(1, fit_blobs, settings(code_loss="l2", code_weight=5.0, num_epochs=4))[0]
     before = np.linalg.norm(result["baselines"]["autoencoder_kmeans"], axis=1).mean()
     assert np.linalg.norm(result["centers"], axis=1).mean() < before
     assert (result["weights"] > 0).all()

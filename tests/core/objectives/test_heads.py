@@ -22,7 +22,7 @@ from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.training.settings import HeadSettings
 from tests.core.ranks import SETTINGS, PlainContext, blobs, run_ranks, shard
 
-HEAD = HeadSettings((), "kmeans", "auto", 5e-3, 0.9, 1, 0.6, 0.9, 0.6, 32)
+HEAD = HeadSettings(learning_rate=5e-3, teacher_momentum=0.9, num_negatives=32)
 
 
 def settings(objective, *, num_epochs=3, **changes):
@@ -80,7 +80,7 @@ def test_the_losses_of_icon_are_the_divergence_of_the_paper_up_to_a_constant():
 
 
 def test_without_debiasing_icon_is_temi_with_beta_one_and_a_teacher_that_is_the_student():
-    icon, temi = Icon(parts("icon", alpha=0.0)), Temi(parts("temi", beta=1.0))
+    icon, temi = Icon(parts("icon", debiasing=0.0)), Temi(parts("temi", pair_exponent=1.0))
     sample = torch.randn(50, 5, generator=torch.Generator().manual_seed(2))
     icon.start(sample)
     temi.start(sample)
@@ -100,7 +100,7 @@ def test_without_debiasing_icon_is_temi_with_beta_one_and_a_teacher_that_is_the_
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(Temi, {}), (Temi, {"num_heads": 3}), (Icon, {}), (Icon, {"alpha": 0.0})]
+    ("kind", "options"), [(Temi, {}), (Temi, {"num_heads": 3}), (Icon, {}), (Icon, {"debiasing": 0.0})]
 )
 @pytest.mark.parametrize("hidden", [(), (6, 4)])
 def test_gradients_are_those_of_finite_differences(kind, options, hidden):
