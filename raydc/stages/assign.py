@@ -20,7 +20,8 @@ from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
 from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
-from raydc.data.records import AgreementRecord, AssignMetrics, Baseline, MethodAgreement
+from raydc.data.metrics import AgreementRecord, Baseline, MethodAgreement
+from raydc.data.records import AssignMetrics
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
