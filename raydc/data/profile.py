@@ -19,7 +19,7 @@ class Profile:
     spec: InputSpec
     slices: list[Slice]
     fingerprint: str
-    """Hash of every file's name, size, counts and statistics."""
+    """Digest of every file's name, size, counts and statistics."""
 
     bad_files: list[BadFile] = field(default_factory=list)
     """Files left out under on_bad_files=quarantine."""

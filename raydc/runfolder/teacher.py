@@ -25,7 +25,7 @@ class Teaching:
     teacher: Teacher
     preprocess: Preprocess
     fingerprint: str
-    """Hash of the teacher's model. A fit does not continue under another teacher at the same URI."""
+    """Digest of the teacher's model, so that a fit does not go on under another teacher of the same place."""
 
 
 def load_teacher(config: Config, dim: int, lake: Lake) -> Teaching | None:

@@ -34,7 +34,7 @@ class BlockJob:
     spec: InputSpec
     bound: Bound
     seed: int
-    """Seed of the sample of rows."""
+    """Seed of the sample."""
 
     fraction: float
     """Share of the rows that is taken."""

@@ -20,7 +20,8 @@ from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
 from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
-from raydc.data.records import AgreementRecord, AssignMetrics, Baseline, MethodAgreement
+from raydc.data.metrics import AgreementRecord, Baseline, MethodAgreement
+from raydc.data.records import AssignMetrics
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
@@ -165,7 +166,7 @@ def label_all(
         slices: to be labeled; those that are complete already are only counted.
         num_exemplars: nearest rows kept for each leaf.
         bound: on the attempts at a slice.
-        run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
+        run: gets the progress; its lease is checked before each slice is written. Default: neither.
         slots: actors for which there is room at the start. Default: what the cluster offers now.
 
     Raises:
