@@ -17,62 +17,25 @@ import yaml
 
 from raydc import pipeline
 from raydc.cli import main
-from raydc.config import parse_config
 from raydc.data.schema import labels_schema
 from raydc.errors import DataError, StageError
 from raydc.model import Model
 from raydc.runtime import session
 from raydc.storage.lake import Lake
+from tests.small_job import read_input, read_labels, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SMALL = {
-    "preprocess": {"method": "scale"},
-    "autoencoder": {"hidden_dims": [128, 128], "latent_dim": 10},
-    "pretrain": {"num_epochs": 20, "batch_rows": 64, "learning_rate": 2e-3},
-    "cluster": {"num_leaves": 10, "num_restarts": 10},
-    "fit": {"objective": "dec", "precision": "float32"},
-    "refine": {"num_epochs": 6, "batch_rows": 64},
-    "merge": {"levels": [3, 6]},
-}
 
-
-def settings(path, output, **sections):
-    """Return a small job's settings with some sections changed."""
-    values = {name: dict(section) for name, section in SMALL.items()}
-    values["input"] = {"path": str(path), "label_column": "label", "image_shape": [8, 8]}
-    for name, changes in sections.items():
-        values[name] = values.get(name, {}) | changes
-    # Twenty epochs are few, and of four seeds this one finds the digits.
-    return parse_config(values | {"output": str(output), "seed": 2})
-
-
-def read_labels(run):
-    """Return all label rows of a run, by id."""
-    files = sorted(Path(run.uri("labels")).rglob("*.parquet"))
-    return pa.concat_tables([pq.read_table(f) for f in files]).sort_by("id")
-
-
-def read_input(folder):
-    """Return the ids, rows and labels of an input folder, by id."""
-    table = pa.concat_tables([pq.read_table(f) for f in sorted(folder.glob("*.parquet"))]).sort_by("id")
-    x = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    return table["id"].to_numpy(), x, table["label"].to_numpy()
+@pytest.fixture
+def output(on_one_worker):
+    """The folder of the shared run's folder."""
+    return Path(on_one_worker.root).parent
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def on_one_worker(ray_cluster, digits, output):
-    return pipeline.run(settings(digits, output), "one")
-
-
-@pytest.fixture(scope="module")
-def on_two_workers(ray_cluster, digits, output):
-    return pipeline.run(settings(digits, output, fit={"num_workers": 2}), "two")
+def on_two_workers(ray_cluster, digits, tmp_path_factory):
+    return pipeline.run(settings(digits, tmp_path_factory.mktemp("runs"), fit={"num_workers": 2}), "two")
 
 
 def test_the_job_finds_the_digits(on_one_worker, digits):
@@ -130,8 +93,8 @@ def test_the_manifest_lists_every_file_with_its_checksum(on_one_worker):
     assert entry["sha256"] == hashlib.sha256(body).hexdigest() and entry["bytes"] == len(body) and entry["rows"] == 450
 
 
-def test_the_same_seed_on_one_worker_gives_the_same_label_bytes(on_one_worker, digits, output):
-    again = pipeline.run(settings(digits, output), "again")
+def test_the_same_seed_on_one_worker_gives_the_same_label_bytes(on_one_worker, digits, tmp_path):
+    again = pipeline.run(settings(digits, tmp_path, evaluate=FEW), "again")
     for source in digits.glob("*.parquet"):
         first = Path(on_one_worker.uri("labels", source.name)).read_bytes()
         assert Path(again.uri("labels", source.name)).read_bytes() == first
@@ -174,11 +137,11 @@ def test_another_number_of_workers_is_the_same_run_but_other_settings_are_not(on
         pipeline.run(settings(digits, output, autoencoder={"latent_dim": 7}), "one")
 
 
-def test_streamed_rows_train_on_two_workers(ray_cluster, digits, output):
+def test_streamed_rows_train_on_two_workers(ray_cluster, digits, tmp_path):
     run = pipeline.run(
         settings(
             digits,
-            output,
+            tmp_path,
             fit={"num_workers": 2, "resident_bytes": 0, "objective": "idec"},
             pretrain={"num_epochs": 2},
             refine={"num_epochs": 1},
@@ -250,8 +213,8 @@ def test_a_terminated_and_killed_run_continues_on_another_number_of_workers(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "raydc", "run", "--config", str(tmp_path / "job.yaml"), "--run-id", "killed"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    # At the pace that raydc asks of Train the epochs would be over before a signal comes in the middle of them.
-    environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "2"
+    # An epoch a second. At the pace that raydc asks of Train they would be over before a signal comes in the middle.
+    environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
     for epoch, number in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
             assert process.stdout is not None

@@ -8,7 +8,7 @@ import yaml
 
 from raydc.cli import main
 from raydc.commands.sweep import parse_numbers
-from tests.test_pipeline import settings
+from tests.small_job import settings
 
 
 def write_config(digits, folder, **sections):
