@@ -21,7 +21,7 @@ import pytest
 
 # Fixtures behind which a Ray cluster or an S3 server is started: their tests get the marker.
 STARTS = {
-    "ray": {"ray_cluster", "two_nodes", "head_with_dashboard"},
+    "ray": {"ray_cluster", "head_with_dashboard"},
     "s3": {"s3_endpoint"},
 }
 
