@@ -15,6 +15,9 @@ SMALL = {
     "fit": {"objective": "dec", "precision": "float32"},
     "refine": {"num_epochs": 6, "batch_rows": 64},
     "merge": {"levels": [3, 6]},
+    # Whatever is more is time: an actor is a process, and a map of all rows is most of a report.
+    "assign": {"num_actors": 1},
+    "evaluate": {"map_rows": 200},
 }
 
 # Twenty epochs are few, and of four seeds this one finds the digits.
