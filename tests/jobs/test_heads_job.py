@@ -29,6 +29,8 @@ def settings(path, output, objective="icon", **fit):
             "refine": {"num_epochs": 20, "batch_rows": 128},
             "head": {"learning_rate": 1e-2},
             "merge": {"levels": [3]},
+            "assign": {"num_actors": 1},
+            "evaluate": {"map_rows": 200},
         }
     )
 
