@@ -10,7 +10,7 @@ import yaml
 from raydc.cli import main
 from raydc.commands.sweep import parse_numbers
 from raydc.data import json_schema
-from tests.test_pipeline import settings
+from tests.small_job import settings
 
 
 def write_config(digits, folder, **sections):
