@@ -34,6 +34,9 @@ def lines(run: RunDir) -> list[str]:
     metrics = artifacts.METRICS.read_if_there(run)
     if metrics is not None:
         text += _results(metrics, markers)
+    elif markers["profile"] is not None:
+        # The metrics have them among their warnings.
+        text += [f"note        {note}" for note in markers["profile"].get("metrics", {}).get("notes", [])]
     text.append("")
     text.append("stages      " + ", ".join(_stage(name, marker) for name, marker in markers.items()))
     written = {file.path.partition("/")[0]: file for file in _TOLD}

@@ -39,6 +39,9 @@ class ColumnRecord(TypedDict):
     dim: int
     dtype: str
     weight: float
+    scale: NotRequired[float]
+    parts: NotRequired[list[str]]
+    npy: NotRequired[str | None]
 
 
 class SpecRecord(TypedDict):
@@ -46,12 +49,15 @@ class SpecRecord(TypedDict):
 
     columns: list[ColumnRecord]
     id_column: str
-    id_type: Literal["int64", "string"]
+    id_type: str
     label_column: str | None
     weight_column: str | None
     carry_columns: list[str]
+    carry_as_text: NotRequired[list[str]]
     refuse_zero_norm: bool
     on_bad_rows: str
+    factor: NotRequired[list[float]]
+    offset: NotRequired[list[float]]
     on_bad_files: str
 
 
@@ -85,6 +91,9 @@ class ProfileRecord(TypedDict):
     spec: SpecRecord
     bad_files: list[BadFile]
     sample_rejects: dict[str, int]
+    notes: NotRequired[list[str]]
+    """What was passed over, or read otherwise than it lies."""
+
     moments: MomentsRecord
     slices: list[SliceRecord]
 
@@ -135,6 +144,7 @@ class ProfileMetrics(TypedDict):
     sampled_rows: int
     sample_rejects: dict[str, int]
     bad_files: list[BadFile]
+    notes: NotRequired[list[str]]
     repeated_ids: int
 
 

@@ -19,9 +19,13 @@ from torch import Tensor
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
+from raydc.data.columns import class_names
+from raydc.data.ids import readable
+from raydc.data.reader import RowBatch, all_rejected, read_slice
 from raydc.data.schema import labels_schema, level_column, rejects_schema
-from raydc.data.slices import InputSpec, RowBatch, Slice, all_rejected, class_names, read_slice
+from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics, nearest_rows, stacked
+from raydc.errors import DataError
 from raydc.model import Model, Prediction
 from raydc.runfolder import artifacts
 from raydc.runfolder.formats import Place
@@ -96,6 +100,12 @@ def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambd
             x = torch.from_numpy(np.require(batch.x, requirements=["C", "W"]))
             z = job.model.encode(x, block_rows=job.block_rows)
             found = job.model.label(z, block_rows=job.block_rows)
+            if len(lost := found.beyond_float32()):
+                row = part.first_row + int(batch.keys[lost[0]]) - part.first_key
+                raise DataError(
+                    f"assign: {part.uri} row {row} leaves the range of float32 on its way through the network. Set its "
+                    "values right, or leave the row out."
+                )
             writer.write_table(_label_table(batch, found, schema))
             classes = class_names(batch.labels)
             _count(statistics, job, z, found, classes)
@@ -215,7 +225,7 @@ def _count_sample(
     keep = pa.array(drawn)
     columns = {
         "key": batch.keys[drawn],
-        "id": batch.ids.filter(keep),
+        "id": readable(batch.ids.filter(keep)),
         "leaf": found.leaf[drawn],
         "label": pa.array(classes[drawn].tolist() if classes is not None else [None] * int(drawn.sum()), pa.string()),
         **{level_column(k): groups[drawn] for k, groups in found.levels.items()},
@@ -233,7 +243,7 @@ def _exemplars(job: Labeling, batch: RowBatch, found: Prediction, classes: npt.N
     columns: dict[str, Any] = {
         "leaf": found.leaf[kept],
         "key": batch.keys[kept],
-        "id": batch.ids.take(take),
+        "id": readable(batch.ids.take(take)),
         "distance": found.distance[kept],
     }
     if classes is not None:

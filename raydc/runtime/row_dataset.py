@@ -17,7 +17,9 @@ from ray.data import TaskPoolStrategy
 from ray.train import DataConfig
 
 from raydc.config import Config
-from raydc.data.slices import InputSpec, RowBatch, Slice, class_names, read_slice
+from raydc.data.columns import class_names
+from raydc.data.reader import RowBatch, read_slice
+from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.runfolder import artifacts
 from raydc.runfolder.formats import Place

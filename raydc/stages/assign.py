@@ -185,7 +185,9 @@ def label_all(
             now = time.monotonic()
             rate = total.rows / (now - started)
             left = (expected - total.rows) / max(rate, 1e-9)
-            line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s, {left:.0f} s left"
+            # Slices without rows come first at times: nothing is known of the speed then.
+            ending = f", {left:.0f} s left" if total.rows else ""
+            line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s{ending}"
             if run is not None:
                 run.tell(line)
             if now - logged > _LOG_SECONDS:

@@ -65,6 +65,10 @@ def run(config: Config, run: RunDir) -> FitMetrics:
             num_readers=readers(config),
             neighbors_of=run if config.needs_neighbors else None,
         )
+        log.info(
+            "fit: starting %s training worker(s), which read the rows first; a line for each epoch follows",
+            config.fit.fewest_workers,
+        )
         return launch(config, run, dataset, _train_loop, {"job": job}, "fit")
 
 

@@ -14,7 +14,8 @@ import pytest
 import ray
 
 from raydc.core.tree.cells import CellState
-from raydc.data.slices import all_rejected
+from raydc.data.reader import all_rejected
+from raydc.data.sample import profile_input
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling
 from raydc.runfolder import artifacts
@@ -26,7 +27,6 @@ from raydc.runtime.session import node_is_gone
 from raydc.stages import merge, neighbors
 from raydc.stages import profile as profiling
 from raydc.stages.assign import label_all
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake, join
 from tests import shards
 from tests.stages.test_neighbors import a_run

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from raydc.data.sample import profile_input
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling
 from raydc.runtime import session
@@ -16,7 +17,6 @@ from raydc.runtime.attempts import Bound
 from raydc.runtime.board import watched
 from raydc.stages import assign
 from raydc.stages.assign import label_all
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 from tests import shards
 

@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers, read_slice
+from raydc.data.footers import read_footers
+from raydc.data.reader import read_slice
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.storage import s3
 from raydc.storage.lake import Lake

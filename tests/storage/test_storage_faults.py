@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers
+from raydc.data.footers import read_footers
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling, label_slice

@@ -16,6 +16,9 @@ _FAISS_ITERATIONS = 25
 
 _SAME_INERTIA = 1e-6
 
+# Share of the sum of squares below which an inertia is float32's rounding: (2^-24)^2 is 4e-15.
+_ROUNDING = 1e-14
+
 _BLOCK_ROWS = 16384
 
 
@@ -178,6 +181,9 @@ def lloyd(
             on_iteration(iteration, inertia)
         centers = sums.means(centers).float()
         num_empty = int((sums.weights_K == 0).sum())
+        if num_empty and inertia <= _ROUNDING * float((sums.weights_K[:, None] * centers.double() ** 2).sum()):
+            # Every distinct row has a center already, so no empty leaf can ever be given a row.
+            break
         if num_empty:
             centers = reseed(centers, sums, generator)
             reseeded += num_empty

@@ -18,6 +18,7 @@ from raydc.core.objectives.build import build, check_inputs
 from raydc.core.objectives.objective import Objective, ObjectiveInputs, run_pass
 from raydc.core.process import release_memory
 from raydc.core.search.kmeans import LeafSums, leaf_sums
+from raydc.core.search.nearest import nearest
 from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.context import Context, Recorder
@@ -192,6 +193,11 @@ class _Fit:
         """Return k-means on a sample of the preprocessed rows."""
         sample = sample_latents(self.trainer, None, self.settings.baseline_rows)
         centers = faiss_start(self.trainer, sample, stream_seed(self.settings.seed, 3))
+        # An empty center is no group, and would be every row's next one in the silhouette.
+        held = torch.zeros(len(centers), dtype=torch.int64)
+        if self.trainer.ranks.rank == 0:
+            held = torch.bincount(nearest(sample.z_NL, centers)[0][:, 0], minlength=len(centers))
+        centers = centers[self.trainer.ranks.broadcast(held) > 0]
         return Clustering(None, centers, calibrated(self.trainer, sample, centers)[0])
 
     def refinement(self) -> Refinement:
