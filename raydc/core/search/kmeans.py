@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -101,28 +102,22 @@ def start(
     Raises:
         ValueError: fewer rows than leaves.
     """
-    n, dim = sample_ND.shape
-    if n < num_leaves:
-        raise ValueError(f"{num_leaves} leaves need at least as many rows, the sample has {n}")
+    if len(sample_ND) < num_leaves:
+        raise ValueError(f"{num_leaves} leaves need at least as many rows, the sample has {len(sample_ND)}")
     shift = _offset(sample_ND)
-    rows = np.ascontiguousarray((sample_ND if shift is None else sample_ND - shift).numpy(), np.float32)
-    weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N.numpy()
+    rows = sample_ND if shift is None else sample_ND - shift
+    weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N
     best, least = None, math.inf
     for restart in range(num_restarts):
-        kmeans = faiss.Kmeans(
-            dim,
+        centers = faiss_kmeans(
+            rows,
             num_leaves,
-            niter=_FAISS_ITERATIONS,
+            weights_N=weights,
+            num_iterations=_FAISS_ITERATIONS,
             seed=(seed + restart) % (2**31 - 1),
-            # AFK-MC2 comes close to k-means++ at the price of a random start (Bachem et al., NIPS 2016).
-            init_method=faiss.ClusteringInitMethod_AFK_MC2,
-            # FAISS subsamples beyond this without saying so; the sample was drawn by our seed already.
-            max_points_per_centroid=n,
-            min_points_per_centroid=1,
+            init="afk_mc2",
         )
-        kmeans.train(rows, weights)
-        centers = torch.from_numpy(np.array(kmeans.centroids))
-        blocks = torch.from_numpy(rows).split(_BLOCK_ROWS)
+        blocks = rows.split(_BLOCK_ROWS)
         squared = torch.cat([nearest(block, centers)[1][:, 0] for block in blocks]).double()
         inertia = float(squared.sum() if weights_N is None else squared @ weights_N.double())
         # Two starts that end with the same leaves, in another order, differ by rounding, which must not choose.
@@ -130,6 +125,40 @@ def start(
             best, least = centers, inertia
     assert best is not None
     return best if shift is None else best + shift
+
+
+def faiss_kmeans(
+    rows_ND: Tensor,
+    num_leaves: int,
+    *,
+    num_iterations: int,
+    seed: int,
+    init: Literal["random", "afk_mc2"],
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """Return the (K, D) float32 centers of one FAISS k-means on all of the rows.
+
+    Args:
+        rows_ND: (N, D) float32 on the CPU, N >= K, their mean near the origin.
+        num_leaves: K.
+        num_iterations: Lloyd's.
+        seed: from 0 to 2^31 - 2.
+        init: random rows, or AFK-MC2's, which come close to k-means++ at the price of random ones (Bachem et al., NIPS
+            2016).
+        weights_N: (N,) float32; None for 1 each.
+    """
+    kmeans = faiss.Kmeans(
+        rows_ND.shape[1],
+        num_leaves,
+        niter=num_iterations,
+        seed=seed,
+        init_method=faiss.ClusteringInitMethod_RANDOM if init == "random" else faiss.ClusteringInitMethod_AFK_MC2,
+        # FAISS subsamples beyond this without saying so; the rows are a sample already.
+        max_points_per_centroid=len(rows_ND),
+        min_points_per_centroid=1,
+    )
+    kmeans.train(np.ascontiguousarray(rows_ND.numpy(), np.float32), None if weights_N is None else weights_N.numpy())
+    return torch.from_numpy(np.array(kmeans.centroids))
 
 
 def _offset(z_ND: Tensor) -> Tensor | None:
