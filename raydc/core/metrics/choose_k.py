@@ -20,8 +20,8 @@ from torch import Tensor
 from raydc.core.hashing import stream_seed, uniform
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.metrics.scores import counted, external
-from raydc.core.search.kmeans import start
 from raydc.core.search.nearest import nearest
+from raydc.core.search.starts import sample_kmeans
 
 # A stability that falls short of the best by less than this, or by less than its standard error, counts as the best.
 STABILITY_MARGIN = 0.05
@@ -111,7 +111,7 @@ def stability(code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int) 
         leaves = []
         for part, rows in enumerate((code_NL[half], code_NL[~half])):
             first = stream_seed(seed, 2, repeat, part) % 2**31
-            centers = start(rows.contiguous(), num_leaves, num_restarts=_RESTARTS, seed=first)
+            centers = sample_kmeans(rows.contiguous(), num_leaves, num_restarts=_RESTARTS, seed=first)
             leaves.append(nearest(code_NL, centers)[0][:, 0].numpy())
         found.append(external(counted(*leaves))["ari"])
     error = float(np.std(found, ddof=1) / np.sqrt(num_repeats)) if num_repeats > 1 else 0.0

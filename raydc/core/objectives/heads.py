@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raydc.core.hashing import hash_keys, stream_seed
 from raydc.core.models.head import Head, HeadPredictor, calibrated_temperature
 from raydc.core.objectives.objective import Minibatch, Objective, Parts
-from raydc.core.search.kmeans import start as kmeans_start
+from raydc.core.search.starts import sample_kmeans
 from raydc.core.training.settings import HeadSettings
 
 _RANDOM_TEMPERATURE = 0.1
@@ -44,6 +44,7 @@ class Heads(Objective):
         super().__init__()
         num_leaves = len(parts.centers_KL)
         self.plan, self.kernel, self.seed = plan, parts.kernel, parts.settings.seed
+        self._start, self._moves = parts.settings.cluster.start, parts.settings.cluster.moves
         self._target_top_p = parts.settings.refine.target_top_q
         self.heads = nn.ModuleList(Head(parts.dim, plan.hidden_dims, num_leaves) for _ in range(num_heads))
         self.judged = Head(parts.dim, plan.hidden_dims, num_leaves).requires_grad_(False)
@@ -71,7 +72,8 @@ class Heads(Objective):
                 continue
             centers = self.centers
             if number:
-                centers = kmeans_start(sample_NL.cpu(), len(centers), num_restarts=1, seed=seed).to(centers.device)
+                found = sample_kmeans(sample_NL.cpu(), len(centers), seed=seed, how=self._start, moves=self._moves)
+                centers = found.to(centers.device)
             head.start_at_centers(mean, 1.0, centers)
             if self.plan.temperature == "auto":
                 found = calibrated_temperature(head, sample_NL, target_top_p=self._target_top_p)

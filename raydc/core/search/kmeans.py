@@ -70,9 +70,24 @@ class LeafSums:
         return (self.sse_K - self.weights_K * moved).clamp_min(0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MoveRound:
+    """One round of merge-and-split moves."""
+
+    num_moves: int
+    before: float
+    """SSE before it."""
+
+    after: float
+    """SSE after it and two of Lloyd's iterations."""
+
+    kept: bool
+    """Whether the SSE fell; else the moves were undone."""
+
+
 @dataclass(frozen=True)
 class KMeans:
-    """Result of Lloyd's iterations."""
+    """Result of Lloyd's iterations, and of the moves before them."""
 
     centers_KD: Tensor
     """(K, D) float32."""
@@ -84,9 +99,19 @@ class KMeans:
     num_reseeded: int
     """Empty leaves that were given new centers on the way."""
 
+    rounds: tuple[MoveRound, ...] = ()
+    """Rounds of merge-and-split moves, where some were tried."""
+
 
 def start(
-    sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int, weights_N: Tensor | None = None
+    sample_ND: Tensor,
+    num_leaves: int,
+    *,
+    num_restarts: int,
+    seed: int,
+    weights_N: Tensor | None = None,
+    num_iterations: int = _FAISS_ITERATIONS,
+    init: Literal["random", "afk_mc2"] = "afk_mc2",
 ) -> Tensor:
     """Return the (K, D) float32 centers of the best of several FAISS k-means runs on a sample.
 
@@ -98,6 +123,8 @@ def start(
         num_restarts: runs, each with its own seed.
         seed: of the first run.
         weights_N: (N,) float32 row weights; None for 1 each.
+        num_iterations: of each run.
+        init: see `faiss_kmeans`.
 
     Raises:
         ValueError: fewer rows than leaves.
@@ -113,9 +140,9 @@ def start(
             rows,
             num_leaves,
             weights_N=weights,
-            num_iterations=_FAISS_ITERATIONS,
+            num_iterations=num_iterations,
             seed=(seed + restart) % (2**31 - 1),
-            init="afk_mc2",
+            init=init,
         )
         blocks = rows.split(_BLOCK_ROWS)
         squared = torch.cat([nearest(block, centers)[1][:, 0] for block in blocks]).double()
@@ -192,7 +219,7 @@ def lloyd(
         all_sum: elementwise sum over the ranks; the identity for one.
         generator: CPU generator in the same state on all ranks; it moves re-seeded centers.
         num_iterations: most passes.
-        tolerance: stop when the inertia falls by a smaller share than this.
+        tolerance: stop when the inertia falls by a smaller share than this, be leaves empty or not.
         on_iteration: called with (iteration, inertia).
 
     Source: Lloyd, "Least squares quantization in PCM", 1982. Empty leaves are re-seeded beside the leaf of largest SSE,
@@ -206,11 +233,13 @@ def lloyd(
         if on_iteration:
             on_iteration(iteration, inertia)
         centers = sums.means(centers).float()
+        # With fewer distinct rows than leaves some are empty for ever: they must not keep the iterations going.
+        settled = math.isfinite(previous) and previous - inertia <= tolerance * previous
         num_empty = int((sums.weights_K == 0).sum())
-        if num_empty:
+        if num_empty and not settled:
             centers = reseed(centers, sums, generator)
             reseeded += num_empty
-        elif previous - inertia <= tolerance * previous and math.isfinite(previous):
+        if settled:
             break
         previous = inertia
     return KMeans(centers, inertia, iteration, reseeded)

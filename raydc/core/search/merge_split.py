@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raydc.core.search.kmeans import LeafSums, leaf_sums
+from raydc.core.search.kmeans import LeafSums, MoveRound, leaf_sums
 from raydc.core.search.nearest import cache_rows, nearest, squared_distances
 from raydc.core.tree.search import rounded
 
@@ -65,21 +65,6 @@ class Halves:
         return _ward(self.weights_K2[:, 0], self.weights_K2[:, 1]) * apart
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """One round of moves."""
-
-    num_moves: int
-    before: float
-    """SSE before it."""
-
-    after: float
-    """SSE after it and two passes of Lloyd's."""
-
-    kept: bool
-    """Whether the SSE fell; else the moves were undone."""
-
-
 @dataclass(frozen=True)
 class Moved:
     """Result of the moves."""
@@ -90,7 +75,7 @@ class Moved:
     sse: float
     """Weighted, around the means of the leaves."""
 
-    rounds: list[Round]
+    rounds: tuple[MoveRound, ...]
 
 
 @dataclass(frozen=True)
@@ -125,7 +110,7 @@ def merge_and_split(
     seed: int = 0,
     num_rounds: int = 6,
     keep_ids: bool = True,
-    on_round: Callable[[int, Round], None] | None = None,
+    on_round: Callable[[int, MoveRound], None] | None = None,
 ) -> Moved:
     """Return centers after rounds of moves over all rows of all ranks; the SSE never rises.
 
@@ -160,14 +145,14 @@ def merge_and_split(
 
     best, most, failures = partition_of(centers_KD), max(1, len(centers_KD) // _SHARE), 0
     priced = _price(blocks, best, all_sum=all_sum, share=share) if num_rounds else None
-    rounds: list[Round] = []
+    rounds: list[MoveRound] = []
     while priced is not None and len(rounds) < num_rounds:
         moves = choose_moves(priced.cost_K, priced.into_K, priced.gain_K, most=most)
         if not len(moves):
             break
         tried = partition_of(moved_centers(best.sums.weights_K, best.means_KD, priced.halves, moves).float())
         kept = tried.sse < best.sse * (1.0 - _SAME)
-        rounds.append(Round(num_moves=len(moves), before=best.sse, after=tried.sse, kept=kept))
+        rounds.append(MoveRound(num_moves=len(moves), before=best.sse, after=tried.sse, kept=kept))
         if on_round:
             on_round(len(rounds), rounds[-1])
         if kept:
@@ -178,7 +163,7 @@ def merge_and_split(
             failures, most = failures + 1, len(moves) // 2
             if failures == _MOST_FAILURES or not most:
                 break
-    return Moved(best.means_KD.float(), best.sse, rounds)
+    return Moved(best.means_KD.float(), best.sse, tuple(rounds))
 
 
 def merge_costs(weights_K: Tensor, means_KD: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,9 @@ from raydc.core.tree.search import SearchOptions
 log = logging.getLogger(__name__)
 
 MOST_EXACT = 24_000
-"""Fine leaves above which the tree is made cell by cell: exact, it looks at 1.5 M^2 pairs, 20 s of a core at D = 768."""
+"""Fine leaves above which the tree is made cell by cell.
+
+Exact, it looks at about 1.5 M^2 pairs: 20 s of one core at this size and D = 768."""
 
 
 def tree_start(

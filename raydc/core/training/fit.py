@@ -27,16 +27,22 @@ from raydc.core.training.epochs import Trainer
 from raydc.core.training.kmeans_on_codes import (
     calibrated,
     cluster,
-    faiss_start,
+    find_optimum,
     latent_blocks,
     run_lloyd,
+    same_rows_each_pass,
     sample_latents,
     shared_sample,
+    start_centers,
+    start_rows,
 )
 from raydc.core.training.pretrain import pretrain_layers, pretrain_whole
 from raydc.core.training.rows import Batch, Rows, Step
 from raydc.core.training.settings import FitSettings, RefineSettings
 from raydc.core.training.state import Clustering, State, restore, to_checkpoint
+
+_BASELINE_ROWS_PER_LEAF = 10
+"""At least, in the sample of the baseline on the raw rows."""
 
 
 class Context(Protocol):
@@ -182,8 +188,10 @@ class _Fit:
             release_memory()
         encoder = state.autoencoder.encoder if state.autoencoder is not None else None
         blocks = latent_blocks(trainer, encoder, trainer.arithmetic)
-        sample = sample_latents(trainer, encoder, settings.cluster.init_rows)
-        found = cluster(trainer, blocks, sample, state.generator)
+        plan = settings.cluster
+        sample = sample_latents(trainer, encoder, start_rows(plan.init_rows, plan.num_leaves))
+        keep_ids = same_rows_each_pass(trainer, encoder)
+        found = cluster(trainer, blocks, sample, state.generator, keep_ids=keep_ids)
         state.centers = found.centers_KD
         state.kernel, top_q = calibrated(trainer, sample, found.centers_KD)
         name = "autoencoder_kmeans" if encoder is not None else "raw_kmeans"
@@ -199,6 +207,8 @@ class _Fit:
             "inertia": found.inertia,
             "iterations": found.num_iterations,
             "reseeded": found.num_reseeded,
+            "moves": sum(done.num_moves for done in found.rounds if done.kept),
+            "move_rounds": len(found.rounds),
             "alpha": state.kernel.alpha,
             "scale": state.kernel.scale,
             "top_q": top_q,
@@ -211,8 +221,10 @@ class _Fit:
 
     def _raw_kmeans(self) -> Clustering:
         """Return k-means on a sample of the preprocessed rows."""
-        sample = sample_latents(self.trainer, None, self.settings.baseline_rows)
-        centers = faiss_start(self.trainer, sample, stream_seed(self.settings.seed, 3))
+        # The same start as that of the clusters themselves, so that the comparison is fair.
+        num_rows = max(self.settings.baseline_rows, _BASELINE_ROWS_PER_LEAF * self.settings.cluster.num_leaves)
+        sample = sample_latents(self.trainer, None, num_rows)
+        centers = start_centers(self.trainer, sample, stream_seed(self.settings.seed, 3), whole=True)
         return Clustering(None, centers, calibrated(self.trainer, sample, centers)[0])
 
     def refine(self) -> None:
@@ -341,13 +353,17 @@ class _Fit:
     def _reclustered(self, objective: Objective, how: str) -> tuple[Tensor, Kernel]:
         """Return the centers of k-means on the objective's present codes, and the kernel calibrated to them."""
         trainer = self.trainer
-        sample = sample_latents(trainer, objective.encoder, self.settings.cluster.init_rows)
-        centers = objective.centers.detach()
-        if how == "kmeans":
-            centers = faiss_start(trainer, sample, stream_seed(self.settings.seed, 4))
-        sample.thin(len(centers))
+        plan = self.settings.cluster
+        sample = sample_latents(trainer, objective.encoder, start_rows(plan.init_rows, plan.num_leaves))
         blocks = latent_blocks(trainer, objective.encoder, trainer.arithmetic)
-        found = run_lloyd(trainer, blocks, centers, self.state.generator).centers_KD
+        generator = self.state.generator
+        if how == "kmeans":
+            first = start_centers(trainer, sample, stream_seed(self.settings.seed, 4))
+            keep_ids = same_rows_each_pass(trainer, objective.encoder)
+            found = find_optimum(trainer, blocks, first, generator, keep_ids=keep_ids).centers_KD
+        else:
+            found = run_lloyd(trainer, blocks, objective.centers.detach(), generator).centers_KD
+        sample.thin(len(found))
         return found, calibrated(trainer, sample, found)[0]
 
     def _new_autoencoder(self) -> Autoencoder:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from raydc.core.search.choices import Moves, Start
+
 
 @dataclass(frozen=True)
 class PretrainSettings:
@@ -32,6 +34,8 @@ class ClusterSettings:
     num_iterations: int
     tolerance: float
     space: str
+    start: Start = "auto"
+    moves: Moves = "auto"
 
 
 @dataclass(frozen=True)
