@@ -88,9 +88,7 @@ def fine_leaves(
     def divide(cell: int) -> None:
         rows = rows_of_cell[cell]
         with _faiss_alone():
-            found[cell] = _divided(
-                sample_ND[rows], weights_N[rows], centers_CD[cell], quota_C[cell], (seed + 1 + cell) % (2**31 - 1)
-            )
+            found[cell] = _divided(sample_ND[rows], weights_N[rows], centers_CD[cell], quota_C[cell], seed + 1 + cell)
 
     in_threads(divide, (cell for cell, rows in enumerate(rows_of_cell) if len(rows)), max(1, num_threads))
     parts = [sums for sums in found if sums is not None]

@@ -141,7 +141,7 @@ def start(
             num_leaves,
             weights_N=weights,
             num_iterations=num_iterations,
-            seed=(seed + restart) % (2**31 - 1),
+            seed=seed + restart,
             init=init,
         )
         blocks = rows.split(_BLOCK_ROWS)
@@ -169,7 +169,7 @@ def faiss_kmeans(
         rows_ND: (N, D) float32 on the CPU, N >= K, their mean near the origin.
         num_leaves: K.
         num_iterations: Lloyd's.
-        seed: from 0 to 2^31 - 2.
+        seed: FAISS takes it modulo 2^31 - 1.
         init: random rows, or AFK-MC2's, which come close to k-means++ at the price of random ones (Bachem et al., NIPS
             2016).
         weights_N: (N,) float32; None for 1 each.
@@ -178,7 +178,7 @@ def faiss_kmeans(
         rows_ND.shape[1],
         num_leaves,
         niter=num_iterations,
-        seed=seed,
+        seed=seed % (2**31 - 1),
         init_method=faiss.ClusteringInitMethod_RANDOM if init == "random" else faiss.ClusteringInitMethod_AFK_MC2,
         # FAISS subsamples beyond this without saying so; the rows are a sample already.
         max_points_per_centroid=len(rows_ND),
