@@ -248,9 +248,10 @@ class ClusterConfig(Section):
     moves: Moves = "auto"
     """Moves after the start: two leaves are joined and a third is split wherever that lowers the squared error.
 
-    auto: merge_split where the start is a tree's, none after restarts. A round costs some five passes over the rows, of
-    which two search the nearest center; there are six rounds at most, two for streamed rows. Where sizes are very
-    uneven the error may fall by splitting the largest cluster and joining two small ones: set none there."""
+    separated splits a leaf only in two parts that lie apart. all takes every move that lowers the error; with very
+    uneven sizes that splits the largest cluster and joins small ones. auto: separated after a tree's start, none after
+    restarts. A round costs some five passes over the rows, of which two search the nearest center. There are six rounds
+    at most, two for streamed rows; most often one or none pays."""
 
     init_rows: int = Field(1_000_000, ge=1)
     """Rows sampled for the start, at least 20 for each leaf. Every row takes part in Lloyd and is assigned.

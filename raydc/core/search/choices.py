@@ -5,5 +5,6 @@ from typing import Literal
 Start = Literal["auto", "tree", "restarts"]
 """tree: Ward's tree of fine leaves, cut. restarts: the best of some FAISS runs. auto: tree from 50 leaves on."""
 
-Moves = Literal["auto", "merge_split", "none"]
-"""Whether merge-and-split moves follow the start; auto: where it is a tree's."""
+Moves = Literal["auto", "separated", "all", "none"]
+"""Which merge-and-split moves follow the start: those that split a leaf in two parts apart from each other, all that
+lower the squared error, or none. auto: separated after a tree's start, none after restarts."""

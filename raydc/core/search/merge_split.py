@@ -32,6 +32,10 @@ _MOST_FAILURES = 3
 _SHARE = 4
 """At most a quarter of the leaves take part in the moves of a round."""
 
+SEPARATED = 0.75
+"""Share of the scatter that two parts hold between them if the rows lie evenly along a line. Parts of one cluster hold
+less, .64 for a normal one; two clusters hold more."""
+
 _TILE_NUMBERS = 2**24
 """Distances between centers at a time."""
 
@@ -58,6 +62,11 @@ class Halves:
     means_K2D: Tensor
     """(K, 2, D) float64; of a part without weight the leaf's own mean."""
 
+    share_K: Tensor
+    """(K,) float64: how much of the leaf's scatter across the plane is between the parts, from 0 to 1.
+
+    2 / pi = .64 for one normal cluster cut in the middle, 1 for two clusters far apart."""
+
     @property
     def gain_K(self) -> Tensor:
         """(K,) float64: by how much the SSE falls when a leaf gives way to its two parts; 0 where one is empty."""
@@ -79,8 +88,8 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class _Partition:
-    """Leaves as the rows' nearest centers make them."""
+class Partition:
+    """Leaves as the rows' nearest centers make them, and what is known of them."""
 
     centers_KD: Tensor
     """(K, D) float32 centers to which the rows are nearest."""
@@ -109,6 +118,7 @@ def merge_and_split(
     share: Callable[[Tensor], Tensor] = lambda values: values,
     seed: int = 0,
     num_rounds: int = 6,
+    least_share: float = 0.0,
     keep_ids: bool = True,
     on_round: Callable[[int, MoveRound], None] | None = None,
 ) -> Moved:
@@ -121,7 +131,7 @@ def merge_and_split(
 
     Every decision comes from sums over all rows, so it is the same on any number of ranks. A round takes two passes
     that search the nearest center, and three that only look at a row's own leaf. With very uneven clusters a lower SSE
-    may mean that the largest cluster is split and two small ones are joined.
+    may mean that the largest cluster is split and two small ones are joined; `least_share` prevents that.
 
     Args:
         blocks: gives this rank's rows as (z (n, D) float32, weights (n,)) blocks, anew at each call.
@@ -131,26 +141,27 @@ def merge_and_split(
             differ between processors.
         seed: of the vector from which the directions start.
         num_rounds: most rounds with moves.
+        least_share: split no leaf whose parts hold a smaller share of the scatter between them; see `Halves.share_K`
+            and SEPARATED.
         keep_ids: keep each row's leaf between passes, 4 bytes a row. False where blocks() gives other rows each time.
         on_round: called with (round, from 1; what it did).
 
     Source: after Fritzke, "The k-means-u* algorithm", arXiv:1706.09059, and Fränti, Sieranoja, "How much can k-means be
     improved by using better initialization and repeats?", Pattern Recognition 93, 2019.
     """
-    device = centers_KD.device
-    probe_D = torch.randn(centers_KD.shape[1], generator=torch.Generator().manual_seed(seed)).to(device)
 
-    def partition_of(centers: Tensor) -> _Partition:
-        return _two_passes(blocks, centers, probe_D, all_sum=all_sum, share=share, keep_ids=keep_ids)
+    def after_two_passes(centers: Tensor) -> Partition:
+        centers = leaf_sums(blocks(), centers, all_sum=all_sum).means(centers).float()
+        return partition_of(blocks, centers, all_sum=all_sum, share=share, seed=seed, keep_ids=keep_ids)
 
-    best, most, failures = partition_of(centers_KD), max(1, len(centers_KD) // _SHARE), 0
-    priced = _price(blocks, best, all_sum=all_sum, share=share) if num_rounds else None
+    best, most, failures = after_two_passes(centers_KD), max(1, len(centers_KD) // _SHARE), 0
+    priced = _price(blocks, best, all_sum=all_sum, share=share, least_share=least_share) if num_rounds else None
     rounds: list[MoveRound] = []
     while priced is not None and len(rounds) < num_rounds:
         moves = choose_moves(priced.cost_K, priced.into_K, priced.gain_K, most=most)
         if not len(moves):
             break
-        tried = partition_of(moved_centers(best.sums.weights_K, best.means_KD, priced.halves, moves).float())
+        tried = after_two_passes(moved_centers(best.sums.weights_K, best.means_KD, priced.halves, moves).float())
         kept = tried.sse < best.sse * (1.0 - _SAME)
         rounds.append(MoveRound(num_moves=len(moves), before=best.sse, after=tried.sse, kept=kept))
         if on_round:
@@ -158,7 +169,7 @@ def merge_and_split(
         if kept:
             last = len(rounds) == num_rounds or best.sse - tried.sse <= _LEAST_FALL * best.sse
             best = tried
-            priced = None if last else _price(blocks, best, all_sum=all_sum, share=share)
+            priced = None if last else _price(blocks, best, all_sum=all_sum, share=share, least_share=least_share)
         else:
             failures, most = failures + 1, len(moves) // 2
             if failures == _MOST_FAILURES or not most:
@@ -250,44 +261,61 @@ class _Priced:
 
 
 def _price(
-    blocks: Blocks, partition: _Partition, *, all_sum: Callable[[Tensor], Tensor], share: Callable[[Tensor], Tensor]
+    blocks: Blocks,
+    partition: Partition,
+    *,
+    all_sum: Callable[[Tensor], Tensor],
+    share: Callable[[Tensor], Tensor],
+    least_share: float,
 ) -> _Priced:
     """Return costs and gains, alike on every rank."""
     halves = split_leaves(blocks, partition, all_sum=all_sum)
     cost_K, into_K = merge_costs(partition.sums.weights_K, partition.means_KD)
-    cost_K, into_K, gain_K = share(torch.stack([cost_K, into_K.double(), halves.gain_K])).unbind()
+    gain_K = torch.where(halves.share_K >= least_share, halves.gain_K, 0.0)
+    cost_K, into_K, gain_K = share(torch.stack([cost_K, into_K.double(), gain_K])).unbind()
     return _Priced(halves, cost_K, into_K.long(), gain_K)
 
 
-def _two_passes(
+def partition_of(
     blocks: Blocks,
     centers_KD: Tensor,
-    probe_D: Tensor,
     *,
     all_sum: Callable[[Tensor], Tensor],
-    share: Callable[[Tensor], Tensor],
-    keep_ids: bool,
-) -> _Partition:
-    """Return the leaves after two passes of Lloyd's; the second takes the first step toward their directions."""
-    centers = leaf_sums(blocks(), centers_KD, all_sum=all_sum).means(centers_KD).float()
-    sums = LeafSums.zeros(*centers.shape, centers.device)
+    share: Callable[[Tensor], Tensor] = lambda values: values,
+    seed: int = 0,
+    keep_ids: bool = True,
+) -> Partition:
+    """Return the leaves that the rows' nearest centers make, with a first step toward the leaves' directions.
+
+    Args:
+        blocks: see `merge_and_split`.
+        centers_KD: (K, D) float32 centers, the same on all ranks.
+        all_sum: see `merge_and_split`.
+        share: see `merge_and_split`.
+        seed: of the vector from which the directions start.
+        keep_ids: see `merge_and_split`.
+    """
+    dim = centers_KD.shape[1]
+    probe_D = torch.randn(dim, generator=torch.Generator().manual_seed(seed)).to(centers_KD.device)
+    sums = LeafSums.zeros(*centers_KD.shape, centers_KD.device)
     power_KD = torch.zeros_like(sums.sums_KD)
     ids: list[Tensor] = []
     for z, weights in blocks():
-        leaf, squared = (found[:, 0] for found in nearest(z, centers))
+        leaf, squared = (found[:, 0] for found in nearest(z, centers_KD))
         sums.add(z, leaf, squared, weights)
-        _add_power(power_KD, z, leaf, weights, centers, probe_D.expand_as(centers))
-        ids.append(leaf.int() if keep_ids else leaf[:0])
+        _add_power(power_KD, z, leaf, weights, centers_KD, probe_D.expand_as(centers_KD))
+        if keep_ids:
+            ids.append(leaf.int())
     packed = all_sum(torch.cat([sums.packed(), power_KD], dim=1))
-    sums, power_KD = LeafSums.unpacked(packed[:, : centers.shape[1] + 2]), packed[:, centers.shape[1] + 2 :]
+    sums, power_KD = LeafSums.unpacked(packed[:, : dim + 2]), packed[:, dim + 2 :]
     # Around the means: the scatter around another point is larger by what lies between the two.
-    off_KD = sums.means(centers) - centers.double()
+    off_KD = sums.means(centers_KD) - centers_KD.double()
     power_KD = power_KD - (sums.weights_K * (off_KD @ probe_D.double()))[:, None] * off_KD
-    sse = float(share(sums.sse_around_means(centers).sum()[None])[0])
-    return _Partition(centers, sums, sse, power_KD, ids if keep_ids else None)
+    sse = float(share(sums.sse_around_means(centers_KD).sum()[None])[0])
+    return Partition(centers_KD, sums, sse, power_KD, ids if keep_ids else None)
 
 
-def split_leaves(blocks: Blocks, partition: _Partition, *, all_sum: Callable[[Tensor], Tensor]) -> Halves:
+def split_leaves(blocks: Blocks, partition: Partition, *, all_sum: Callable[[Tensor], Tensor]) -> Halves:
     """Return the two parts of every leaf of a partition, from three passes over the rows of all ranks.
 
     The first brings each leaf's direction nearer to its principal one. The second divides the leaf at its mean, across
@@ -306,7 +334,7 @@ def split_leaves(blocks: Blocks, partition: _Partition, *, all_sum: Callable[[Te
 
 
 def _halves(
-    blocks: Blocks, partition: _Partition, along_KD: Tensor, limit_K: Tensor, all_sum: Callable[[Tensor], Tensor]
+    blocks: Blocks, partition: Partition, along_KD: Tensor, limit_K: Tensor, all_sum: Callable[[Tensor], Tensor]
 ) -> Halves:
     """Return the parts of each leaf whose rows, from its mean, reach at most and more than the limit along a vector."""
     means_KD = partition.means_KD
@@ -317,15 +345,18 @@ def _halves(
         size = cache_rows(z)
         for rows, leaf, w in zip(z.split(size), ids.split(size), weights.split(size), strict=True):
             off = rows - origin_KD[leaf]
-            side = torch.linalg.vecdot(off, along_KD[leaf]) > limit_K[leaf]
-            sums.add(off, 2 * leaf + side, torch.zeros_like(w), w)
+            length = torch.linalg.vecdot(off, along_KD[leaf])
+            sums.add(off, 2 * leaf + (length > limit_K[leaf]), length.square(), w)
     sums = LeafSums.unpacked(all_sum(sums.packed()))
     weights_K2 = sums.weights_K.view(num_leaves, 2)
     off_K2D = sums.means(torch.zeros_like(sums.sums_KD)).view(num_leaves, 2, dim)
-    return Halves(weights_K2, origin_KD.double()[:, None] + off_K2D)
+    between_K = torch.linalg.vecdot(off_K2D[:, 1] - off_K2D[:, 0], along_KD.double()).square()
+    between_K *= _ward(weights_K2[:, 0], weights_K2[:, 1])
+    scatter_K = sums.sse_K.view(num_leaves, 2).sum(dim=1).clamp_min(1e-300)
+    return Halves(weights_K2, origin_KD.double()[:, None] + off_K2D, between_K / scatter_K)
 
 
-def _with_leaves(blocks: Blocks, partition: _Partition) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _with_leaves(blocks: Blocks, partition: Partition) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the blocks with the leaf of each row: the kept one, or found anew."""
     if partition.ids is None:
         for z, weights in blocks():

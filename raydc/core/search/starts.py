@@ -9,7 +9,7 @@ from torch import Tensor
 from raydc.core.search.choices import Moves, Start
 from raydc.core.search.fine_leaves import num_fine_leaves
 from raydc.core.search.kmeans import lloyd, start
-from raydc.core.search.merge_split import merge_and_split
+from raydc.core.search.merge_split import SEPARATED, merge_and_split
 from raydc.core.search.tree_start import tree_start
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,11 @@ def uses_tree(how: Start, num_leaves: int) -> bool:
     return how == "tree" or (how == "auto" and num_leaves >= FEWEST_FOR_TREE)
 
 
-def uses_moves(moves: Moves, how: Start, num_leaves: int) -> bool:
-    """Return whether merge-and-split moves follow the start."""
-    return moves == "merge_split" or (moves == "auto" and uses_tree(how, num_leaves))
+def least_share(moves: Moves, how: Start, num_leaves: int) -> float | None:
+    """Return `merge_and_split`'s bound on what it splits; None where no moves follow the start."""
+    if moves == "auto":
+        moves = "separated" if uses_tree(how, num_leaves) else "none"
+    return {"separated": SEPARATED, "all": 0.0, "none": None}[moves]
 
 
 def first_centers(
@@ -115,7 +117,7 @@ def sample_kmeans(
         num_leaves: K.
         seed: of the start and the moves.
         how: see `first_centers`.
-        moves: whether merge-and-split moves are made.
+        moves: which merge-and-split moves follow a tree's start.
         num_restarts: FAISS runs, where the start is not a tree's.
         weights_N: (N,) float32 row weights; None for 1 each.
         most_flop: what the passes after a tree's start may cost; a pass costs 2 N K D.
@@ -135,8 +137,11 @@ def sample_kmeans(
     def alone(values: Tensor) -> Tensor:
         return values
 
-    if uses_moves(moves, how, num_leaves) and passes >= _SAMPLE_ITERATIONS:
-        centers = merge_and_split(blocks, centers, all_sum=alone, seed=seed, num_rounds=_SAMPLE_ROUNDS).centers_KD
+    share = least_share(moves, how, num_leaves)
+    if share is not None and passes >= _SAMPLE_ITERATIONS:
+        centers = merge_and_split(
+            blocks, centers, all_sum=alone, seed=seed, num_rounds=_SAMPLE_ROUNDS, least_share=share
+        ).centers_KD
     num_iterations = min(passes, _SAMPLE_ITERATIONS)
     if not num_iterations:
         log.info("k-means of %d rows, %d leaves: too large for Lloyd's iterations", len(sample_ND), num_leaves)

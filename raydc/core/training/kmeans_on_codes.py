@@ -18,7 +18,7 @@ from raydc.core.objectives.snapshot import compact, encode
 from raydc.core.search.kmeans import KMeans, MoveRound, leaf_sums, lloyd, reseed
 from raydc.core.search.merge_split import merge_and_split
 from raydc.core.search.nearest import nearest
-from raydc.core.search.starts import first_centers, sample_kmeans, uses_moves
+from raydc.core.search.starts import first_centers, least_share, sample_kmeans
 from raydc.core.training.collapse import mean_and_covariance, products
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.epochs import Trainer
@@ -177,7 +177,8 @@ def find_optimum(
             anew, and two rounds are all.
     """
     ranks, plan = trainer.ranks, trainer.settings.cluster
-    if not uses_moves(plan.moves, plan.start, plan.num_leaves):
+    separation = least_share(plan.moves, plan.start, plan.num_leaves)
+    if separation is None:
         return run_lloyd(trainer, blocks, centers_KL, generator)
     moved = merge_and_split(
         blocks,
@@ -186,6 +187,7 @@ def find_optimum(
         share=ranks.broadcast,
         seed=stream_seed(trainer.settings.seed, 17),
         num_rounds=_ROUNDS if keep_ids else _SEARCHED_ROUNDS,
+        least_share=separation,
         keep_ids=keep_ids,
         on_round=_log_round if ranks.rank == 0 else None,
     )

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydc.core.search.kmeans import lloyd
-from raydc.core.search.merge_split import Halves, choose_moves, merge_and_split, merge_costs, moved_centers
+from raydc.core.search.merge_split import (
+    SEPARATED,
+    Halves,
+    choose_moves,
+    merge_and_split,
+    merge_costs,
+    moved_centers,
+    partition_of,
+    split_leaves,
+)
 from raydc.core.training.collectives import Ranks
 from tests.core.ranks import blobs, run_ranks, shard
 
@@ -58,7 +67,8 @@ def test_cost_and_gain_of_numbers_by_hand():
     np.testing.assert_allclose(cost, [6.0, 6.0, 6.0])
     assert into.tolist()[0] == 1 and into.tolist()[2] == 1
     # Parts of weight 1 and 3 at distance 2: 1*3/4*4 = 3. A part without rows gains nothing.
-    halves = Halves(torch.tensor([[1.0, 3.0], [4.0, 0.0]]).double(), torch.tensor([[[0.0], [2.0]], [[1.0], [1.0]]]))
+    means = torch.tensor([[[0.0], [2.0]], [[1.0], [1.0]]]).double()
+    halves = Halves(torch.tensor([[1.0, 3.0], [4.0, 0.0]]).double(), means, torch.zeros(2))
     np.testing.assert_allclose(halves.gain_K, [3.0, 0.0])
 
 
@@ -87,7 +97,8 @@ def test_moves_are_disjoint_the_cheapest_with_the_best_and_stop_where_they_do_no
 
 
 def test_centers_after_a_move_by_hand():
-    halves = Halves(torch.ones(3, 2).double(), torch.tensor([[[0.0], [0.0]], [[0.0], [0.0]], [[8.0], [12.0]]]).double())
+    parts = torch.tensor([[[0.0], [0.0]], [[0.0], [0.0]], [[8.0], [12.0]]]).double()
+    halves = Halves(torch.ones(3, 2).double(), parts, torch.zeros(3))
     moves = choose_moves(
         torch.tensor([1.0, 1.0, 99.0]).double(), torch.tensor([1, 0, 0]), torch.tensor([0.0, 0, 9]).double(), most=1
     )
@@ -189,6 +200,36 @@ def test_streamed_rows_that_come_in_another_order_each_time_give_the_same():
     assert streamed_rounds == rounds
     np.testing.assert_allclose(streamed, centers, rtol=1e-5, atol=1e-5)
     assert streamed_value == pytest.approx(value, rel=1e-9)
+
+
+def test_a_large_cluster_is_not_split_and_small_ones_joined_unless_asked():
+    # One cluster of 4000 rows and six of 12: half of the large one weighs more than two of the small ones joined.
+    rng = np.random.default_rng(0)
+    means = np.concatenate([np.zeros((1, 2)), 14.0 + 3.0 * np.array([[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]])])
+    labels = np.repeat(np.arange(7), [4000] + [12] * 6)
+    x = (means[labels] + rng.normal(size=(len(labels), 2)) * np.where(labels == 0, 1.0, 0.2)[:, None]).astype(
+        np.float32
+    )
+    source, start = blocks_of(torch.from_numpy(x)), torch.from_numpy(means.astype(np.float32))
+    asked = merge_and_split(source, start, all_sum=alone)
+    assert asked.rounds[0].kept and asked.sse < 0.9 * sse(x, means)
+    apart = merge_and_split(source, start, all_sum=alone, least_share=SEPARATED)
+    assert not apart.rounds
+    np.testing.assert_allclose(apart.centers_KD, means, atol=0.3)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("normal", 2 / np.pi), ("even", 0.75), ("two", 1.0)])
+def test_the_share_between_the_parts_tells_one_cluster_from_two(kind, share):
+    rng = np.random.default_rng(0)
+    along = {"normal": rng.normal(size=4000), "even": rng.uniform(-2, 2, 4000), "two": rng.choice([-9.0, 9.0], 4000)}
+    x = np.stack([along[kind], 0.05 * rng.normal(size=4000)], axis=1).astype(np.float32)
+    z = torch.from_numpy(x)
+    halves = split_leaves(blocks_of(z), partition_of(blocks_of(z), torch.zeros(1, 2), all_sum=alone), all_sum=alone)
+    assert float(halves.share_K[0]) == pytest.approx(share, abs=0.02)
+    side = x[:, 0] > float(halves.means_K2D[0, :, 0].mean())
+    parts = [x[side].astype(np.float64), x[~side].astype(np.float64)]
+    by_hand = ((x - x.mean(axis=0)) ** 2).sum() - sum(((p - p.mean(axis=0)) ** 2).sum() for p in parts)
+    assert float(halves.gain_K[0]) == pytest.approx(by_hand, rel=1e-2)
 
 
 def test_moves_that_do_not_help_are_undone_and_end():

@@ -63,7 +63,7 @@ def test_a_fit_stopped_before_kmeans_ends_as_an_unbroken_one(tmp_path):
 def test_moves_mend_what_restarts_leave_and_are_counted():
     x, labels = blobs(3000, num_blobs=60)
     stuck = replace(KMEANS, cluster=replace(TREE, start="restarts"))
-    moved = replace(KMEANS, cluster=replace(TREE, start="restarts", moves="merge_split"))
+    moved = replace(KMEANS, cluster=replace(TREE, start="restarts", moves="all"))
     before, after = (fit_blobs(Ranks(), settings, x=x) for settings in (stuck, moved))
     assert before["history"][0]["moves"] == before["history"][0]["move_rounds"] == 0
     assert after["history"][0]["moves"] > 0
