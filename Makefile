@@ -9,13 +9,14 @@ PEERS := build/peers
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format bench constraints clean
+.PHONY: help venv demo test check schemas format bench constraints clean
 
 help:
 	@echo "make demo         cluster scikit-learn's digits, end to end, into runs/demo"
 	@echo "make test         run the tests"
 	@echo "make check        lint, format and types"
 	@echo "make bench        speed and quality beside other systems"
+	@echo "make schemas      rewrite the JSON schemas in docs/ from the types in raydc/data/records.py"
 	@echo "make format       rewrite the files as 'make check' wants them"
 	@echo "make constraints  pin the newest set of packages into constraints.txt"
 	@echo "make clean        remove .venv and all that tools leave behind; runs/ stays"
@@ -39,6 +40,9 @@ check: venv
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+
+schemas: venv
+	@$(VENV)/bin/python -m raydc.data.json_schema docs
 
 format: venv
 	$(VENV)/bin/ruff check --fix

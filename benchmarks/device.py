@@ -27,7 +27,6 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import fit
 from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.tree.linkage import ward
-from raydc.stages.fit import fit_settings
 
 BOOK = ROOT / "docs" / "device.json"
 _WIDTH = 768
@@ -107,7 +106,7 @@ def epochs(device: torch.device, n: int, *, small: bool) -> Iterator[dict[str, A
     overrides += ["cluster.init_rows=100000", "cluster.num_restarts=1", "evaluate.baseline_rows=2000"]
     overrides += ["cluster.num_leaves=50", "merge.levels=[10]"] if small else []
     config = load_config(ROOT / "jobs" / "cluster_imagenet.yaml", overrides)
-    fit(rows, Preprocess("l2", [(0, _WIDTH, 1.0)]), fit_settings(config, "benchmark"), context)
+    fit(rows, Preprocess("l2", [(0, _WIDTH, 1.0)]), config.fit_settings("benchmark"), context)
     for phase in ("pretrain", "refine"):
         # The first epoch warms up.
         seconds = [e["seconds"] for e in seen if e["phase"] == phase][1:]

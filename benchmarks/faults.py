@@ -47,7 +47,7 @@ from benchmarks.fault_rig import (
     write_rows,
 )
 from benchmarks.record import made
-from raydc.data.schema import MANIFEST
+from raydc.runfolder import artifacts
 
 _MOST_ATTEMPTS = 8
 _BURST_SECONDS = 2.0
@@ -114,7 +114,7 @@ class Rig:
             # Of this code alone: another may have other settings, and other results.
             run = self.run(kind, f"unbroken-{kind}-{_commit('raydc')}")
             lake, copy = run.place.lake, self.folder / "unbroken" / run.run_id
-            if (copy / MANIFEST).exists():
+            if (copy / artifacts.MANIFEST.path).exists():
                 lake.upload_folder(copy, run.root)
             else:
                 run.finish(run.start(), most_commands=2)

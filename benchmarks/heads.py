@@ -28,9 +28,8 @@ from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, prepare, search
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
-from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import ResidentRows
-from raydc.stages.fit import fit_settings
 
 # torch before faiss: the other order gives the two libraries separate thread settings.
 import faiss  # isort: skip
@@ -57,7 +56,7 @@ _LARGE: dict[str, Any] = {
     "pretrain": {"num_epochs": 6, "batch_rows": 1024, "learning_rate": 1e-3},
     "refine": {"num_epochs": 6, "batch_rows": 1024, "tolerance": 0.0},
     # The sizes are uneven, so leaves must be free to die.
-    "head": {"learning_rate": 3e-3, "beta": 1.0},
+    "head": {"learning_rate": 3e-3, "pair_exponent": 1.0},
 }
 _LARGE_DEC: dict[str, Any] = {"preprocess": {"method": "scale"}, "refine": {"num_epochs": 5, "batch_rows": 1024}}
 
@@ -148,7 +147,7 @@ def _spherical_kmeans(data: Data, seed: int) -> npt.NDArray[np.int64]:
 def _graph(x_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     keys = np.arange(len(x_ND))
     found = Neighbors.none(len(x_ND), _NUM_NEIGHBORS)
-    return search(keys, x_ND, Shard.of(keys, x_ND), found, metric="cosine").keys_QM
+    return search(keys, x_ND, Shard.from_rows(keys, x_ND), found, metric="cosine").keys_QM
 
 
 def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None) -> Fitted:
@@ -163,8 +162,8 @@ def _fit(data: Data, method: str, seed: int, graph: npt.NDArray[np.int64] | None
         Ranks(),
         None if graph is None else torch.from_numpy(graph),
     )
-    partners = None if graph is None else NeighborPartners(rows, Ranks())
-    return fit(rows, _preprocess(data, values), fit_settings(parse_config(values), data.name), Launcher(), partners)
+    pairs = None if graph is None else NeighborPairs(rows, Ranks())
+    return fit(rows, _preprocess(data, values), parse_config(values).fit_settings(data.name), Launcher(), pairs)
 
 
 def _preprocess(data: Data, settings: dict[str, Any]) -> Preprocess:

@@ -166,11 +166,12 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     """Dendrogram purity of 1,000 leaves on MNIST: trees of the same leaves, against the same table of leaf x digit."""
     from scipy.cluster.hierarchy import linkage
 
+    from raydc.core.tree.levels import level_statistics
     from raydc.core.tree.linkage import agglomerate
-    from raydc.core.tree.order import cut, dendrogram_purity, level_statistics
-    from raydc.labeling.label_slice import Statistics
+    from raydc.core.tree.order import cut
+    from raydc.core.tree.purity import dendrogram_purity
+    from raydc.runfolder import artifacts
     from raydc.runfolder.folder import RunDir
-    from raydc.stages.merge import leaf_statistics
     from raydc.storage.lake import Lake
 
     TREES.mkdir(parents=True, exist_ok=True)
@@ -180,9 +181,9 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     run.remove("")
     command = [sys.executable, "-m", "raydc", "run", "--config", "jobs/mnist.yaml", "--run-id", run.run_id, *overrides]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    leaves = leaf_statistics(run)
-    weights, means, sse = (leaves[name] for name in ("weights", "means", "sse"))
-    table, _ = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz"))).tallies["leaf"].classes.table()
+    leaves = artifacts.LEAVES.read(run)
+    weights, means, sse = leaves.weights_K, leaves.means_KL, leaves.sse_K
+    table, _ = artifacts.STATISTICS.read(run).tallies["leaf"].classes.table()
     cells = {"method": "minibatch", "cell_size": 50, "top_size": 50}
     found = {
         "exact": agglomerate(means, weights, sse, method="exact").merges,
@@ -216,7 +217,8 @@ def beside_exact(data: str, num: int, width: int) -> dict[str, Any]:
 
 def sse_at_cuts(data: str, num: int, width: int, method: str) -> dict[int, float]:
     """Return the sum of squared errors of the leaves around the means of their groups, at each of CUTS."""
-    from raydc.core.tree.order import cut, level_statistics
+    from raydc.core.tree.levels import level_statistics
+    from raydc.core.tree.order import cut
 
     merges, x = np.load(_saved(method, data, num, width, "unit")), data_of(data, num, width)
     return {k: level_statistics(cut(merges, k), np.ones(num), x).sse for k in CUTS}

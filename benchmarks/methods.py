@@ -22,7 +22,7 @@ import torch
 from benchmarks.methods_page import page
 from benchmarks.record import ROOT, made
 from raydc.commands.demo import write_digits
-from raydc.config import Config, digest, load_config
+from raydc.config import Config, FitConfig, digest, dump, load_config
 from raydc.core.hashing import stream_seed, uniform
 from raydc.core.metrics import scores as metrics
 from raydc.core.models.preprocess import Preprocess
@@ -32,7 +32,6 @@ from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.training.state import Clustering
 from raydc.data.slices import class_names, read_slice
-from raydc.stages.fit import fit_settings
 from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 
@@ -138,7 +137,7 @@ def imbalanced(keys: torch.Tensor, classes: npt.NDArray[np.str_], smallest_share
 
 def measure(data: Data, config: Config) -> dict[str, Any]:
     """Return the scores of one fit, and its seconds with those of its pretraining, wherever they were spent."""
-    settings = fit_settings(config, data.fingerprint)
+    settings = config.fit_settings(data.fingerprint)
     folder, fingerprint = BUILD / "none", settings.fingerprint
     if config.learns:
         fingerprint = pretraining_fingerprint(config, data.fingerprint)
@@ -157,15 +156,14 @@ def fit_fingerprint(config: Config, input_fingerprint: str) -> str:
     names = ["preprocess", "autoencoder", "pretrain", "cluster", "refine", "evaluate"]
     names += [config.fit.objective] if config.fit.objective in type(config).model_fields else []
     deciding = {name: config.settings("fit")[name] for name in names}
-    fitting = config.fit.model_dump(mode="json", exclude_defaults=True)
+    plain = dump(FitConfig())
+    fitting = {name: value for name, value in dump(config.fit).items() if value != plain[name]}
     return digest(deciding | {"fit": fitting, "seed": config.seed, "input": input_fingerprint})
 
 
 def pretraining_fingerprint(config: Config, input_fingerprint: str) -> str:
     """Return a hash of all that decides the pretrained autoencoder."""
-    deciding = {
-        name: getattr(config, name).model_dump(mode="json") for name in ("preprocess", "autoencoder", "pretrain")
-    }
+    deciding = {name: dump(getattr(config, name)) for name in ("preprocess", "autoencoder", "pretrain")}
     return digest(deciding | {"seed": config.seed, "precision": config.fit.precision, "input": input_fingerprint})
 
 

@@ -62,13 +62,12 @@ def write_model(path: str, widths: list[int]) -> dict[str, Any]:
     preprocess = Preprocess("none", [(0, planted.DIM, 1.0)])
     columns = [{"name": "embedding", "dim": planted.DIM, "dtype": "float16", "weight": 1.0}]
     Model(
-        preprocess,
-        encoder,
-        torch.from_numpy(centers),
-        Kernel(),
-        tuple(widths or [planted.DIM]),
-        {},
-        {"columns": columns},
+        preprocess=preprocess,
+        encoder=encoder,
+        centers_KL=torch.from_numpy(centers),
+        kernel=Kernel(),
+        widths=tuple(widths or [planted.DIM]),
+        details={"columns": columns},
     ).save(Lake(), path)
     return {}
 

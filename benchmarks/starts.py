@@ -116,13 +116,15 @@ def run_case(data: Data) -> dict[str, Any]:
 
     planted = truth[torch.from_numpy(sizes > 0)]
     found: dict[str, Any] = {"nearest_planted": _scored(z, label, planted, least)}
-    for how in ("planted", "restarts", "tree"):
+    hows: tuple[Any, ...] = ("planted", "restarts", "tree")
+    kinds: tuple[Any, ...] = ("none", "separated", "all")
+    for how in hows:
         started = time.process_time()
         first = planted
         if how != "planted":
             first = first_centers(z, num_leaves, seed=0, how=how, num_restarts=1)
         start_seconds = time.process_time() - started
-        for moves in ("none", "separated", "all"):
+        for moves in kinds:
             name = how if moves == "none" else f"{how}_{moves}"
             if name not in STARTS:
                 continue

@@ -6,8 +6,10 @@ import gc
 import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +143,12 @@ def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> No
         from raydc.commands import demo
         from raydc.commands import show as summary
 
-    config = demo.with_data(config)
+    run_id = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S") if run_id is None else run_id
+    config = demo.with_data(config, partial(pipeline.check, run_id=run_id))
     if dry_run:
-        for line in pipeline.plan(config):
+        for line in pipeline.plan(config, run_id):
             print(line)
         return
-    run_id = run_id or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     log.debug("settings: %s", config.model_dump(mode="json"))
     folder = pipeline.run(config, run_id)
     print()
@@ -166,11 +168,15 @@ def _resume(options: argparse.Namespace) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     with _loading():
+        from raydc import pipeline
         from raydc.commands import demo, sweep
 
     numbers = sweep.parse_numbers(options.k)
-    config = demo.with_data(load_config(options.config, options.set))
-    run_id = options.run_id or datetime.datetime.now(datetime.UTC).strftime("sweep-%Y%m%d-%H%M%S")
+    run_id = options.run_id
+    if run_id is None:
+        run_id = datetime.datetime.now(datetime.UTC).strftime("sweep-%Y%m%d-%H%M%S")
+    check = partial(pipeline.check, run_id=run_id, kind="sweep")
+    config = demo.with_data(load_config(options.config, options.set), check)
     log.info("sweep %s in %s", run_id, join(absolute(config.output), run_id))
     folder = sweep.run(config, run_id, numbers)
     print()
@@ -188,7 +194,7 @@ def _compare(options: argparse.Namespace) -> None:
     objectives, classical = _names(options.objectives), _names(options.classical)
     if not seeds or not (objectives or classical) or options.rows < 1:
         raise ConfigError("compare: give at least one seed, one method and one row.")
-    config = demo.with_data(load_config(options.config, options.set))
+    config = demo.with_data(load_config(options.config, options.set), compare.check)
     print("\n" + compare.run(config, objectives, classical, seeds, options.rows))
 
 
@@ -199,20 +205,21 @@ def _names(text: str) -> list[str]:
 def _assign(options: argparse.Namespace) -> None:
     with _loading():
         from raydc.commands import assign as labels
-        from raydc.runtime import session
 
     base = {"input": {"path": options.input, "id_column": options.id_column}}
     config = _with_overrides(base, options.set)
-    with session.connected(config):
-        counts = labels.label_new_rows(config, options.model, options.output)
+    counts = labels.label_new_rows(config, options.model, options.output)
     log.info("assign: %d rows in, %d labels, %d rejects in %s", *counts, absolute(options.output))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from raydc.commands import show as summary
+    from raydc.runfolder.folder import RUN_KIND
     from raydc.stages import evaluate
 
     folder, config = _open_run(options.run, options.set)
+    # Its files are written anew, so they must be of this format.
+    folder.header(RUN_KIND)
     evaluate.run(config, folder)
     print("\n".join(summary.lines(folder)))
 
@@ -265,6 +272,7 @@ def _loading() -> Iterator[None]:
 
 def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     from raydc.config import apply_override
+    from raydc.runfolder import artifacts
     from raydc.runfolder.folder import RunDir
 
     settings: dict[str, Any] = {}
@@ -276,9 +284,12 @@ def _open_run(uri: str, overrides: Sequence[str]) -> tuple[Any, Config]:
     door = parse_config({"input": {"path": ""}, **settings}).storage
     output, _, run_id = absolute(uri).rstrip("/").rpartition("/")
     folder = RunDir(Lake(**door.model_dump()), output, run_id)
-    if not folder.lake.exists(folder.uri("run.json")):
+    if not artifacts.RUN.exists(folder) or (header := folder.header()) is None:
         raise StageError(f"{uri}: no run there. Give the folder <output>/<run_id> of a run.")
-    return folder, parse_config(folder.lake.read_json(folder.uri("run.json"))["config"] | settings)
+    with warnings.catch_warnings():
+        # What a run wrote down long ago is not for its reader to rename.
+        warnings.simplefilter("ignore", FutureWarning)
+        return folder, parse_config(header["config"] | settings)
 
 
 def _with_overrides(base: dict[str, Any], overrides: Sequence[str]) -> Config:

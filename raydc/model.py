@@ -22,7 +22,7 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.process import block_rows as rows_at_once
 from raydc.core.search.nearest import SquaredDistances, cache_rows
-from raydc.data.schema import FORMAT_VERSION
+from raydc.data.schema import MODEL_FOLDER, MODEL_FORMAT_VERSION
 from raydc.errors import DataError
 from raydc.storage.lake import Lake, join
 
@@ -40,7 +40,16 @@ _DAMAGE = (
 )
 
 
-@dataclass(frozen=True)
+HEAD, WEIGHTS, CENTROIDS, PREDICTOR = (
+    "config.json",
+    "weights.safetensors",
+    "centroids.safetensors",
+    "predictor.safetensors",
+)
+"""Files of a saved model; the head is written last."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Labels of N rows."""
 
@@ -58,7 +67,7 @@ class Prediction:
     second_distance: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A clustering that labels rows."""
 
@@ -138,12 +147,12 @@ class Model:
         leaf = ids[:, 0].cpu().numpy().astype(np.int32)
         distances = squared.sqrt().float().cpu().numpy()
         return Prediction(
-            leaf,
-            {k: groups[leaf] for k, groups in self.levels.items()},
-            confidence.float().cpu().numpy(),
-            distances[:, 0],
-            ids[:, 1].cpu().numpy().astype(np.int32),
-            distances[:, 1],
+            leaf=leaf,
+            levels={k: groups[leaf] for k, groups in self.levels.items()},
+            confidence=confidence.float().cpu().numpy(),
+            distance=distances[:, 0],
+            second_leaf=ids[:, 1].cpu().numpy().astype(np.int32),
+            second_distance=distances[:, 1],
         )
 
     def _nearest(self, z_NL: Tensor, num: int, block_rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,17 +195,17 @@ class Model:
         weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
         centroids = {"centers": self.centers_KL}
         centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in self.levels.items()}
-        files = {"weights": weights, "centroids": centroids}
+        files = {WEIGHTS: weights, CENTROIDS: centroids}
         if self.predictor is not None:
-            files["predictor"] = self.predictor.tensors()
+            files[PREDICTOR] = self.predictor.tensors()
         for name, tensors in files.items():
             body = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
-            lake.write_bytes(join(uri, f"{name}.safetensors"), body)
+            lake.write_bytes(join(uri, name), body)
         lake.write_json(
-            join(uri, "config.json"),
+            join(uri, HEAD),
             {
                 "format": "raydc-model",
-                "format_version": FORMAT_VERSION,
+                "format_version": MODEL_FORMAT_VERSION,
                 "num_leaves": self.num_leaves,
                 "levels": list(self.levels),
                 "widths": list(self.widths),
@@ -218,17 +227,17 @@ class Model:
         lake = lake or Lake()
         uri = cls.folder(uri, lake)
         try:
-            head = json.loads(lake.read_bytes(join(uri, "config.json")))
+            head = json.loads(lake.read_bytes(join(uri, HEAD)))
         except (FileNotFoundError, ValueError, RecursionError):
             raise DataError(f"model {uri}: no model there. Give the model folder of a finished run.") from None
         found = (head.get("format"), head.get("format_version")) if isinstance(head, dict) else (None, None)
-        if found != ("raydc-model", FORMAT_VERSION):
+        if found != ("raydc-model", MODEL_FORMAT_VERSION):
             raise DataError(
                 f"model {uri}: config.json says format {found[0]!r}, version {found[1]!r}; this raydc reads "
-                f"'raydc-model', version {FORMAT_VERSION}. Fit again, or use the raydc that wrote it."
+                f"'raydc-model', version {MODEL_FORMAT_VERSION}. Fit again, or use the raydc that wrote it."
             )
         try:
-            return cls._read(uri, lake, head)
+            return _read(uri, lake, head)
         except _DAMAGE as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             raise DataError(f"model {uri}: damaged ({reason}). Restore the folder, or fit again.") from None
@@ -236,43 +245,51 @@ class Model:
     @staticmethod
     def folder(uri: str, lake: Lake) -> str:
         """Return the model folder that `uri` means: itself, or its `model/` where it is a run folder."""
-        inside = join(uri, "model")
-        if not lake.exists(join(uri, "config.json")) and lake.exists(join(inside, "config.json")):
+        inside = join(uri, MODEL_FOLDER)
+        if not lake.exists(join(uri, HEAD)) and lake.exists(join(inside, HEAD)):
             return inside
         return uri
-
-    @classmethod
-    def _read(cls, uri: str, lake: Lake, head: dict[str, Any]) -> "Model":
-        weights = safetensors.torch.load(lake.read_bytes(join(uri, "weights.safetensors")))
-        centroids = safetensors.torch.load(lake.read_bytes(join(uri, "centroids.safetensors")))
-        blocks = [(int(a), int(b), float(w)) for a, b, w in head["preprocess"]["blocks"]]
-        preprocess = Preprocess(
-            head["preprocess"]["method"],
-            blocks,
-            weights.pop("preprocess.mean", None),
-            weights.pop("preprocess.scale", None),
-        )
-        encoder = None
-        if head["encoder"] is not None:
-            # Before any memory is taken for widths that a stranger wrote down.
-            asked, held = _num_weights(head["widths"]), sum(t.numel() for t in weights.values())
-            if asked > held:
-                raise ValueError(f"widths {head['widths']} ask for {asked} weights, the file holds {held}")
-            encoder = perceptron(head["widths"])
-            encoder.load_state_dict(weights)
-            encoder.eval().requires_grad_(False)
-        levels = {int(k): centroids[f"level_{k}"].numpy() for k in head["levels"]}
-        kernel, predictor = Kernel(**head["kernel"]), None
-        if head.get("predictor") is not None:
-            tensors = safetensors.torch.load(lake.read_bytes(join(uri, "predictor.safetensors")))
-            predictor = build_predictor(head["predictor"], tensors)
-        details = head.get("details", {})
-        return cls(preprocess, encoder, centroids["centers"], kernel, tuple(head["widths"]), levels, details, predictor)
 
     def _encode_block(self, x_BD: Tensor) -> Tensor:
         x = self.preprocess(x_BD)
         # float32 whatever the training precision: a label must not depend on the machine that assigns it.
         return x if self.encoder is None else self.encoder(x)
+
+
+def _read(uri: str, lake: Lake, head: dict[str, Any]) -> Model:
+    weights = safetensors.torch.load(lake.read_bytes(join(uri, WEIGHTS)))
+    centroids = safetensors.torch.load(lake.read_bytes(join(uri, CENTROIDS)))
+    blocks = [(int(a), int(b), float(w)) for a, b, w in head["preprocess"]["blocks"]]
+    preprocess = Preprocess(
+        head["preprocess"]["method"],
+        blocks,
+        weights.pop("preprocess.mean", None),
+        weights.pop("preprocess.scale", None),
+    )
+    encoder = None
+    if head["encoder"] is not None:
+        # Before any memory is taken for widths that a stranger wrote down.
+        asked, held = _num_weights(head["widths"]), sum(t.numel() for t in weights.values())
+        if asked > held:
+            raise ValueError(f"widths {head['widths']} ask for {asked} weights, the file holds {held}")
+        encoder = perceptron(head["widths"])
+        encoder.load_state_dict(weights)
+        encoder.eval().requires_grad_(False)
+    levels = {int(k): centroids[f"level_{k}"].numpy() for k in head["levels"]}
+    kernel, predictor = Kernel(**head["kernel"]), None
+    if head.get("predictor") is not None:
+        tensors = safetensors.torch.load(lake.read_bytes(join(uri, PREDICTOR)))
+        predictor = build_predictor(head["predictor"], tensors)
+    return Model(
+        preprocess=preprocess,
+        encoder=encoder,
+        centers_KL=centroids["centers"],
+        kernel=kernel,
+        widths=tuple(head["widths"]),
+        levels=levels,
+        details=head.get("details", {}),
+        predictor=predictor,
+    )
 
 
 def _num_weights(widths: Sequence[int]) -> int:

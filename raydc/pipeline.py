@@ -3,16 +3,16 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from raydc.commands.show import resume_command
 from raydc.config import Config
-from raydc.data.schema import MANIFEST
+from raydc.config.stages import StageName, after
 from raydc.errors import StageError
-from raydc.runfolder.folder import RunDir, now
+from raydc.runfolder import artifacts
+from raydc.runfolder.folder import RUN_KIND, RunDir, now
 from raydc.runfolder.lease import acquire
 from raydc.runfolder.signals import stoppable
 from raydc.runfolder.teacher import load_teacher
@@ -25,6 +25,9 @@ from raydc.tables import register
 
 log = logging.getLogger(__name__)
 
+Settings = Mapping[StageName, dict[str, Any]]
+"""What decides the result of each stage."""
+
 _SKIPPED = "%s: done earlier, skipped"
 
 
@@ -32,30 +35,29 @@ _SKIPPED = "%s: done earlier, skipped"
 class Stage:
     """One step of a run."""
 
-    name: str
-    run: Callable[[Config, RunDir], dict[str, Any]]
-    writes: tuple[str, ...]
-    """What it leaves in the run folder; an interrupted stage goes on from it, a new start removes it."""
+    name: StageName
+    run: Callable[[Config, RunDir], Mapping[str, Any]]
     repeatable: bool = False
     """Other settings of its own do it again instead of being refused, because no stage rests on it."""
 
     on_cluster: bool = True
     """Whether it has work for the cluster, beside what the driver does."""
 
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """What it leaves in the run folder; an interrupted stage goes on from it, a new start removes it."""
+        return tuple(artifact.path for artifact in artifacts.WRITES[self.name])
+
 
 STAGES = (
-    Stage("profile", profile.run, ("profile.json",)),
-    Stage("neighbors", neighbors.run, ("neighbors",)),
-    Stage("fit", fit.run, ("checkpoints", "fit")),
-    Stage("merge", merge.run, ("tree", "model")),
-    Stage(
-        "assign",
-        assign.run,
-        ("labels", "rejects", "slices", "exemplars.parquet", "map_rows.parquet", "agreement.json"),
-    ),
-    Stage("evaluate", evaluate.run, ("metrics.json", "leaves.parquet"), on_cluster=False),
-    Stage("report", report.run, ("report",), on_cluster=False),
-    Stage("publish", publish.run, (MANIFEST,), repeatable=True, on_cluster=False),
+    Stage("profile", profile.run),
+    Stage("neighbors", neighbors.run),
+    Stage("fit", fit.run),
+    Stage("merge", merge.run),
+    Stage("assign", assign.run),
+    Stage("evaluate", evaluate.run, on_cluster=False),
+    Stage("report", report.run, on_cluster=False),
+    Stage("publish", publish.run, repeatable=True, on_cluster=False),
 )
 
 
@@ -69,14 +71,30 @@ def make_lake(config: Config) -> Lake:
     return Lake(**config.storage.model_dump())
 
 
-def plan(config: Config) -> list[str]:
+def check(config: Config, run_id: str, kind: str = RUN_KIND) -> None:
+    """Return if a run, or a sweep, may work in its folder: nothing of the input is read and nothing is written.
+
+    Args:
+        config: for the places.
+        run_id: name of the folder below `output`.
+        kind: the command, run or sweep.
+
+    Raises:
+        ConfigError, StageError: see RunDir.check.
+    """
+    RunDir(make_lake(config), config.output, run_id).check(config, kind)
+
+
+def plan(config: Config, run_id: str) -> list[str]:
     """Return what a run would cost, as lines of text; nothing is written and no worker is started.
 
     Raises:
-        ConfigError, DataError: the run cannot work; all problems in one message.
+        ConfigError, DataError, StageError: the run cannot work; all problems of a kind in one message.
     """
     lake = make_lake(config)
-    register.check(config, RunDir(lake, config.output, "run"))
+    folder = RunDir(lake, config.output, run_id)
+    folder.check(config)
+    register.check(config, folder)
     found = profile.profile_input(config, lake)
     load_teacher(config, found.spec.dim, lake)
     return make_plan(config, found).lines()
@@ -92,11 +110,12 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.check(config)
     register.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
     settings = {stage.name: config.settings(stage.name) | inputs for stage in stages_of(config)}
     # Other settings are refused before anything starts.
-    done = [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
+    done = _done(config, folder, settings)
     log.info("run %s in %s", run_id, folder.root)
     if all(done):
         for stage in stages_of(config):
@@ -108,19 +127,27 @@ def run(config: Config, run_id: str) -> RunDir:
     def give_back() -> None:
         # Before the cluster is left, which may take longer than the sender of the signal waits.
         lease.release("stopped by SIGTERM")
-        log.error("%s: stopped by SIGTERM; `%s` continues", folder.progress.get("stage"), resume_command(folder))
+        log.error("%s: stopped by SIGTERM; `%s` continues", folder.progress.get("stage"), folder.resume_command)
 
     left = [stage for stage, is_done in zip(stages_of(config), done, strict=True) if not is_done]
     needed = any(stage.on_cluster for stage in left)
     joined = session.connected(config) if needed else nullcontext(lambda: None)
-    # Twice, because joining a cluster installs Ray's own handler.
-    with lease, stoppable(lease), joined as leave, stoppable(lease, give_back):
-        _run_stages(config, folder, settings, leave)
+    with lease, stoppable(lease):
+        # Another driver may have worked here, with other settings, since the first look.
+        _done(config, folder, settings)
+        folder.write_header(config)
+        # Twice, because joining a cluster installs Ray's own handler.
+        with joined as leave, stoppable(lease, give_back):
+            _run_stages(config, folder, settings, leave)
     return folder
 
 
-def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]], leave: Callable[[], None]) -> None:
-    folder.write_header(config)
+def _done(config: Config, folder: RunDir, settings: Settings) -> list[bool]:
+    """Return which stages are done; StageError where one was started with other settings."""
+    return [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
+
+
+def _run_stages(config: Config, folder: RunDir, settings: Settings, leave: Callable[[], None]) -> None:
     for stage in stages_of(config):
         if not stage.on_cluster:
             leave()
@@ -143,14 +170,13 @@ def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, An
         log.info("%s: done in %.1f s", stage.name, seconds)
         give_back()
         if stage.name == "profile":
-            for line in make_plan(config, profile.load(folder)).lines():
+            for line in make_plan(config, artifacts.PROFILE.read(folder)).lines():
                 log.info("plan: %s", line)
 
 
 def _forget_later(folder: RunDir, stage: Stage) -> None:
     """Take back the markers of the stages after one that is about to run: they rest on what it will write."""
-    later = STAGES[STAGES.index(stage) + 1 :]
-    folder.remove(*(f"stages/{s.name}.json" for s in later), MANIFEST)
+    folder.remove(*(artifacts.marker(name).path for name in after(stage.name)), artifacts.MANIFEST.path)
 
 
 def _checked_fingerprint(config: Config, folder: RunDir) -> str:
@@ -158,6 +184,9 @@ def _checked_fingerprint(config: Config, folder: RunDir) -> str:
     found, data_problems, config_problems = profile.inspect(config, folder.lake)
     profile.refuse(data_problems, config_problems)
     if found is None:
-        raise StageError("profile: the input could not be read.")
+        raise StageError(
+            f"profile: input.path={config.input.path}: no file says what its columns are. Check the path and the "
+            "columns of the settings."
+        )
     load_teacher(config, found.spec.dim, folder.lake)
     return found.fingerprint

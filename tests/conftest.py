@@ -2,9 +2,11 @@
 
 import os
 
+from raydc.runtime.environment import LOCAL_CLUSTER
+
 # Before anything imports Ray or OpenMP: no token file in the home folder, no spinning threads on a busy machine.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", LOCAL_CLUSTER["RAY_AUTH_MODE"])
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", LOCAL_CLUSTER["RAY_USAGE_STATS_ENABLED"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray's workers take their environment from the session that starts them: names for the tests' own S3 server.
@@ -24,7 +26,8 @@ def ray_cluster():
     # Train's controller fetches a report every two seconds, and a worker waits for that before its next epoch: most of
     # the time of jobs as small as these. Only the processes of this cluster, which inherit it here, are meant.
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        name = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+        environment.setenv(name, LOCAL_CLUSTER[name])
         ray.init(
             address="local",
             num_cpus=5,
@@ -87,3 +90,50 @@ def _no_connection_of_another_test():
 
     for kind in (S3FileSystem, *S3FileSystem.__subclasses__()):
         kind.clear_instance_cache()
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request, tmp_path):
+    """An empty lake, in a folder and in a bucket."""
+    from tests.foreign import Bucket, Local
+
+    if request.param == "local":
+        (tmp_path / "lake").mkdir()
+        return Local(tmp_path / "lake")
+    return Bucket(request.getfixturevalue("bucket"), request.getfixturevalue("s3_client"))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A folder of one small Parquet file."""
+    from tests import shards
+
+    x, _ = shards.near_corners(200)
+    shards.write(tmp_path / "rows" / "a.parquet", shards.rows(x))
+    return tmp_path / "rows"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A run folder with a model of such rows."""
+    from raydc.storage.lake import Lake
+    from tests import shards
+
+    shards.corner_model().save(Lake(), str(tmp_path / "trained" / "model"))
+    return tmp_path / "trained"
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """No command may start Ray here; one that would raises Reached."""
+    from contextlib import contextmanager
+
+    from raydc.runtime import session
+    from tests.foreign import Reached
+
+    @contextmanager
+    def refuse(config):
+        raise Reached
+        yield
+
+    monkeypatch.setattr(session, "connected", refuse)

@@ -12,9 +12,11 @@ import torch
 from raydc.config import Config, parse_config
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel
-from raydc.data.slices import Slice
-from raydc.labeling.label_slice import Labeling, Statistics, label_slice
+from raydc.data.slices import InputSpec, Slice
+from raydc.data.statistics import Statistics
+from raydc.labeling.label_slice import Labeling, label_slice
 from raydc.model import Model
+from raydc.storage.lake import Lake
 
 # Corners of a square: four leaves that no rounding confuses.
 CORNERS = np.array([[0, 0], [0, 10], [10, 0], [10, 10]], np.float32)
@@ -91,6 +93,12 @@ def near_corners(num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def group_centers() -> dict[int, np.ndarray]:
     """Return the centers of the two groups of `corner_model`."""
     return {2: np.array([[0.0, 5.0], [10.0, 5.0]])}
+
+
+def corner_labeling(lake: Lake, output: str, spec: InputSpec, **changes: Any) -> Labeling:
+    """Return what labels rows by `corner_model` into a folder."""
+    fields: dict[str, Any] = {"model": corner_model(), "group_centers": group_centers()}
+    return Labeling(lake=lake, output=output, spec=spec, **(fields | changes))
 
 
 def label_all(job: Labeling, slices: Iterable[Slice]) -> Statistics:

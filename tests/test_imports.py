@@ -87,6 +87,11 @@ def test_a_wing_imports_only_those_below_it(module):
         assert not [name for name in names if name.split(".")[0] == "ray"]
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if wing_of(m) == "stages"])
+def test_a_stage_never_imports_a_stage(module):
+    assert not [name for name in imports_of(MODULES[module]) if name.startswith("raydc.stages")]
+
+
 def test_no_modules_import_each_other_in_a_circle():
     graph = {
         module: {n.removesuffix(".__init__") for n in imports_of(path)} & set(MODULES)
@@ -119,6 +124,12 @@ def test_a_model_is_loaded_and_labels_without_ray():
 
 def test_the_way_of_the_rows_to_the_workers_loads_no_torch():
     script = "import sys, raydc.runtime.row_dataset; assert not {'torch', 'faiss', 'sklearn'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_settings_load_neither_torch_nor_ray_nor_pyarrow():
+    script = "import sys, raydc.config; assert not {'torch', 'ray', 'pyarrow', 'faiss', 'numpy'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

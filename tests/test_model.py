@@ -25,12 +25,20 @@ def network_model(method: str = "standardize", num_leaves: int = 7) -> Model:
     widths = (12, 16, 3)
     encoder = perceptron(widths)
     initialize(encoder, torch.Generator().manual_seed(0))
-    preprocess = Preprocess.fit(method, [(0, 8, 1.0), (8, 12, 0.5)], Moments.of(rows()))
+    preprocess = Preprocess.fit(method, [(0, 8, 1.0), (8, 12, 0.5)], Moments.from_rows(rows()))
     with torch.no_grad():
         centers = encoder(preprocess(torch.from_numpy(rows(num_leaves, seed=3))))
     levels = {2: np.array([0, 0, 0, 1, 1, 1, 1], np.int32)[:num_leaves], 3: np.arange(num_leaves, dtype=np.int32) // 3}
     encoder.eval().requires_grad_(False)
-    return Model(preprocess, encoder, centers, Kernel(3.0, 0.7), widths, levels, {"objective": "dec"})
+    return Model(
+        preprocess=preprocess,
+        encoder=encoder,
+        centers_KL=centers,
+        kernel=Kernel(3.0, 0.7),
+        widths=widths,
+        levels=levels,
+        details={"objective": "dec"},
+    )
 
 
 def assert_equal(first: Prediction, second: Prediction) -> None:
@@ -231,6 +239,17 @@ def test_another_format_is_refused(tmp_path, change, text):
     (tmp_path / "config.json").write_text(json.dumps(head | change))
     with pytest.raises(DataError, match=text):
         Model.load(uri)
+
+
+def test_a_model_of_the_first_format_is_loaded_from_the_folder_of_its_run(tmp_path):
+    model = network_model()
+    model.save(Lake(), str(tmp_path / "model"))
+    head = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert head["format_version"] == 1
+    old = {"run_id": "old", "format_version": 1, "config": {"neighbours": {"num": 3}}}
+    (tmp_path / "run.json").write_text(json.dumps(old))
+    rows = np.random.default_rng(0).normal(size=(20, model.dim)).astype(np.float32)
+    np.testing.assert_array_equal(Model.load(str(tmp_path)).predict(rows).leaf, model.predict(rows).leaf)
 
 
 @pytest.mark.parametrize("body", ["[1, 2]", '"raydc-model"', "{}"])

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +19,11 @@ import yaml
 from raydc import pipeline
 from raydc.cli import main
 from raydc.config import parse_config
+from raydc.data import json_schema
 from raydc.data.schema import labels_schema
 from raydc.errors import DataError, StageError
 from raydc.model import Model
+from raydc.runfolder import artifacts
 from raydc.runtime import session
 from raydc.storage.lake import Lake
 
@@ -87,6 +90,12 @@ def test_the_job_finds_the_digits(on_one_worker, digits):
     assert metrics["fit"]["num_workers"] == 1 and metrics["fit"]["rows"] == 1797
 
 
+def test_every_file_of_a_run_is_in_the_list_of_what_its_stages_write(on_one_worker):
+    found = {path.name for path in Path(on_one_worker.root).iterdir()}
+    listed = {name for stage in pipeline.STAGES for name in stage.writes}
+    assert found - listed == {"run.json", "stages", "lease"}
+
+
 def test_label_files_stand_beside_the_input(on_one_worker, digits):
     for source in sorted(digits.glob("*.parquet")):
         labels = pq.read_table(Path(on_one_worker.uri("labels", source.name)))
@@ -122,6 +131,38 @@ def test_the_manifest_lists_every_file_with_its_checksum(on_one_worker):
     body = Path(on_one_worker.uri("labels", "part-00000.parquet")).read_bytes()
     entry = paths["labels/part-00000.parquet"]
     assert entry["sha256"] == hashlib.sha256(body).hexdigest() and entry["bytes"] == len(body) and entry["rows"] == 450
+
+
+DOCUMENTS = {
+    "run": artifacts.RUN,
+    "profile": artifacts.PROFILE,
+    "level_statistics": artifacts.LEVEL_STATISTICS,
+    "agreement": artifacts.AGREEMENT,
+    "metrics": artifacts.METRICS,
+    "manifest": artifacts.MANIFEST,
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_document_of_a_run_has_the_keys_of_its_schema(on_one_worker, name):
+    body = on_one_worker.lake.read_json(DOCUMENTS[name].uri(on_one_worker))
+    jsonschema.validate(body, json_schema.schema(name))
+
+
+def test_every_marker_of_a_run_has_the_keys_of_its_schema(on_one_worker):
+    assert set(json_schema.DOCUMENTS) == {*DOCUMENTS, "stage", "sweep"}
+    for stage in pipeline.stages_of(settings("in", "out")):
+        marker = on_one_worker.marker(stage.name)
+        jsonschema.validate(marker, json_schema.schema("stage"))
+        jsonschema.validate(marker["metrics"], json_schema.schema_of(json_schema.STAGE_METRICS[stage.name]))
+
+
+def test_every_file_of_a_run_is_on_the_list_of_what_a_run_writes(on_one_worker):
+    known = [artifacts.RUN, artifacts.STAGES, artifacts.LEASE]
+    known += [artifact for written in artifacts.WRITES.values() for artifact in written]
+    for file in on_one_worker.lake.find(on_one_worker.root):
+        path = file.uri.removeprefix(on_one_worker.root + "/")
+        assert any(path == a.path or path.startswith(f"{a.path}/") for a in known), path
 
 
 def test_the_same_seed_on_one_worker_gives_the_same_label_bytes(on_one_worker, digits, output):
@@ -276,6 +317,16 @@ def test_new_rows_are_labeled_with_the_model_of_a_run(on_one_worker, digits, tmp
     for source in digits.glob("*.parquet"):
         ours = pq.read_table(tmp_path / "new" / "labels" / source.name)
         assert ours.equals(pq.read_table(Path(on_one_worker.uri("labels", source.name))))
+    # As a driver leaves it that was killed at its last slice: the same command does that one alone.
+    (tmp_path / "new" / "slices" / "part-00003.npz").unlink()
+    (tmp_path / "new" / "labels" / "part-00003.parquet").unlink()
+    done = [tmp_path / "new" / "labels" / f"part-0000{i}.parquet" for i in range(3)]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in done]
+    main(arguments)
+    assert "1797 rows in, 1797 labels, 0 rejects" in capsys.readouterr().out
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in done] == before
+    last = pq.read_table(tmp_path / "new" / "labels" / "part-00003.parquet")
+    assert last.equals(pq.read_table(Path(on_one_worker.uri("labels", "part-00003.parquet"))))
     arguments[4] = str(digits / "part-00000.parquet")
     with pytest.raises(SystemExit):
         main(arguments)

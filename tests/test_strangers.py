@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from raydc.core.training import checkpoint
+from raydc.data.statistics import Statistics
 from raydc.errors import DataError
-from raydc.labeling.label_slice import Statistics
 from raydc.model import Model
 from raydc.storage.lake import Lake
 from tests import shards
@@ -75,7 +75,7 @@ def zipped(members: dict[str, bytes]) -> bytes:
 @pytest.mark.parametrize("how", [*crafted_arrays("x"), "no archive", "a name that leads out", "half"])
 def test_crafted_statistics_are_refused_and_run_no_code(tmp_path, how, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    good = Statistics(3, 2, 1).to_bytes()
+    good = Statistics(rows=3, labels=2, rejects=1).to_bytes()
     assert Statistics.from_bytes(good).rows == 3
     if how == "no archive":
         body = pickle.dumps(Trap(tmp_path / "sprung"))

@@ -8,11 +8,9 @@ seed go on from the same pretrained autoencoder.
 import json
 import logging
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from raydc.config import Config, parse_config
+from raydc.core.api import Pretrained, fit_array, pretrain_array
 from raydc.core.baselines import DETERMINISTIC, METHODS
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics import scores as metrics
@@ -27,22 +26,22 @@ from raydc.core.metrics.choose_k import calinski_harabasz
 from raydc.core.metrics.neighbor_agreement import Neighbors, agreement, nearest_neighbors
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.models.preprocess import Preprocess
-from raydc.core.objectives.build import uses_autoencoder
-from raydc.core.objectives.snapshot import encode
 from raydc.core.process import prepare_process
 from raydc.core.search.nearest import own_and_other
-from raydc.core.training import checkpoint
-from raydc.core.training.collectives import Ranks
-from raydc.core.training.fit import fit, pretrain
-from raydc.core.training.rows import Batch, ResidentRows
 from raydc.data.slices import class_names, read_slice
-from raydc.errors import ConfigError, DataError
+from raydc.errors import ConfigError, DataError, StageError
 from raydc.pipeline import make_lake
-from raydc.stages.fit import fit_settings
+from raydc.runfolder import artifacts
+from raydc.runfolder.folder import check_output
+from raydc.runfolder.formats import Place
 from raydc.stages.profile import profile_input
-from raydc.storage.lake import absolute, join
+from raydc.storage.lake import absolute
 
 log = logging.getLogger(__name__)
+
+# By these a comparison's files are known.
+_KEYS = {"rows", "input_rows", "num_leaves", "entries"}
+_HEADING = "# Comparison\n\n"
 
 _SCORES = ("acc", "nmi", "ari", "neighbors", "silhouette", "davies_bouldin", "calinski_harabasz")
 
@@ -60,18 +59,19 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
     Raises:
         ConfigError, DataError: before anything is fitted.
     """
+    check(config)
     unknown = sorted(set(classical) - set(METHODS))
     if unknown:
-        raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose of {', '.join(METHODS)}.")
+        raise ConfigError(f"--classical {', '.join(unknown)}: not known. Choose from {', '.join(METHODS)}.")
     configs = {name: _with_objective(config, name) for name in objectives}
-    paired = [name for name, found in configs.items() if found.needs_neighbors]
-    if paired:
-        raise ConfigError(f"--objectives {', '.join(paired)}: takes rows in pairs, which `raydc run` alone prepares.")
     prepare_process(config.fit.cpus_per_worker)
-    data, preprocess, classes, fingerprint, total = _read(config, rows)
-    if data.num_rows < config.cluster.num_leaves:
-        raise ConfigError(f"--rows {rows}: {data.num_rows} rows for cluster.num_leaves={config.cluster.num_leaves}.")
-    x = torch.cat([preprocess(batch.x_ND) for batch in data.blocks(8192)]).numpy()
+    sample, total = _read(config, rows)
+    num_rows, num_leaves, classes = len(sample.keys), config.cluster.num_leaves, sample.classes
+    if num_rows < num_leaves:
+        raise ConfigError(
+            f"--rows {rows}: {num_rows} rows for cluster.num_leaves={num_leaves}. Raise --rows, or lower num_leaves."
+        )
+    x = torch.cat([sample.preprocess(block) for block in torch.from_numpy(sample.x).split(8192)]).numpy()
     evaluate = config.evaluate
     near = nearest_neighbors(x, num=evaluate.num_neighbors, max_queries=evaluate.neighbor_queries)
     entries: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
         log.info("compare: %s, seed %s: done in %.1f s", method, seed, seconds)
 
     for seed in seeds:
-        for method, groups, seconds in _fitted(configs, data, preprocess, fingerprint, seed):
+        for method, groups, seconds in _fitted(configs, sample, seed):
             note(method, seed, groups, seconds, "by the settings")
     for name in classical:
         for seed in seeds if name not in DETERMINISTIC else seeds[:1]:
@@ -91,11 +91,45 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
             shown = None if name in DETERMINISTIC else seed
             note(name, shown, found.groups_N, time.perf_counter() - started, found.parameters)
     body = {"rows": len(x), "input_rows": total, "num_leaves": config.cluster.num_leaves, "entries": entries}
-    lake, folder = make_lake(config), absolute(config.output)
-    lake.write_json(join(folder, "compare.json"), body)
+    check(config)
+    folder = Place(make_lake(config), absolute(config.output))
+    artifacts.COMPARISON.write(folder, body)
     page = "\n".join(_page(body)) + "\n"
-    lake.write_bytes(join(folder, "compare.md"), page.encode())
+    artifacts.COMPARISON_PAGE.write(folder, page.encode())
     return page
+
+
+def check(config: Config) -> None:
+    """Return if compare.json and compare.md may be written into the output folder: before anything is read.
+
+    Raises:
+        ConfigError: the input and the output lie within one another.
+        StageError: a file of such a name is there that is none of a comparison.
+    """
+    check_output(config)
+    folder = Place(make_lake(config), absolute(config.output))
+    names = {artifacts.COMPARISON.path, artifacts.COMPARISON_PAGE.path} & set(folder.lake.names(folder.root))
+    # The page is written last, so it never stands alone.
+    if names and not (_is_ours(folder) and (len(names) == 1 or _is_page(folder))):
+        raise StageError(
+            f"compare: {folder.root} holds {' and '.join(sorted(names))}, not written by a comparison. Nothing was "
+            "touched. Use another output, or move what is there to another place."
+        )
+
+
+def _is_ours(folder: Place) -> bool:
+    try:
+        body = artifacts.COMPARISON.read(folder)
+    except (FileNotFoundError, IsADirectoryError, DataError):
+        return False
+    return isinstance(body, dict) and body.keys() >= _KEYS
+
+
+def _is_page(folder: Place) -> bool:
+    try:
+        return artifacts.COMPARISON_PAGE.read(folder).startswith(_HEADING.encode())
+    except IsADirectoryError:
+        return False
 
 
 def _with_objective(config: Config, name: str) -> Config:
@@ -104,73 +138,74 @@ def _with_objective(config: Config, name: str) -> Config:
     return parse_config(values)
 
 
-def _read(config: Config, wanted: int) -> tuple[ResidentRows, Preprocess, npt.NDArray[np.str_] | None, str, int]:
+@dataclass(frozen=True)
+class _Sample:
+    """Some rows of the input, in the order of their keys."""
+
+    x: npt.NDArray[Any]
+    """(N, D) raw rows."""
+
+    keys: npt.NDArray[np.int64]
+    """(N,) their places in the input."""
+
+    classes: npt.NDArray[np.str_] | None
+    """(N,) known classes, where there is a label column."""
+
+    preprocess: Preprocess
+
+
+def _read(config: Config, wanted: int) -> tuple[_Sample, int]:
+    """Return a sample of about so many rows, by hash of the row key, and the number of all rows."""
     lake = make_lake(config)
     profile = profile_input(config, lake)
-    chunks, classes = [], []
+    rows, keys, classes = [], [], []
+    # Slices and rows come in the order of their keys.
     for part in profile.slices:
         for batch in read_slice(lake, part, profile.spec, with_labels=True):
             chosen = sample_mask(batch.keys, stream_seed(config.seed, 14), wanted / profile.num_rows)
-            x = torch.from_numpy(batch.x[chosen].copy())
-            chunks.append(Batch(torch.from_numpy(batch.keys[chosen].copy()), x, torch.ones(len(x))))
+            rows.append(batch.x[chosen])
+            keys.append(batch.keys[chosen])
             names = class_names(batch.labels)
             if names is not None:
                 classes.append(names[chosen])
-    if not sum(len(c) for c in chunks):
+    if not sum(len(k) for k in keys):
         raise DataError(f"compare: the sample of about {wanted} rows is empty. Raise --rows.")
-    dtype = torch.float16 if profile.spec.dtype == np.float16 else torch.float32
-    # Slices and rows come in the order of their keys, so the classes stay beside them.
-    rows = ResidentRows.collect(iter(chunks), profile.spec.dim, dtype, Ranks())
     known = np.concatenate(classes) if classes else None
-    return rows, profile.preprocess(config), known, profile.fingerprint, profile.num_rows
+    sample = _Sample(np.concatenate(rows), np.concatenate(keys), known, profile.preprocess(config))
+    return sample, profile.num_rows
 
 
-class _Launcher:
-    """The core's Context in this process."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def __init__(self, last: Path | None = None) -> None:
-        self._last = last
-
-    def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
-        """Keep nothing: a comparison is short, and is done again from its start."""
-
-    def latest_checkpoint(self) -> Path | None:
-        """Return the pretrained state to go on from."""
-        return self._last
-
-
-def _fitted(
-    configs: dict[str, Config], rows: ResidentRows, preprocess: Preprocess, fingerprint: str, seed: int
-) -> list[tuple[str, npt.NDArray[np.int64], float]]:
+def _fitted(configs: dict[str, Config], sample: _Sample, seed: int) -> list[tuple[str, npt.NDArray[np.int64], float]]:
     """Return (objective, group of each row, seconds with the pretraining) of each objective."""
-    found = []
-    shared: tuple[Path, float] | None = None
-    with tempfile.TemporaryDirectory(prefix="raydc-compare-") as folder:
-        for name, config in configs.items():
-            # One fingerprint for all: they differ in what comes after the pretraining.
-            settings = replace(fit_settings(config, fingerprint), seed=seed, fingerprint="compare")
-            started, before = time.perf_counter(), 0.0
-            launcher = _Launcher()
-            if uses_autoencoder(name):
-                if shared is None:
-                    checkpoint.save(Path(folder), *pretrain(rows, preprocess, settings, _Launcher()))
-                    shared = Path(folder), time.perf_counter() - started
-                else:
-                    before = shared[1]
-                launcher = _Launcher(shared[0])
-            try:
-                fitted = fit(rows, preprocess, settings, launcher)
-            except ValueError as error:
-                raise ConfigError(f"compare: {name}: {error}") from None
-            groups = []
-            with torch.no_grad():
-                for batch in rows.blocks(8192):
-                    z = encode(fitted.clustering.encoder, preprocess(batch.x_ND), "float32")
-                    groups.append(fitted.clustering.assign(z)[0].numpy())
-            found.append((name, np.concatenate(groups), before + time.perf_counter() - started))
-    return found
+    fits = []
+    shared: tuple[Pretrained, float] | None = None
+    for name, config in configs.items():
+        settings = config.fit_settings("")
+        started, before = time.perf_counter(), 0.0
+        rows: dict[str, Any] = {
+            "x": sample.x,
+            "keys": sample.keys,
+            "preprocess": sample.preprocess,
+            "settings": settings,
+            "seed": seed,
+        }
+        try:
+            if settings.learns and shared is None:
+                shared = pretrain_array(**rows), time.perf_counter() - started
+            elif settings.learns and shared is not None:
+                before = shared[1]
+            result = fit_array(
+                **rows,
+                num_clusters=config.cluster.num_leaves,
+                objective=name,
+                pretrained=shared[0] if shared is not None else None,
+                num_neighbors=config.neighbors.num,
+                neighbor_metric=config.neighbors.metric,
+            )
+        except ValueError as error:
+            raise ConfigError(f"compare: {name}: {error}.") from None
+        fits.append((name, result.labels, before + time.perf_counter() - started))
+    return fits
 
 
 def _scores(
@@ -211,8 +246,7 @@ def _page(body: dict[str, Any]) -> list[str]:
     seeds = list(dict.fromkeys(e["seed"] for e in entries if e["seed"] is not None))
     head = ["method", "rows", "seeds", *shown, "groups", "noise rows", "seconds"]
     lines = [
-        "# Comparison",
-        "",
+        *_HEADING.splitlines(),
         f"On {body['rows']:,} of {body['input_rows']:,} rows, chosen by hash of the row key; {body['num_leaves']} "
         "groups were asked for. Means over the seeds. Silhouette, Davies-Bouldin and Calinski-Harabasz are measured "
         "among the preprocessed rows, where k-means is at home; neighbors: agreement with nearest neighbors, "

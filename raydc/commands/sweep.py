@@ -5,38 +5,44 @@ on with the K that were not done.
 """
 
 import logging
-import tempfile
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import pyarrow as pa
-import ray
 import torch
 
-from raydc.config import Config
+from raydc.config import Config, dump
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.choose_k import recommend
 from raydc.core.models.preprocess import Preprocess
-from raydc.core.process import prepare_process
-from raydc.core.training.collapse import WatchSettings
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
-from raydc.core.training.sweep import Sample, SweepSettings, sweep
+from raydc.core.training.settings import SweepSettings
+from raydc.core.training.sweep import Sample, sweep
+from raydc.data.profile import Profile
+from raydc.data.records import RecommendationRecord, SweepEntry, SweepRecord
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
-from raydc.runfolder.folder import RunDir
+from raydc.runfolder import artifacts
+from raydc.runfolder.folder import SWEEP_KIND, RunDir
 from raydc.runfolder.lease import acquire
 from raydc.runtime import session
+from raydc.runtime.board import bounded
 from raydc.runtime.row_dataset import readers, slice_dataset
-from raydc.stages import fit, profile
+from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
+from raydc.stages import profile
 
 log = logging.getLogger(__name__)
 
-_NAME = "sweep"
+_NAME = SWEEP_KIND
+
+_RESULTS = (artifacts.SWEEP, artifacts.SWEEP_PAGE, artifacts.SWEEP_FIGURE)
+_WRITES = (artifacts.ATTEMPTS, artifacts.CHECKPOINTS, *_RESULTS)
+"""What a sweep leaves in its folder; an interrupted one goes on from it, a new start removes it."""
 
 
 def parse_numbers(text: str) -> tuple[int, ...]:
@@ -74,11 +80,12 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
             "sweep: fit.teacher brings its own number of leaves. Leave it out of the settings of a sweep."
         )
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.check(config, SWEEP_KIND)
     # The largest K must fit the rows; that of the settings only says for which K target_top_q was set.
-    wanted = config.cluster.model_copy(update={"num_leaves": max(config.cluster.num_leaves, numbers[-1])})
+    wanted = replace(config.cluster, num_leaves=max(config.cluster.num_leaves, numbers[-1]))
     found = profile.profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
     settings = config.settings("fit") | {
-        "sweep": config.sweep.model_dump(mode="json") | {"k": list(numbers)},
+        "sweep": dump(config.sweep) | {"k": list(numbers)},
         "input_fingerprint": found.fingerprint,
     }
     if folder.is_done(_NAME, settings):
@@ -86,25 +93,28 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
         return folder
     lease = acquire(folder.lake, folder.root, progress=folder.progress, **config.lease.model_dump())
     folder.fence = lease.fence
-    with lease, session.connected(config):
-        if folder.marker(_NAME) is None:
-            folder.remove("checkpoints", "sweep.json", "sweep.md", "sweep.png")
-            folder.write_header(config)
-        folder.begin(_NAME, settings)
-        started = time.perf_counter()
-        body = _sweep(config, folder, found, numbers)
-        _write(folder, body)
-        folder.mark_done(_NAME, settings, time.perf_counter() - started, {"recommended": body["recommendation"]})
+    with lease:
+        # Another sweep may have ended here since the first look.
+        if folder.is_done(_NAME, settings):
+            return folder
+        folder.write_header(config, SWEEP_KIND)
+        with session.connected(config):
+            if folder.marker(_NAME) is None:
+                folder.remove(*(artifact.path for artifact in _WRITES))
+            folder.begin(_NAME, settings)
+            started = time.perf_counter()
+            body = _sweep(config, folder, found, numbers)
+            _write(folder, body)
+            folder.mark_done(_NAME, settings, time.perf_counter() - started, {"recommended": body["recommendation"]})
     return folder
 
 
 def lines(run: RunDir) -> list[str]:
     """Return what a person reads at the end: the table, the recommendation and the paths."""
-    body = run.lake.read_json(run.uri("sweep.json"))
-    return [*page(body), *(f"{name:12s}{run.uri(name)}" for name in ("sweep.json", "sweep.md", "sweep.png"))]
+    return [*page(artifacts.SWEEP.read(run)), *(f"{file.path:12s}{file.uri(run)}" for file in _RESULTS)]
 
 
-def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tuple[int, ...]) -> dict[str, Any]:
+def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, ...]) -> SweepRecord:
     expected = min(found.num_rows, config.fit.max_rows or found.num_rows)
     log.info(
         "sweep: K = %s on about %d of %d rows (%.2f %%), of which %.0f %% are held out; both by hash of the row key",
@@ -116,54 +126,42 @@ def _sweep(config: Config, folder: RunDir, found: profile.Profile, numbers: tupl
     )
     evaluate = config.evaluate
     plan = SweepSettings(
-        numbers,
-        config.sweep.stability_rows,
-        config.sweep.num_repeats,
-        evaluate.neighbor_rows,
-        evaluate.num_neighbors,
-        evaluate.neighbor_queries,
+        num_leaves=numbers,
+        stability_rows=config.sweep.stability_rows,
+        num_repeats=config.sweep.num_repeats,
+        neighbor_rows=evaluate.neighbor_rows,
+        num_neighbors=evaluate.num_neighbors,
+        neighbor_queries=evaluate.neighbor_queries,
     )
-    with session.watched(_NAME, folder.tell) as board:
-        job = fit.Job(
-            fit.fit_settings(config, found.fingerprint),
-            found.preprocess(config),
-            found.spec,
-            folder,
-            tuple(config.encoder_widths(found.spec.dim)),
-            None,
-            expected,
-            config.fit.resident_bytes,
-            config.fit.cpus_per_worker,
-            board,
-            WatchSettings(**config.watch.model_dump()),
-            config.row_bytes(found.spec.dim, found.spec.dtype.itemsize),
-        )
+    with bounded(_NAME, config, folder, folder.tell) as bound:
+        settings = config.fit_settings(found.fingerprint)
+        job = Job.of(config, settings, found, folder, bound.board, expected_rows=expected)
         dataset = slice_dataset(
             folder.lake,
             found.slices,
             found.spec,
-            board,
+            bound,
             seed=config.seed,
             fraction=expected / found.num_rows,
             num_readers=readers(config),
             with_classes=found.spec.label_column is not None,
         )
         loop_config = {"job": job, "plan": plan, "held_out": config.sweep.held_out, "rows": evaluate.baseline_rows}
-        outcome = fit.launch(config, folder, dataset, _train_loop, loop_config, _NAME)
-    advice = recommend(outcome["entries"])
+        outcome = launch(config, folder, dataset, _train_loop, loop_config, _NAME)
+    advice = recommend(cast(list[dict[str, Any]], outcome.entries))
     return {
         "objective": config.fit.objective,
         "seed": config.seed,
-        "rows": outcome["rows"] | {"input": found.num_rows},
-        "entries": outcome["entries"],
-        "recommendation": asdict(advice),
+        "rows": {**outcome.rows, "input": found.num_rows},
+        "entries": outcome.entries,
+        "recommendation": cast(RecommendationRecord, asdict(advice)),
     }
 
 
-def _write(folder: RunDir, body: dict[str, Any]) -> None:
-    folder.lake.write_json(folder.uri("sweep.json"), body)
-    folder.lake.write_bytes(folder.uri("sweep.md"), ("\n".join(page(body, markdown=True)) + "\n").encode())
-    folder.lake.write_bytes(folder.uri("sweep.png"), figure(body))
+def _write(folder: RunDir, body: SweepRecord) -> None:
+    artifacts.SWEEP.write(folder, body)
+    artifacts.SWEEP_PAGE.write(folder, ("\n".join(page(body, markdown=True)) + "\n").encode())
+    artifacts.SWEEP_FIGURE.write(folder, figure(body))
 
 
 class _Split:
@@ -201,38 +199,44 @@ class _Split:
         return torch.from_numpy(sample_mask(batch.keys_N.numpy(), stream_seed(self._seed, 13), self._share))
 
 
-def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
-    job: fit.Job = loop_config["job"]
-    failure = ray.get(job.board.failure.remote())
-    if failure:
-        return {"failure": failure}
-    prepare_process(job.num_threads)
+class _Counts(TypedDict):
+    trained: int
+    held_out: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What the workers have found."""
+
+    entries: list[SweepEntry]
+    rows: _Counts
+
+
+def _train_loop(loop_config: dict[str, Any]) -> _Done | Failure:
+    return in_worker(loop_config["job"], partial(_swept, loop_config))
+
+
+def _swept(loop_config: dict[str, Any], context: RayContext, ranks: Ranks) -> _Done:
+    job: Job = loop_config["job"]
     share = loop_config["held_out"]
-    with tempfile.TemporaryDirectory(prefix="raydc-sweep-") as name:
-        context = fit.RayContext(job, Path(name))
-        ranks = Ranks(context.rank, context.world_size, context.device)
-        trained = job.expected_rows * (1 - share)
-        split = _Split(job.settings.seed, share, loop_config["rows"] / max(trained, 1.0))
-        rows, held_out = _collected(job, ranks, split, share)
-        sample = _sample(rows, split, job.preprocess, ranks, job.settings.block_rows)
-        try:
-            entries = sweep(rows, held_out, sample, job.preprocess, job.settings, loop_config["plan"], context)
-        except (ValueError, FloatingPointError) as error:
-            return {"failure": (type(error).__name__, str(error))}
-    return {
-        "entries": entries,
-        "rows": {"trained": rows.num_rows, "held_out": held_out.num_rows, "sample": len(sample.x_ND)},
-    }
+    trained = job.expected_rows * (1 - share)
+    split = _Split(job.settings.seed, share, loop_config["rows"] / max(trained, 1.0))
+    rows, held_out = _collected(job, ranks, split, share)
+    sample = _sample(rows, split, job.preprocess, ranks, job.settings.block_rows)
+    entries = sweep(rows, held_out, sample, job.preprocess, job.settings, loop_config["plan"], context)
+    counts: _Counts = {"trained": rows.num_rows, "held_out": held_out.num_rows, "sample": len(sample.x_ND)}
+    return _Done(cast(list[SweepEntry], entries), counts)
 
 
-def _collected(job: fit.Job, ranks: Ranks, split: _Split, share: float) -> tuple[Rows, Rows]:
+def _collected(job: Job, ranks: Ranks, split: _Split, share: float) -> tuple[Rows, Rows]:
     """Return the training rows and the held-out rows; resident rows are read once for both."""
     job = replace(job, expected_rows=max(1, round(job.expected_rows * (1 - share))))
-    rows = fit.collect(job, ranks, split.training)
+    rows = collect(job, ranks, split.training)
     if isinstance(rows, StreamedRows):
         split.waiting = None
         few = replace(job, expected_rows=max(1, round(job.expected_rows * share / (1 - share))), resident_bytes=0)
-        return rows, fit.collect(few, ranks, split.held_out)
+        return rows, collect(few, ranks, split.held_out)
     assert split.waiting is not None
     dtype = torch.float16 if job.spec.dtype == np.float16 else torch.float32
     held_out = ResidentRows.collect(iter(split.waiting), job.spec.dim, dtype, ranks)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from raydc.core.tree import export as tree_export
 from raydc.core.tree.order import cut
 from raydc.errors import ConfigError, StageError
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 
 CONDENSED_SHARE = 0.01
@@ -41,14 +42,14 @@ def read(run: RunDir) -> SavedTree:
     Raises:
         StageError: the run has no tree yet.
     """
-    if not run.lake.exists(run.uri("tree", "nodes.parquet")):
+    if not artifacts.NODES.exists(run):
         raise StageError(f"tree: run {run.run_id!r} has no tree yet; stage merge writes it.")
-    linkage = run.lake.read_array(run.uri("tree", "linkage.npy"))
+    linkage = artifacts.LINKAGE.read(run)
     num_leaves = len(linkage) + 1
-    rows_K = _column(run, "tree/nodes.parquet", "rows").to_numpy()[:num_leaves]
+    rows_K = artifacts.NODES.read(run, ["rows"])["rows"].to_numpy()[:num_leaves]
     labels = [None] * num_leaves
-    if run.lake.exists(run.uri("leaves.parquet")):
-        labels = _column(run, "leaves.parquet", "majority_label").to_pylist()
+    if artifacts.LEAF_TABLE.exists(run):
+        labels = artifacts.LEAF_TABLE.read(run, ["majority_label"])["majority_label"].to_pylist()
     return SavedTree(linkage, rows_K, _names(labels))
 
 
@@ -120,11 +121,6 @@ def _names(labels: Sequence[str | None]) -> list[str]:
         else:
             names.append(label if shared[label] == 1 else f"{label}-{leaf}")
     return names
-
-
-def _column(run: RunDir, name: str, column: str) -> pa.ChunkedArray:
-    with run.lake.open_parquet(run.uri(name)) as handle:
-        return pq.read_table(handle, columns=[column])[column]
 
 
 def _write_columns(columns: dict[str, list[Any]], path: Path) -> None:

@@ -1,71 +1,51 @@
-"""The settings of a run: sections, presets, YAML, messages, fingerprints."""
+"""The settings of a run: sections, presets, YAML, messages, fingerprints.
 
-from raydc.config.config import (
-    MAX_PAIRWISE_LEAVES,
-    SECTIONS_OF_STAGE,
+The sections that the fit takes (autoencoder, pretrain, cluster, refine, vade, distill, head, watch) are dataclasses of
+raydc.core.training.settings; all others are here. Neither torch nor Ray is loaded.
+"""
+
+from raydc.config.config import Config
+from raydc.config.data import EmbeddingColumn, InputConfig, NeighborsConfig, PreprocessConfig, StorageConfig
+from raydc.config.fingerprint import difference, digest
+from raydc.config.fit import FitConfig
+from raydc.config.load import apply_override, load_config, parse_config
+from raydc.config.output import (
     AssignConfig,
-    AutoencoderConfig,
-    ClusterConfig,
-    Config,
     DeltaConfig,
-    DistillConfig,
-    EmbeddingColumn,
     EvaluateConfig,
-    FitConfig,
-    HeadConfig,
     IcebergConfig,
-    InputConfig,
     LeaseConfig,
     MergeConfig,
-    NeighborsConfig,
-    PreprocessConfig,
-    PretrainConfig,
     PublishConfig,
     RayConfig,
-    RefineConfig,
-    Section,
-    StorageConfig,
     SweepConfig,
-    VadeConfig,
-    WatchConfig,
-    apply_override,
-    difference,
-    digest,
-    load_config,
-    parse_config,
 )
+from raydc.config.section import Section, description_of, dump, fields_of
 
 __all__ = [
-    "MAX_PAIRWISE_LEAVES",
-    "SECTIONS_OF_STAGE",
     "AssignConfig",
-    "AutoencoderConfig",
-    "ClusterConfig",
     "Config",
     "DeltaConfig",
-    "DistillConfig",
     "EmbeddingColumn",
     "EvaluateConfig",
     "FitConfig",
-    "HeadConfig",
     "IcebergConfig",
     "InputConfig",
     "LeaseConfig",
     "MergeConfig",
     "NeighborsConfig",
     "PreprocessConfig",
-    "PretrainConfig",
     "PublishConfig",
     "RayConfig",
-    "RefineConfig",
     "Section",
     "StorageConfig",
     "SweepConfig",
-    "VadeConfig",
-    "WatchConfig",
     "apply_override",
+    "description_of",
     "difference",
     "digest",
+    "dump",
+    "fields_of",
     "load_config",
     "parse_config",
 ]

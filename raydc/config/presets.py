@@ -15,7 +15,7 @@ Preset = dict[str, dict[str, Any]]
 # |x|^2 / D = 1 as the paper says; their code for MNIST multiplies pixels in [0, 1] by 5.1, which is preprocess.factor.
 _DEC_PRETRAINING: Preset = {
     "preprocess": {"method": "scale"},
-    "autoencoder": {"hidden_dims": [500, 500, 2000], "latent_dim": 10},
+    "autoencoder": {"hidden_dims": (500, 500, 2000), "latent_dim": 10},
     "pretrain": {
         "layerwise": True,
         "layer_epochs": 183,
@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "tolerance": 1e-3,
                 "alpha": 1.0,
                 "scale": 1.0,
-                "gamma": 0.1,
+                "clustering_weight": 0.1,
                 "max_grad_norm": None,
             }
         },
@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # 784 elements, some 0.08 of the mean. Counts from 100, k-means every ten epochs and at the end.
         "paper": {
             "preprocess": {"method": "scale"},
-            "autoencoder": {"hidden_dims": [500, 500, 2000], "latent_dim": 10},
+            "autoencoder": {"hidden_dims": (500, 500, 2000), "latent_dim": 10},
             "pretrain": {
                 "layerwise": True,
                 "layer_epochs": 250,
@@ -134,7 +134,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # autoencoder; here it is pretrained by the run's own settings. Their eps of Adam, 1e-4, is not one of them.
         "paper": {
             "preprocess": {"method": "none"},
-            "autoencoder": {"hidden_dims": [500, 500, 2000], "latent_dim": 10},
+            "autoencoder": {"hidden_dims": (500, 500, 2000), "latent_dim": 10},
             "refine": {
                 "num_epochs": 3000,
                 "batch_rows": 100,
@@ -184,7 +184,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         # Song et al., "Auto-encoder based data clustering" (2013), as ClustPy's AEC sets it: 100 and 150 epochs, Adam
         # at 1e-3 and 1e-4. Its weight of 0.1 is of |z - c|^2 beside the mean over elements: on MNIST's 784, 78.4 here.
         "paper": {
-            "autoencoder": {"hidden_dims": [500, 500, 2000], "latent_dim": 10},
+            "autoencoder": {"hidden_dims": (500, 500, 2000), "latent_dim": 10},
             "pretrain": {
                 "num_epochs": 100,
                 "batch_rows": 256,
@@ -198,7 +198,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "optimizer": "adam",
                 "learning_rate": 1e-4,
                 "code_loss": "nearest",
-                "beta": 78.4,
+                "code_weight": 78.4,
                 "max_grad_norm": None,
             },
         },
@@ -211,12 +211,12 @@ PRESETS: dict[str, dict[str, Preset]] = {
             "neighbors": {"num": 50, "metric": "cosine"},
             "refine": {"num_epochs": 100, "batch_rows": 1024, "optimizer": "adam", "tolerance": 0.0},
             "head": {
-                "hidden_dims": [512, 256],
+                "hidden_dims": (512, 256),
                 "start": "random",
                 "temperature": 0.1,
                 "learning_rate": 4e-4,
                 "num_heads": 16,
-                "beta": 0.6,
+                "pair_exponent": 0.6,
                 "teacher_momentum": 0.996,
                 "marginal_momentum": 0.9,
             },
@@ -229,7 +229,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "paper": {
             "neighbors": {"num": 3, "metric": "cosine"},
             "refine": {"num_epochs": 30, "batch_rows": 4096, "optimizer": "adam", "tolerance": 0.0},
-            "head": {"hidden_dims": [], "start": "random", "learning_rate": 1e-3, "alpha": 0.6},
+            "head": {"hidden_dims": (), "start": "random", "learning_rate": 1e-3, "debiasing": 0.6},
         },
         "scale": _SCALE_HEAD,
     },

@@ -66,7 +66,7 @@ def slice_keys(lake: Lake, part: Slice, spec: InputSpec) -> npt.NDArray[np.void]
 
     Ids that cannot be read are passed over: the rows of such a slice are judged by the reader of all its columns.
     """
-    found = [np.empty(0, _KEYS)]
+    found = [no_keys()]
     row = part.first_key
     try:
         with lake.open_parquet(part.uri) as handle:
@@ -81,6 +81,11 @@ def slice_keys(lake: Lake, part: Slice, spec: InputSpec) -> npt.NDArray[np.void]
     except (pa.ArrowException, OSError) as error:
         log.warning("ids of %s beyond row %d are not compared: %s", part.uri, row - part.first_key, error)
     return np.concatenate(found)
+
+
+def no_keys() -> npt.NDArray[np.void]:
+    """Return the keys of no id."""
+    return np.empty(0, _KEYS)
 
 
 def by_part(keys: npt.NDArray[np.void], num_parts: int) -> list[npt.NDArray[np.void]]:

@@ -2,9 +2,14 @@
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version of a run folder and of its manifest. 2: American names of stages, settings and files."""
 
-MANIFEST = "_MANIFEST.json"
+MODEL_FORMAT_VERSION = 1
+"""Version of a saved model; it has not changed since the first."""
+
+MODEL_FOLDER = "model"
+"""Where a run folder has its model."""
 
 RUN_COLUMN = "run_id"
 """Partition column of the tables in which runs register their labels; not in the label files themselves."""
@@ -17,6 +22,7 @@ REJECT_REASONS = (
     "norm_underflow",
     "norm_overflow",
     "unreadable_file",
+    "killed_process",
     "bad_weight",
     "bad_id",
 )

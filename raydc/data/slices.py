@@ -552,6 +552,40 @@ def _rejects(
     return pa.table([ids, names, pa.array(rows), pa.array(reasons.tolist(), pa.string())], schema=schema)
 
 
+def all_rejected(
+    lake: Lake, part: Slice, spec: InputSpec, reason: str, *, with_ids: bool, block_rows: int = 65536
+) -> Generator[pa.Table, None, None]:
+    """Yield every row of a slice as rejects, in order; of the file only the ids are read, or nothing.
+
+    Args:
+        lake: storage.
+        part: the slice.
+        spec: for the id column.
+        reason: one of REJECT_REASONS.
+        with_ids: false leaves the ids null, as they are where they cannot be read.
+        block_rows: rows of a table.
+    """
+    row = 0
+
+    def rejects(ids: pa.Array) -> pa.Table:
+        rows = np.arange(part.first_row + row, part.first_row + row + len(ids))
+        return _rejects(ids, part, rows, np.full(len(ids), reason), spec)
+
+    try:
+        for table in _tables(lake, part, part.row_groups, [spec.id_column], block_rows) if with_ids else ():
+            ids, _ = without_broken_text(canonical_ids(table[spec.id_column], spec))
+            yield rejects(ids)
+            row += len(table)
+    except _NOT_THE_FILE:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        log.warning("ids of %s beyond row %d are not known: %s", part.uri, part.first_row + row, _first_line(error))
+    while row < part.num_rows:
+        ids = pa.nulls(min(block_rows, part.num_rows - row), spec.arrow_id_type)
+        yield rejects(ids)
+        row += len(ids)
+
+
 def _lost_rows(lake: Lake, part: Slice, group: int, start: int, row: int, stop: int, spec: InputSpec) -> RowBatch:
     """Return the rows of a row group from `row` on as rejects; positions count within the slice."""
     rows = np.arange(part.first_row + row, part.first_row + stop)

@@ -4,9 +4,6 @@ A slice's label file stands 1:1 beside its input and is published whole; the sta
 the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
 """
 
-import io
-import zipfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,31 +20,17 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
 from raydc.data.schema import labels_schema, level_column, rejects_schema
-from raydc.data.slices import InputSpec, RowBatch, Slice, class_names, read_slice
-from raydc.errors import DataError
+from raydc.data.slices import InputSpec, RowBatch, Slice, all_rejected, class_names, read_slice
+from raydc.data.statistics import Statistics, nearest_rows, stacked
 from raydc.model import Model, Prediction
-from raydc.storage.lake import Lake, join
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
+from raydc.storage.lake import Lake
 
 _Item = TypeVar("_Item")
-_TABLES = ("exemplars", "map_rows", "near_rows")
-
-# What reading statistics that are damaged, or were never ours, may end in.
-_DAMAGE = (
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    OSError,
-    EOFError,
-    MemoryError,
-    OverflowError,
-    zipfile.BadZipFile,
-    zlib.error,
-    pa.ArrowException,
-)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Labeling:
     """What an actor needs to label slices; the same for all of them."""
 
@@ -73,80 +56,10 @@ class Labeling:
 
     block_rows: int = 8192
 
-    def statistics_uri(self, part: Slice) -> str:
-        """Return where the statistics of a slice are; its presence says that the slice is complete."""
-        return join(self.output, "slices", part.name.removesuffix(".parquet") + ".npz")
-
-
-@dataclass
-class Statistics:
-    """What labeling has counted; additive over slices."""
-
-    rows: int = 0
-    """Rows read, good and bad."""
-
-    labels: int = 0
-    rejects: int = 0
-    tallies: dict[str, Tally] = field(default_factory=dict)
-    """`leaf`, `level_<k>`, and on the sample `learned` and each baseline."""
-
-    exemplars: pa.Table | None = None
-    """The nearest rows of each leaf."""
-
-    map_rows: pa.Table | None = None
-    """The rows of the report's map."""
-
-    near_rows: pa.Table | None = None
-    """key, preprocessed row and the leaf by each method, on the sample among which neighbors are looked up."""
-
-    def merge(self, other: "Statistics", num_exemplars: int) -> None:
-        """Add the rows of another slice."""
-        self.rows += other.rows
-        self.labels += other.labels
-        self.rejects += other.rejects
-        for name, tally in other.tallies.items():
-            if name in self.tallies:
-                self.tallies[name].merge(tally)
-            else:
-                self.tallies[name] = tally
-        self.exemplars = nearest_rows(_stacked(self.exemplars, other.exemplars), num_exemplars)
-        self.map_rows = _stacked(self.map_rows, other.map_rows)
-        self.near_rows = _stacked(self.near_rows, other.near_rows)
-
-    def to_bytes(self) -> bytes:
-        """Return the statistics as npz, without pickle."""
-        arrays: dict[str, Any] = {"counts": np.array([self.rows, self.labels, self.rejects], np.int64)}
-        arrays["tallies"] = np.array(list(self.tallies), dtype=np.str_)
-        for name, tally in self.tallies.items():
-            arrays |= tally.to_arrays(name)
-        for name in _TABLES:
-            table = getattr(self, name)
-            if table is not None:
-                arrays[name] = np.frombuffer(_to_ipc(table), np.uint8)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        return buffer.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "Statistics":
-        """Return what `to_bytes` gave.
-
-        Raises:
-            DataError: these are no statistics, or not whole; Python objects in them are refused unread.
-        """
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-                arrays = dict(stored)
-            rows, labels, rejects = arrays["counts"].tolist()
-            tables = {n: _from_ipc(arrays[n].tobytes()) if n in arrays else None for n in _TABLES}
-            tallies = {name: Tally.from_arrays(name, arrays) for name in arrays["tallies"].tolist()}
-        except _DAMAGE as error:
-            reason = " ".join(str(error).split())[:300]
-            raise DataError(
-                f"statistics of the labels: damaged ({type(error).__name__}: {reason}). Delete slices/, statistics.npz "
-                "and stages/assign.json of the run, and run it again."
-            ) from None
-        return cls(rows, labels, rejects, tallies, **tables)
+    @property
+    def place(self) -> Place:
+        """The output folder."""
+        return Place(self.lake, self.output)
 
 
 def label_slice(job: Labeling, part: Slice) -> bytes:
@@ -155,9 +68,9 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
     Raises:
         DataError: a bad row or unreadable bytes that the settings do not let pass, or damaged statistics.
     """
-    uri = job.statistics_uri(part)
-    if job.lake.exists(uri):
-        stored = job.lake.read_bytes(uri)
+    place, done = job.place, artifacts.SLICES.of(part)
+    if done.exists(place):
+        stored = done.read(place)
         Statistics.from_bytes(stored)  # Whoever reads them here can name the slice.
         return stored
     statistics = Statistics()
@@ -167,7 +80,7 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
     batches = read_slice(
         job.lake, part, job.spec, block_rows=job.block_rows, with_labels=True, with_carry=bool(job.spec.carry_columns)
     )
-    with job.lake.staged(join(job.output, "labels", part.name)) as path, pq.ParquetWriter(path, schema) as writer:
+    with job.lake.staged(artifacts.LABELS.of(part).uri(place)) as path, pq.ParquetWriter(path, schema) as writer:
         for batch in _ahead(batches):
             statistics.rows += len(batch.keys) + len(batch.rejects)
             if len(batch.rejects):
@@ -184,26 +97,41 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
             if sampled:
                 _count_sample(statistics, job, batch, x, z, found, classes)
             candidates = _exemplars(job, batch, found, classes)
-            statistics.exemplars = nearest_rows(_stacked(statistics.exemplars, candidates), job.num_exemplars)
+            statistics.exemplars = nearest_rows(stacked(statistics.exemplars, candidates), job.num_exemplars)
             statistics.labels += len(found.leaf)
     if rejects:
         table = pa.concat_tables(rejects)
         statistics.rejects = len(table)
-        with job.lake.staged(join(job.output, "rejects", part.name)) as path:
+        with job.lake.staged(artifacts.REJECTS.of(part).uri(place)) as path:
             pq.write_table(table.cast(rejects_schema(job.spec.arrow_id_type)), path)
     stored = statistics.to_bytes()
-    job.lake.write_bytes(uri, stored)
+    done.write(place, stored)
     return stored
 
 
-def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:
-    """Return the `num` nearest rows of each leaf, by (leaf, distance, key)."""
-    if table is None:
-        return None
-    table = table.sort_by([("leaf", "ascending"), ("distance", "ascending"), ("key", "ascending")])
-    leaf = table["leaf"].to_numpy()
-    first = np.searchsorted(leaf, leaf, side="left")
-    return table.filter(pa.array(np.arange(len(leaf)) - first < num))
+def reject_slice(job: Labeling, part: Slice, reason: str, *, with_ids: bool) -> bytes:
+    """Put every row of a slice into its reject file, and return its `Statistics` as they are stored.
+
+    Its label file is there too, without a row. A slice that is complete stays as it is.
+
+    Args:
+        job: where to write.
+        part: the slice.
+        reason: one of REJECT_REASONS.
+        with_ids: whether the ids are read; null otherwise.
+    """
+    place, done = job.place, artifacts.SLICES.of(part)
+    if done.exists(place):
+        return done.read(place)
+    with job.lake.staged(artifacts.LABELS.of(part).uri(place)) as path:
+        pq.write_table(labels_schema(job.spec.arrow_id_type, list(job.model.levels)).empty_table(), path)
+    schema = rejects_schema(job.spec.arrow_id_type)
+    with job.lake.staged(artifacts.REJECTS.of(part).uri(place)) as path, pq.ParquetWriter(path, schema) as writer:
+        for table in all_rejected(job.lake, part, job.spec, reason, with_ids=with_ids):
+            writer.write_table(table)
+    stored = Statistics(rows=part.num_rows, rejects=part.num_rows).to_bytes()
+    done.write(place, stored)
+    return stored
 
 
 def _label_table(batch: RowBatch, found: Prediction, schema: pa.Schema) -> pa.Table:
@@ -272,7 +200,7 @@ def _count_sample(
             "x": _lists(job.model.preprocess(x[torch.from_numpy(near)].to(z.device))),
             **{name: leaf[near[chosen]] for name, leaf in leaves.items()},
         }
-        statistics.near_rows = _stacked(statistics.near_rows, pa.table(columns))
+        statistics.near_rows = stacked(statistics.near_rows, pa.table(columns))
     drawn = sample_mask(batch.keys, seed, job.map_fraction)
     if not drawn.any():
         return
@@ -288,7 +216,7 @@ def _count_sample(
         "before": _lists(points_before),
         "after": _lists(z[torch.from_numpy(drawn)]),
     }
-    statistics.map_rows = _stacked(statistics.map_rows, pa.table(columns))
+    statistics.map_rows = stacked(statistics.map_rows, pa.table(columns))
 
 
 def _exemplars(job: Labeling, batch: RowBatch, found: Prediction, classes: npt.NDArray[np.str_] | None) -> pa.Table:
@@ -318,24 +246,6 @@ def _tally(statistics: Statistics, name: str, num_groups: int) -> Tally:
 def _lists(z: Tensor) -> pa.Array:
     values = np.ascontiguousarray(z.cpu().numpy().astype(np.float32))
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-
-
-def _stacked(first: pa.Table | None, second: pa.Table | None) -> pa.Table | None:
-    if first is None or second is None:
-        return first if second is None else second
-    return pa.concat_tables([first, second], promote_options="permissive")
-
-
-def _to_ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _from_ipc(data: bytes) -> pa.Table:
-    with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
-        return reader.read_all()
 
 
 def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
@@ -21,7 +21,7 @@ PALETTE = (
 OTHER = "#c9ccd1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Legend:
     """A color for each member of a set, and what the colors mean."""
 
@@ -41,7 +41,7 @@ class Legend:
 
     def taken(self, members: npt.NDArray[np.integer]) -> "Legend":
         """Return the same legend for a selection, or repetition, of members."""
-        return Legend(self.title, self.names, self.colors, self.index[members], self.note)
+        return replace(self, index=self.index[members])
 
 
 def of_leaves(num_leaves: int, levels: dict[int, npt.NDArray[np.int64]]) -> Legend:
@@ -53,16 +53,19 @@ def of_leaves(num_leaves: int, levels: dict[int, npt.NDArray[np.int64]]) -> Lege
     """
     leaf = np.arange(num_leaves)
     if num_leaves <= len(PALETTE):
-        return Legend("Leaf", [str(i) for i in leaf], list(PALETTE[:num_leaves]), leaf)
+        names = [str(i) for i in leaf]
+        return Legend(title="Leaf", names=names, colors=list(PALETTE[:num_leaves]), index=leaf)
     for size, groups in sorted(levels.items()):
         number = int(groups.max()) + 1
         if 2 <= number <= len(PALETTE):
             note = f"{plural(num_leaves, 'leaf', 'leaves')}, colored by their group at level {size}."
-            return Legend(f"Level {size}", [str(i) for i in range(number)], list(PALETTE[:number]), groups, note)
+            names = [str(i) for i in range(number)]
+            colors = list(PALETTE[:number])
+            return Legend(title=f"Level {size}", names=names, colors=colors, index=groups, note=note)
     # Leaf ids follow the tree, so that a scale over the ids gives near leaves near colors.
     scale = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.92, num_leaves))
     note = f"{plural(num_leaves, 'leaf', 'leaves')}; the color runs along the tree, so like colors are near clusters."
-    return Legend("Leaf", [], [to_hex(c) for c in scale], leaf, note)
+    return Legend(title="Leaf", names=[], colors=[to_hex(c) for c in scale], index=leaf, note=note)
 
 
 def of_labels(labels: Sequence[str | None]) -> Legend:
@@ -81,7 +84,7 @@ def of_labels(labels: Sequence[str | None]) -> Legend:
         shown.append("other" if len(tally) > len(names) else "no label")
     if len(tally) > len(names):
         note = f"The {len(names)} most frequent of {len(tally):,} labels in the sample; the rest are grey."
-    return Legend("Label", shown, colors, index, note)
+    return Legend(title="Label", names=shown, colors=colors, index=index, note=note)
 
 
 def _natural(name: str) -> tuple[tuple[int, float, str], ...]:
@@ -101,4 +104,4 @@ def matched(groups: Legend, labels: Legend) -> Legend:
     given = {int(g): labels.colors[label] for g, label in pairs if table[g, label] > 0}
     free = iter([c for c in PALETTE if c not in given.values()])
     colors = [given[g] if g in given else next(free) for g in range(len(groups.colors))]
-    return Legend(groups.title, groups.names, colors, groups.index, groups.note)
+    return replace(groups, colors=colors)

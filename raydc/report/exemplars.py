@@ -24,7 +24,7 @@ _MARGIN_PIXELS = 1
 _OWN_COLUMNS = ("leaf", "key", "rank", "id", "distance", "label", "embedding")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exemplar:
     """One of the nearest rows of a leaf."""
 
@@ -43,7 +43,7 @@ class Exemplar:
         return ", ".join([f"id {self.id}", *label, f"distance {self.distance}", *carried])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """One leaf with its nearest rows."""
 

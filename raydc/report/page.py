@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jinja2
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import yaml
 
 from raydc.core.tree.order import truncate
+from raydc.data.records import Epoch, Header, Metrics
 from raydc.data.schema import level_column
 from raydc.report import colors, figures, results
 from raydc.report import text as wording
@@ -25,15 +26,15 @@ from raydc.report.verdict import verdict
 _MOST_GROUPS_IN_TREE = 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunData:
     """What the page is made from: the content of the run folder."""
 
     run_id: str
-    header: Mapping[str, Any]
+    header: Header
     """run.json."""
 
-    metrics: Mapping[str, Any]
+    metrics: Metrics
     """metrics.json."""
 
     seconds: Mapping[str, float]
@@ -71,7 +72,7 @@ class Page:
     num_leaves_shown: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Map:
     """The maps of the row sample: one line of them for each way to color."""
 
@@ -183,7 +184,7 @@ def draw_map(data: RunData, leaf_legend: Legend) -> Map:
         [Panel(f"map_{way}_{place}", title, p, legend) for place, (title, p) in enumerate(zip(titles, points))]
         for way, legend in enumerate(legends)
     ]
-    matched = Legend(leaf_legend.title, leaf_legend.names, by_leaf.colors, leaf_legend.index, leaf_legend.note)
+    matched = replace(leaf_legend, colors=by_leaf.colors)
     return Map(
         lines=[(line[0].legend, [figures.map_panel(panel) for panel in line]) for line in panels],
         titles=titles,
@@ -245,7 +246,7 @@ def _most_frequent(leaves: Sequence[tuple[str | None, float | None, int]]) -> st
     return f"  \u00b7  {wording.clean(label, 24)} (\u2265 {wording.percent(math.floor(100 * share) / 100)})"
 
 
-def draw_training(metrics: Mapping[str, Any], tolerance: float | None) -> list[Drawing]:
+def draw_training(metrics: Metrics, tolerance: float | None) -> list[Drawing]:
     """Return the figures of the training history; none for a phase without epochs."""
     history = (metrics.get("fit") or {}).get("history") or []
     pretrain = [e for e in history if e.get("phase") == "pretrain"]
@@ -272,16 +273,17 @@ def draw_training(metrics: Mapping[str, Any], tolerance: float | None) -> list[D
     return drawings
 
 
-def _curves(entries: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> list[Curve]:
+def _curves(entries: Sequence[Epoch], keys: Mapping[str, str]) -> list[Curve]:
     found = []
     for key, name in keys.items():
-        points = [(e["epoch"] + 1, e[key]) for e in entries if e.get(key) is not None and np.isfinite(e[key])]
+        values = [(e["epoch"] + 1, cast(dict[str, float | None], e).get(key)) for e in entries]
+        points = [(epoch, value) for epoch, value in values if value is not None and np.isfinite(value)]
         if points:
             found.append(Curve(name, *zip(*points)))
     return found
 
 
-def _training_facts(metrics: Mapping[str, Any]) -> list[str]:
+def _training_facts(metrics: Metrics) -> list[str]:
     fit = metrics.get("fit") or {}
     facts = []
     if fit.get("num_workers"):

@@ -2,23 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from raydc.core.objectives.table import OBJECTIVES
+from raydc.data.records import Baseline, Epoch, Measured, Scores
 from raydc.report.text import count, duration, plural, score
-
-OBJECTIVES = {
-    "dec": "DEC",
-    "idec": "IDEC",
-    "ae": "Autoencoder with a code loss",
-    "dcn": "DCN",
-    "vade": "VaDE",
-    "vdc": "VaDE",
-    "distill": "Distillation",
-    "temi": "TEMI",
-    "icon": "I-Con",
-    "autoencoder": "Autoencoder + k-means",
-    "kmeans": "k-means",
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +32,7 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
     """One line of the results table."""
 
@@ -98,23 +86,23 @@ class Accounts:
         return self.input == self.labels + self.rejects
 
 
-def objective_name(metrics: Mapping[str, Any]) -> str:
+def objective_name(metrics: Measured) -> str:
     """Return the name of the run's objective as people write it."""
     name = objective(metrics)
-    return OBJECTIVES.get(name, name.upper())
+    return OBJECTIVES[name].title if name in OBJECTIVES else name.upper()
 
 
-def leaf_scores(metrics: Mapping[str, Any], level: int | None = None) -> dict[str, Any]:
+def leaf_scores(metrics: Measured, level: int | None = None) -> Scores:
     """Return the metrics of the run's labels over all rows, at the leaves or at a level."""
     found: dict[str, Any] = {}
-    for part in ("quality", "internal"):
-        section = metrics.get(part) or {}
-        own = section.get("leaf") if level is None else (section.get("levels") or {}).get(str(level))
-        found |= own or {}
-    return found
+    for section in (metrics.get("quality"), metrics.get("internal")):
+        if section:
+            own = section.get("leaf") if level is None else (section.get("levels") or {}).get(str(level))
+            found |= own or {}
+    return cast(Scores, found)
 
 
-def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) -> Results:
+def results(metrics: Measured, num_leaves: int, levels: Sequence[int]) -> Results:
     """Return the results table.
 
     Args:
@@ -128,49 +116,76 @@ def results(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) 
     learned = baselines.get("learned")
     measured = [b["rows"] for b in baselines.values() if b and "rows" in b]
     sampled = bool(measured) and min(measured) < labels
-    leaf_line = (objective_name(metrics), num_leaves, labels, leaf, True)
+    leaf_line = _Line(name=objective_name(metrics), groups=num_leaves, rows=labels, scores=leaf, main=True)
 
-    compared = [
-        (name, num_leaves, baselines[key].get("rows"), baselines[key], False)
-        for key, name in (("raw_kmeans", "k-means on the raw rows"), ("autoencoder_kmeans", "Autoencoder + k-means"))
-        if baselines.get(key) and not _repeats(metrics, key)
+    titles: dict[Baseline, str] = {
+        "raw_kmeans": "k-means on the raw rows",
+        "autoencoder_kmeans": "Autoencoder + k-means",
+    }
+    compared: list[_Line] = [
+        _Line(name=name, groups=num_leaves, rows=found.get("rows"), scores=found)
+        for key, name in titles.items()
+        if (found := baselines.get(key)) and not _repeats(metrics, key)
     ]
     if sampled and learned:
-        compared.append((objective_name(metrics), num_leaves, learned.get("rows"), learned, False))
-    tree = [(f"Level {k}", k, labels, leaf_scores(metrics, k), False) for k in levels]
+        compared.append(
+            _Line(name=objective_name(metrics), groups=num_leaves, rows=learned.get("rows"), scores=learned)
+        )
+    tree = [_Line(name=f"Level {k}", groups=k, rows=labels, scores=leaf_scores(metrics, k)) for k in levels]
     separate = sampled and bool(compared)
     every = (compared if separate else [*compared, leaf_line], [leaf_line, *tree[::-1]] if separate else tree[::-1])
 
-    columns = [c for c in COLUMNS if any(has(line[3], c.key) for block in every for line in block)]
+    columns = [c for c in COLUMNS if any(has(line.scores, c.key) for block in every for line in block)]
     first = "Compared on the same sample of rows" if separate and learned else "Leaves"
     second = "All rows" if separate else "Levels of the tree"
     blocks = [ResultBlock(t, _lines(b, columns)) for t, b in zip((first, second), every, strict=True) if b]
     return Results(columns, blocks)
 
 
-def _repeats(metrics: Mapping[str, Any], baseline: str) -> bool:
+def _repeats(metrics: Measured, baseline: Baseline) -> bool:
     """Return whether the run's own result is this baseline, which would then stand in the table twice."""
-    return (baseline, objective(metrics)) in {("raw_kmeans", "kmeans"), ("autoencoder_kmeans", "autoencoder")}
+    return baseline_of(metrics) == baseline
 
 
-def _lines(block: Sequence[tuple[str, int, Any, Mapping[str, Any], bool]], columns: list[Column]) -> list[ResultRow]:
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """One line of the table before it is text."""
+
+    name: str
+    groups: int
+    rows: int | None
+    scores: Scores
+    main: bool = False
+
+
+def _lines(block: Sequence[_Line], columns: list[Column]) -> list[ResultRow]:
     top: dict[str, str] = {}
-    alike = len({line[1] for line in block}) == 1
+    alike = len({line.groups for line in block}) == 1
     for column in columns:
-        found = [line[3][column.key] for line in block if has(line[3], column.key)]
+        found = [line.scores[column.key] for line in block if has(line.scores, column.key)]  # type: ignore[literal-required]
         if column.comparable and alike and len(found) > 1:
             top[column.key] = score(max(found))
     lines = []
-    for name, groups, rows, scores, main in block:
-        cells = [score(scores.get(c.key)) for c in columns]
+    for line in block:
+        cells = [score(cast(dict[str, Any], line.scores).get(c.key)) for c in columns]
         best = [c.key in top and cell == top[c.key] for c, cell in zip(columns, cells, strict=True)]
-        lines.append(ResultRow(name, count(groups), count(rows), cells, best, main))
+        lines.append(
+            ResultRow(
+                name=line.name,
+                groups=count(line.groups),
+                rows=count(line.rows),
+                cells=cells,
+                best=best,
+                main=line.main,
+            )
+        )
     return lines
 
 
-def accounts(metrics: Mapping[str, Any]) -> Accounts:
+def accounts(metrics: Measured) -> Accounts:
     """Return where the input rows went."""
-    return Accounts(*(int(metrics["rows"][name]) for name in ("input", "labels", "rejects")))
+    rows = metrics["rows"]
+    return Accounts(int(rows["input"]), int(rows["labels"]), int(rows["rejects"]))
 
 
 def stage_times(seconds: Mapping[str, float]) -> list[StageTime]:
@@ -179,20 +194,22 @@ def stage_times(seconds: Mapping[str, float]) -> list[StageTime]:
     return [StageTime(name, duration(value), value / longest) for name, value in seconds.items()]
 
 
-def facts(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int], seconds: float) -> list[tuple[str, str]]:
+def facts(metrics: Measured, num_leaves: int, levels: Sequence[int], seconds: float) -> list[tuple[str, str]]:
     """Return the headline numbers, as (name, value)."""
     leaf = leaf_scores(metrics)
-    shown = [("NMI", "nmi"), ("ACC", "acc")] if has(leaf, "nmi") else [("Silhouette", "silhouette")]
+    shown = [("NMI", leaf.get("nmi")), ("ACC", leaf.get("acc"))]
+    if not has(leaf, "nmi"):
+        shown = [("Silhouette", leaf.get("silhouette"))]
     return [
         ("Rows labeled", count(metrics["rows"]["labels"])),
         ("Leaves", count(num_leaves)),
         ("Levels", ", ".join(str(k) for k in levels) or "none"),
-        *[(name, score(leaf[key])) for name, key in shown if has(leaf, key)],
+        *[(name, score(value)) for name, value in shown if value is not None],
         *([("Time", duration(seconds))] if seconds else []),
     ]
 
 
-def summary(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) -> str:
+def summary(metrics: Measured, num_leaves: int, levels: Sequence[int]) -> str:
     """Return one sentence: how many rows are in how many leaves and levels."""
     rows = plural(int(metrics["rows"]["labels"]), "row")
     text = f"{rows} in {plural(num_leaves, 'leaf', 'leaves')}"
@@ -202,7 +219,7 @@ def summary(metrics: Mapping[str, Any], num_leaves: int, levels: Sequence[int]) 
     return f"{text}, which the tree groups into {sizes}."
 
 
-def space(history: Sequence[Mapping[str, Any]]) -> list[str]:
+def space(history: Sequence[Epoch]) -> list[str]:
     """Return how many directions the learned space has in effect, after pretraining and at the end, as sentences."""
     found = [e for e in history if e.get("effective_rank") is not None]
     if not found:
@@ -214,9 +231,15 @@ def space(history: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Effective rank of the code: {before[-1]:.1f} after pretraining, {last:.1f} at the end."]
 
 
-def objective(metrics: Mapping[str, Any]) -> str:
+def objective(metrics: Measured) -> str:
     """Return the run's objective."""
     return str((metrics.get("fit") or {}).get("objective", "dec"))
+
+
+def baseline_of(metrics: Measured) -> Baseline | None:
+    """Return the name of the baseline that the run's objective is itself; None where it is none of them."""
+    found = OBJECTIVES.get(objective(metrics))
+    return None if found is None else found.baseline
 
 
 def has(scores: Mapping[str, Any], key: str) -> bool:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from raydc.data.records import SweepRecord
 from raydc.report.figures import ACCENT, INK, MUTED, STYLE
 
 # (key, head of its column, its panel's title)
@@ -36,14 +37,14 @@ _CRITERION = {
 }
 
 
-def page(body: Mapping[str, Any], *, markdown: bool = False) -> list[str]:
+def page(body: SweepRecord, *, markdown: bool = False) -> list[str]:
     """Return the table, the votes and the recommendation as lines of text.
 
     Args:
         body: the content of sweep.json.
         markdown: as a Markdown page instead of plain columns.
     """
-    entries, rows, advice = body["entries"], body["rows"], body["recommendation"]
+    entries, rows, advice = _values(body), body["rows"], body["recommendation"]
     shown = [(key, head) for key, head, _ in _COLUMNS if any(e.get(key) is not None for e in entries)]
     table = [["K", *(head for _, head in shown)]]
     table += [[str(e["k"]), *(_number(key, e.get(key)) for key, _ in shown)] for e in entries]
@@ -65,9 +66,9 @@ def page(body: Mapping[str, Any], *, markdown: bool = False) -> list[str]:
     return ["# Sweep of K", "", advice["sentence"], fall, "", *[head, rule, *others], "", about, "", *listed]
 
 
-def figure(body: Mapping[str, Any]) -> bytes:
+def figure(body: SweepRecord) -> bytes:
     """Return the curves of the criteria by K as a PNG; each vote and the recommended K are marked."""
-    entries, advice = body["entries"], body["recommendation"]
+    entries, advice = _values(body), body["recommendation"]
     votes = {v["criterion"]: v["num_leaves"] for v in advice["votes"]}
     panels = [(key, title) for key, _, title in _COLUMNS if title and any(e.get(key) is not None for e in entries)]
     columns = 2
@@ -90,6 +91,11 @@ def figure(body: Mapping[str, Any]) -> bytes:
         buffer = io.BytesIO()
         drawing.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _values(body: SweepRecord) -> list[Mapping[str, Any]]:
+    """Return the entries as mappings of criteria, of which the table shows those that were measured."""
+    return [cast(Mapping[str, Any], entry) for entry in body["entries"]]
 
 
 def _panel(

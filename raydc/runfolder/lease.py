@@ -20,6 +20,7 @@ its lease, and no one took the run over; or another has that number, and it neve
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -30,18 +31,22 @@ from types import TracebackType
 from typing import Any
 
 from raydc.errors import StageError
+from raydc.runfolder import artifacts
 from raydc.storage.lake import Lake, join
 
 log = logging.getLogger(__name__)
 
-FOLDER = "lease"
+FOLDER = artifacts.LEASE.path
+
+# Whole files, and the temporary ones that `Lake` writes beside them.
+_LEASE_FILE = re.compile(r"\d{8,}(\.beat)?\.json|\.\d{8,}(\.beat)?\.json\.\d+\.[0-9a-f]{8}\.tmp")
 
 
 class LeaseLost(StageError):
     """Another driver has taken the run over; this one must not write any more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Owner:
     """A driver process, and how to tell on its own machine whether it still lives."""
 
@@ -60,7 +65,13 @@ class Owner:
     def here(cls) -> "Owner":
         """Return this process."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _process_start(pid) or "", _process_space(), os.urandom(8).hex())
+        return cls(
+            host=socket.gethostname(),
+            pid=pid,
+            started=_process_start(pid) or "",
+            process_space=_process_space(),
+            token=os.urandom(8).hex(),
+        )
 
     def is_dead_here(self) -> bool:
         """Return whether this is a process of this machine that has ended; False where that cannot be told."""
@@ -82,7 +93,7 @@ class Beat:
     released: str | None = None
     """Why the lease was given back; None while it is held."""
 
-    progress: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ class Fence:
 class Lease:
     """The lease that this process holds, with its heartbeat; a context manager that gives it back."""
 
-    def __init__(self, fence: Fence, *, heartbeat_seconds: float, progress: dict[str, Any]) -> None:
+    def __init__(self, fence: Fence, *, heartbeat_seconds: float, progress: dict[str, str]) -> None:
         self.fence = fence
         self.progress = progress
         """Written with every heartbeat; filled by others."""
@@ -193,7 +204,7 @@ class Lease:
 
 
 def acquire(
-    lake: Lake, root: str, *, heartbeat_seconds: float, stale_seconds: float, progress: dict[str, Any] | None = None
+    lake: Lake, root: str, *, heartbeat_seconds: float, stale_seconds: float, progress: dict[str, str] | None = None
 ) -> Lease:
     """Return the lease of a run folder, not yet beating: enter it as a context.
 
@@ -220,6 +231,11 @@ def acquire(
         log.warning("lease: taken over from %s, which is gone", last.owner)
     fence = Fence(lake, folder, generation, owner)
     return Lease(fence, heartbeat_seconds=heartbeat_seconds, progress={} if progress is None else progress)
+
+
+def is_lease_file(name: str) -> bool:
+    """Return whether a name in the lease folder is one that a driver gave, or left when it was killed."""
+    return _LEASE_FILE.fullmatch(name) is not None
 
 
 def holder(lake: Lake, root: str) -> Holder | None:
@@ -283,7 +299,9 @@ def _read(lake: Lake, uri: str) -> dict[str, Any] | None:
 
 
 def _owner(body: dict[str, Any]) -> Owner:
-    return Owner(**body["owner"]) if "owner" in body else Owner("an unknown host", 0, "", "", "")
+    if "owner" in body:
+        return Owner(**body["owner"])
+    return Owner(host="an unknown host", pid=0, started="", process_space="", token="")
 
 
 def _generation_uri(folder: str, generation: int) -> str:

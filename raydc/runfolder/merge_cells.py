@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 
 from raydc.core.tree.cells import CellMerges, CellState, Runner
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
-from raydc.storage.lake import join
 
-FOLDER = ("tree", "cells")
 _ARRAYS = ("left_P", "right_P", "delta_P")
 _COUNTS = ("num_rounds", "num_pairs", "num_searches", "num_exact_searches")
 
@@ -24,22 +23,22 @@ def kept(run: RunDir, run_cells: Runner) -> Runner:
     """
 
     def runner(step: Callable[..., CellMerges], state: CellState, cells: Sequence[int]) -> Iterable[CellMerges]:
-        folder = run.uri(*FOLDER, fingerprint(step, state))
-        for done, merges in enumerate(run_cells(partial(merge_once, step, run, folder), state, cells), 1):
+        of_round = fingerprint(step, state)
+        for done, merges in enumerate(run_cells(partial(merge_once, step, run, of_round), state, cells), 1):
             run.tell(f"{len(state.weight_M):,} clusters, {done} of {len(cells)} cells")
             yield merges
 
     return runner
 
 
-def merge_once(step: Callable[..., CellMerges], run: RunDir, folder: str, state: CellState, cell: int) -> CellMerges:
+def merge_once(step: Callable[..., CellMerges], run: RunDir, of_round: str, state: CellState, cell: int) -> CellMerges:
     """Return the merges of a cell, from its file if it is there, else by `step`, which also writes the file."""
-    uri = join(folder, f"{cell:06d}.npz")
-    if run.lake.exists(uri):
-        return _from_bytes(run.lake.read_bytes(uri))
+    file = artifacts.cell_merges(of_round, cell)
+    if file.exists(run):
+        return _from_bytes(file.read(run))
     merges = step(state, cell)
     run.check_owner()
-    run.lake.write_bytes(uri, _to_bytes(merges))
+    file.write(run, _to_bytes(merges))
     return merges
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -13,7 +12,9 @@ from raydc.core.models.mixture import Mixture
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.models.teacher import Teacher
 from raydc.errors import ConfigError
-from raydc.model import Model
+from raydc.model import HEAD, Model
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
 from raydc.storage.lake import Lake, join
 
 
@@ -54,7 +55,7 @@ def load_teacher(config: Config, dim: int, lake: Lake) -> Teaching | None:
     teacher = Teacher(
         model.encoder, decoder, model.centers_KL, torch.from_numpy(_classes(config, model)), model.predictor
     )
-    head = lake.read_json(join(Model.folder(config.fit.teacher, lake), "config.json"))
+    head = lake.read_json(join(Model.folder(config.fit.teacher, lake), HEAD))
     return Teaching(teacher, model.preprocess, digest(head))
 
 
@@ -96,10 +97,12 @@ def _classes(config: Config, model: Model) -> np.ndarray:
 
 def _decoder(uri: str, model: Model, lake: Lake) -> nn.Module | None:
     """Return the decoder of the teacher's run; None where it has none, or one that gives logits."""
-    path = join(Model.folder(uri, lake).rsplit("/", 1)[0], "fit", "decoder.safetensors")
     # That of a mixture model may be a Bernoulli decoder, and its code has noise: it is no autoencoder.
-    if model.encoder is None or isinstance(model.predictor, Mixture) or not lake.exists(path):
+    if model.encoder is None or isinstance(model.predictor, Mixture):
+        return None
+    weights = artifacts.FIT_DECODER.read_if_there(Place(lake, Model.folder(uri, lake).rsplit("/", 1)[0]))
+    if weights is None:
         return None
     decoder = perceptron(model.widths[::-1])
-    decoder.load_state_dict(safetensors.torch.load(lake.read_bytes(path)))
+    decoder.load_state_dict(weights)
     return decoder

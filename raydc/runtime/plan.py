@@ -11,13 +11,14 @@ import torch
 
 from raydc.config import Config
 from raydc.core.models.autoencoder import choose_precision, precision
-from raydc.stages.profile import Profile
+from raydc.core.objectives.table import info
+from raydc.data.profile import Profile
 
 # Share of the measured matrix rate that a training step reaches on a CPU: small batches, optimizer, memory traffic.
 _STEP_EFFICIENCY = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The cost of a run, as far as it is known beforehand."""
 
@@ -33,7 +34,7 @@ class Plan:
     """Resident shard, model, optimizer and one batch, for each training worker."""
 
     workers: str
-    """How many training workers; of an elastic fit the fewest and the most."""
+    """Number of training workers; the fewest and the most of an elastic fit."""
 
     streamed: bool
     files: int
@@ -41,7 +42,7 @@ class Plan:
     """Arithmetic at the rate measured on this machine; None for GPU workers."""
 
     neighbors_flops: float = 0.0
-    """Of the search of the neighbors, where the objective needs them."""
+    """FLOPs of the search for nearest neighbors; 0 for an objective that needs none."""
 
     def lines(self) -> list[str]:
         """Return the plan as text, one fact per line."""
@@ -65,68 +66,87 @@ class Plan:
 
 def make_plan(config: Config, profile: Profile) -> Plan:
     """Return the cost of a run with these settings on this input."""
-    n = profile.num_rows
+    n, dim = profile.num_rows, profile.spec.dim
     trained = min(n, config.fit.max_rows or n)
-    dim, leaves = profile.spec.dim, config.cluster.num_leaves
-    encoder = config.encoder_widths(dim)
-    # A multiply-add is two FLOPs; the backward pass is twice the forward one.
-    forward = 2.0 * sum(a * b for a, b in itertools.pairwise(encoder))
-    nearest = 2.0 * leaves * encoder[-1]
-    learns, refines = config.learns, config.refines
-    per_epoch = -(-trained // config.pretrain.batch_rows)
-    layers = list(itertools.pairwise(encoder))
-    layer_epochs = config.pretrain.layer_epochs if learns and config.pretrain.layerwise else 0
-    pretrain_steps = (config.pretrain.num_epochs + layer_epochs * len(layers)) * per_epoch if learns else 0
-    refine_steps = config.refine.num_epochs * -(-trained // config.refine.batch_rows) if refines else 0
-    flops = trained * nearest * config.cluster.num_iterations
-    if learns:
-        flops += trained * config.pretrain.num_epochs * 3 * 2 * forward
-        # A pair of layers learns on what the ones below it make of the row.
-        pairs = sum(
-            2.0 * sum(a * b for a, b in layers[:i]) + 3 * 2 * 2.0 * layers[i][0] * layers[i][1]
-            for i in range(len(layers))
-        )
-        flops += trained * layer_epochs * pairs
-    if refines:
-        network = forward if config.fit.objective == "dec" else 2 * forward
-        # Passes without a gradient: DEC and IDEC make their target, DCN encodes a step's rows again, distillation gives
-        # every row its id.
-        targets = config.refine.refreshes_per_epoch
-        passes = {"dec": targets, "idec": targets, "dcn": 1, "distill": 1}
-        step = 3 * (network + nearest) + passes.get(config.fit.objective, 0) * (forward + nearest)
-        if config.needs_neighbors:
-            # Both rows of a pair, forward and back; TEMI's teacher looks at both as well, and every head does all this.
-            step = 8 * nearest * config.head.num_heads if config.fit.objective == "temi" else 6 * nearest
-        flops += trained * config.refine.num_epochs * step
-    assign = n * (forward + nearest + 2.0 * leaves * dim / max(1.0, n / config.evaluate.baseline_rows))
-    # Of an elastic fit: memory must do for the fewest workers, and the time is that of the fewest as well.
+    search = _search_flops(config, trained, dim)
+    pretrain_steps, pretrain_flops = _pretraining(config, trained, dim)
+    refine_steps, refine_flops = _refinement(config, trained, dim)
+    fit = trained * _nearest(config, dim) * config.cluster.num_iterations + pretrain_flops + refine_flops
+    # Raw rows against the leaves of a baseline, for its sample.
+    compared = 2.0 * config.cluster.num_leaves * dim / max(1.0, n / config.evaluate.baseline_rows)
+    assign = n * (_forward(config, dim) + _nearest(config, dim) + compared)
+    # Memory and time are those of the fewest workers of an elastic fit.
     workers = config.fit.fewest_workers
     shard = -(-trained // workers) * config.row_bytes(dim, profile.spec.dtype.itemsize)
     limit = config.fit.resident_bytes
     streamed = limit is not None and shard > limit
-    weights = 2 * sum(a * b for a, b in itertools.pairwise(encoder)) + leaves * encoder[-1]
-    batch = 8 * max(config.pretrain.batch_rows, 8192) * (2 * sum(encoder) + leaves)
     seconds = None
     if not config.fit.use_gpu:
         cpus = workers * config.fit.cpus_per_worker
         rate = _matrix_rate(config, config.fit.cpus_per_worker) * cpus / config.fit.cpus_per_worker
-        seconds = (flops + assign + _search_flops(config, trained, dim)) / (rate * _STEP_EFFICIENCY)
+        seconds = (fit + assign + search) / (rate * _STEP_EFFICIENCY)
     return Plan(
-        n,
-        trained,
-        profile.num_bytes,
-        len(profile.slices),
-        pretrain_steps,
-        refine_steps,
-        flops,
-        assign,
-        (limit or 0 if streamed else shard) + 16 * weights + batch,
-        _workers(config),
-        streamed,
-        2 * len(profile.slices) + 30,
-        seconds,
-        _search_flops(config, trained, dim),
+        rows=n,
+        trained_rows=trained,
+        input_bytes=profile.num_bytes,
+        slices=len(profile.slices),
+        pretrain_steps=pretrain_steps,
+        refine_steps=refine_steps,
+        fit_flops=fit,
+        assign_flops=assign,
+        worker_bytes=(limit or 0 if streamed else shard) + _network_bytes(config, dim),
+        workers=_workers(config),
+        streamed=streamed,
+        files=2 * len(profile.slices) + 30,
+        seconds=seconds,
+        neighbors_flops=search,
     )
+
+
+def _forward(config: Config, dim: int) -> float:
+    """Return the FLOPs of encoding a row; a multiply-add is two, and the backward pass is twice the forward one."""
+    return 2.0 * sum(a * b for a, b in itertools.pairwise(config.encoder_widths(dim)))
+
+
+def _nearest(config: Config, dim: int) -> float:
+    """Return the FLOPs of comparing a row with every center."""
+    return 2.0 * config.cluster.num_leaves * config.encoder_widths(dim)[-1]
+
+
+def _pretraining(config: Config, num_rows: int, dim: int) -> tuple[int, float]:
+    """Return the steps and the FLOPs of pretraining; none without an autoencoder."""
+    if not config.learns:
+        return 0, 0.0
+    plan, layers = config.pretrain, list(itertools.pairwise(config.encoder_widths(dim)))
+    layer_epochs = plan.layer_epochs if plan.layerwise else 0
+    steps = (plan.num_epochs + layer_epochs * len(layers)) * -(-num_rows // plan.batch_rows)
+    # A pair of layers learns on what the ones below it make of the row.
+    pairs = sum(
+        2.0 * sum(a * b for a, b in layers[:i]) + 3 * 2 * 2.0 * layers[i][0] * layers[i][1] for i in range(len(layers))
+    )
+    return steps, num_rows * (plan.num_epochs * 3 * 2 * _forward(config, dim) + layer_epochs * pairs)
+
+
+def _refinement(config: Config, num_rows: int, dim: int) -> tuple[int, float]:
+    """Return the most steps and FLOPs of the training on the objective; none where nothing is left to train."""
+    if not config.refines:
+        return 0, 0.0
+    plan, about = config.refine, info(config.fit.objective)
+    forward, nearest = _forward(config, dim), _nearest(config, dim)
+    if about.needs_pairs:
+        row = about.pair_products * nearest * (config.head.num_heads if about.many_heads else 1)
+    else:
+        passes = {"none": 0, "one": 1, "refreshes": plan.refreshes_per_epoch}[about.passes]
+        network = 2 * forward if about.needs_decoder else forward
+        row = 3 * (network + nearest) + passes * (forward + nearest)
+    return plan.num_epochs * -(-num_rows // plan.batch_rows), num_rows * plan.num_epochs * row
+
+
+def _network_bytes(config: Config, dim: int) -> int:
+    """Return the bytes of a worker's model, optimizer and one batch."""
+    encoder, leaves = config.encoder_widths(dim), config.cluster.num_leaves
+    weights = 2 * sum(a * b for a, b in itertools.pairwise(encoder)) + leaves * encoder[-1]
+    return 16 * weights + 8 * max(config.pretrain.batch_rows, 8192) * (2 * sum(encoder) + leaves)
 
 
 def _search_flops(config: Config, num_rows: int, dim: int) -> float:

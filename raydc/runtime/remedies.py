@@ -1,12 +1,16 @@
 """What helps against a failure of the workers, as far as its text says what it was."""
 
 import re
+from typing import Literal
 
 _KILLED_FOR_MEMORY = re.compile(r"OutOfMemory|low on memory|MemoryError|can't allocate memory|CUDA out of memory", re.I)
 _PERHAPS_MEMORY = re.compile(r"OOM killer|SIGKILL", re.I)
+WorkerStage = Literal["fit", "merge", "assign"]
+"""Stages that say what helps their workers; those of `raydc sweep` are the workers of fit."""
+
 _FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|OutOfDiskError|disk is full", re.I)
 
-_LESS_MEMORY = {
+LESS_MEMORY: dict[WorkerStage, str] = {
     "fit": (
         "lower fit.resident_bytes (a shard that does not fit is streamed), take more fit.num_workers, or give them "
         "more memory"
@@ -19,13 +23,13 @@ _LESS_MEMORY = {
 }
 
 
-def remedy(stage: str, error: BaseException | str) -> str:
+def remedy(stage: WorkerStage, error: BaseException | str) -> str:
     """Return a sentence with a space before it, or nothing where the failure does not tell what would help."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     if _KILLED_FOR_MEMORY.search(text):
-        return f" The memory did not suffice: {_LESS_MEMORY[stage]}."
+        return f" The memory did not suffice: {LESS_MEMORY[stage]}."
     if _FULL_DISK.search(text):
         return " A disk is full: free space where the run is written and under Ray's temporary folder."
     if _PERHAPS_MEMORY.search(text):
-        return f" If it was killed for want of memory: {_LESS_MEMORY[stage]}."
+        return f" If it was killed for want of memory: {LESS_MEMORY[stage]}."
     return ""

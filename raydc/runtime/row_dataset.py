@@ -19,24 +19,29 @@ from ray.train import DataConfig
 from raydc.config import Config
 from raydc.data.slices import InputSpec, RowBatch, Slice, class_names, read_slice
 from raydc.errors import DataError, StageError, StorageUnavailable
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
+from raydc.runtime.attempts import Bound
 from raydc.runtime.session import nodes_with_cpus
 from raydc.storage.lake import Lake
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockJob:
     """What a reader needs to know."""
 
     lake: Lake
     spec: InputSpec
-    board: Any
+    bound: Bound
     seed: int
     """Of the sample."""
 
     fraction: float
     """Share of the rows that is taken."""
 
-    neighbors_root: str | None
+    neighbors_of: Place | None
+    """Run folder that has the neighbors of the rows; None where the objective needs none."""
+
     with_classes: bool
 
 
@@ -68,27 +73,38 @@ def slice_dataset(
     lake: Lake,
     slices: list[Slice],
     spec: InputSpec,
-    board: Any,
+    bound: Bound,
     *,
     seed: int,
     fraction: float,
     num_readers: int | None,
-    neighbors_root: str | None = None,
+    neighbors_of: Place | None = None,
     with_classes: bool = False,
 ) -> ray.data.Dataset:
     """Return a dataset of row blocks: key, x and weight of the good rows of each slice, by our own reader.
 
-    With `neighbors_root`, where that stage has written, also the keys of each row's neighbors. With classes, there is
-    a column `class` too: a number made from the text of the known class, -1 for a missing one.
+    With `neighbors_of`, the run folder where that stage has written, also the keys of each row's neighbors. With
+    classes, there is a column `class` too: a number made from the text of the known class, -1 for a missing one.
 
     Ray Data may use only the CPUs that Train leaves, and Train takes the last one when it grows, or when a node is
     lost: the workers would then wait for rows for ever. So where the workers live on CPUs, a reader books none, and
     `num_readers` bounds them instead. None leaves it to Ray Data: workers on GPUs leave CPUs, and a queue of readers
     that book one lets the cluster grow.
+
+    Ray starts a reader that died again for ever, so each counts its attempts in `bound`. A slice that kills its reader
+    too often stops the fit, or, under on_bad_files=quarantine, is not trained on.
     """
     from raydc.core.hashing import stream_seed
 
-    job = BlockJob(lake, spec, board, stream_seed(seed, 8), fraction, neighbors_root, with_classes)
+    job = BlockJob(
+        lake=lake,
+        spec=spec,
+        bound=bound,
+        seed=stream_seed(seed, 8),
+        fraction=fraction,
+        neighbors_of=neighbors_of,
+        with_classes=with_classes,
+    )
     items = [asdict(s) for s in slices if s.num_rows]
     return ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read_blocks,  # type: ignore[arg-type]
@@ -111,16 +127,22 @@ def read_blocks(batch: pa.Table, job: BlockJob) -> Iterator[pa.Table]:
     try:
         for row in batch.to_pylist():
             part = Slice.from_row(row)
-            graph = None if job.neighbors_root is None else _graph(job, part)
-            for rows in read_slice(job.lake, part, job.spec, with_labels=job.with_classes):
-                block = _to_block(rows, job)
-                yield block if graph is None else _with_neighbors(block, part, *graph)
+            with job.bound.attempt(part.name) as lost:
+                if not job.bound.is_left_out(part, lost, job.spec.on_bad_files):
+                    yield from _blocks(part, job)
     except StorageUnavailable:
         # The next try of the workers may find the store well.
         raise
     except (DataError, StageError) as error:
-        ray.get(job.board.fail.remote((type(error).__name__, str(error))))
+        ray.get(job.bound.board.fail.remote((type(error).__name__, str(error))))
         raise
+
+
+def _blocks(part: Slice, job: BlockJob) -> Iterator[pa.Table]:
+    graph = None if job.neighbors_of is None else _graph(job, part)
+    for rows in read_slice(job.lake, part, job.spec, with_labels=job.with_classes):
+        block = _to_block(rows, job)
+        yield block if graph is None else _with_neighbors(block, part, *graph)
 
 
 def readers(config: Config) -> int | None:
@@ -132,10 +154,8 @@ def readers(config: Config) -> int | None:
 
 
 def _graph(job: BlockJob, part: Slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    from raydc.stages import neighbors
-
-    assert job.neighbors_root is not None
-    return neighbors.read(job.lake, job.neighbors_root, part)
+    assert job.neighbors_of is not None
+    return artifacts.NEIGHBORS.read(job.neighbors_of, part)
 
 
 def _to_block(rows: RowBatch, job: BlockJob) -> pa.Table:

@@ -1,55 +1,22 @@
-"""The Ray cluster of a run, and the board on which its workers post progress for the person who watches.
-
-Ray's own log forwarding prefixes every line and repeats it per worker; a run says one line per fact instead. The board
-also keeps the first permanent failure: an error of the data or the settings is the same on the second try, so a worker
-group that is restarted after one returns at once.
-"""
+"""The Ray cluster of a run: joining or starting it, leaving it, and what its errors say."""
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydc.config import Config
 from raydc.errors import StageError
+from raydc.runtime.environment import LOCAL_CLUSTER
 from raydc.storage.secrets import masked
 
-log = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.2
+_RAYLET_SECONDS = 2.0
 _READERS = ("iter_threaded", "StreamingExecutor")
-
-
-@ray.remote(num_cpus=0)
-class Board:
-    """Lines and the first permanent failure of the workers of one stage."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._failure: tuple[str, str] | None = None
-
-    def post(self, line: str) -> None:
-        """Add a line."""
-        self._lines.append(line)
-
-    def take(self) -> list[str]:
-        """Return the lines since the last call."""
-        lines, self._lines = self._lines, []
-        return lines
-
-    def fail(self, failure: tuple[str, str]) -> None:
-        """Record the kind and text of a failure that another try would meet again."""
-        self._failure = self._failure or failure
-
-    def failure(self) -> tuple[str, str] | None:
-        """Return the first recorded failure."""
-        return self._failure
 
 
 @contextmanager
@@ -72,7 +39,10 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StageError(f"ray: cannot reach the cluster at {address!r}: {error}") from None
+        raise StageError(
+            f"ray: cannot reach the cluster at {address!r}: {error}. Check that it runs and can be reached from "
+            "here, or set ray.address=local for one on this machine."
+        ) from None
     _quiet_data()
     leaving = threading.Thread(target=_leave)
 
@@ -107,20 +77,8 @@ def await_readers(seconds: float = 30.0) -> None:
 
 
 def _start_local(config: Config) -> None:
-    # Only this process talks to the cluster, over the loopback interface; a token file in the user's home would
-    # change how later clusters of the same user start.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray warns, at the level of errors, about how its own actor pools pass their arguments: nothing that a person who
-    # watches could act on. Setting this variable brings the messages back.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Train's controller fetches a report every two seconds by default, and a worker waits for that before its next
-    # epoch: most of the time of a small job.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # A process that looks for nodes about to be taken away, of which there are none: it costs a second of a small job's
-    # start, and wakes up a hundred times a second beside the training. And gauges for a dashboard that is not there.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    for name, value in LOCAL_CLUSTER.items():
+        os.environ.setdefault(name, value)
     # Train workers keep their CPUs for the whole fit; Ray Data needs a whole spare one or it waits for ever.
     needed = max(
         config.fit.fewest_workers * config.fit.cpus_per_worker + 1,
@@ -149,44 +107,25 @@ def _quiet_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@contextmanager
-def watched(stage: str, tell: Callable[[str], None] | None = None) -> Iterator[Any]:
-    """Yield a board whose lines are logged, as `<stage>: <line>`, and told, while the block lasts."""
-    # Beside the driver, with which it lives and dies: elsewhere a lost node would take the board along, and every
-    # restarted worker asks it.
-    beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = Board.options(scheduling_strategy=beside).remote()  # type: ignore[attr-defined]
-    stop = threading.Event()
-
-    def drain() -> None:
-        try:
-            for line in ray.get(board.take.remote(), timeout=30):
-                log.info("%s: %s", stage, line)
-                if tell is not None:
-                    tell(line)
-        except (ray.exceptions.RayError, TimeoutError):
-            # A lost board costs progress lines, never the run.
-            return
-
-    def follow() -> None:
-        while not stop.wait(_POLL_SECONDS):
-            drain()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield board
-    finally:
-        stop.set()
-        thread.join()
-        drain()
-        ray.kill(board)
-
-
 def nodes_with_cpus() -> dict[str, str] | None:
     """Return the label selector that keeps work which books no CPU off nodes that offer none, such as a bare head."""
     bare = [n["NodeID"] for n in ray.nodes() if n["Alive"] and not n["Resources"].get("CPU")]
     return {"ray.io/node-id": f"!in({','.join(bare)})"} if bare else None
+
+
+def node_is_gone(node: str) -> bool:
+    """Return whether a node is lost: the cluster says so, or nothing answers where its raylet listened.
+
+    The cluster takes seconds to miss a node; whoever asks after a death wants to know now.
+    """
+    found = next((n for n in ray.nodes() if n["NodeID"] == node), None)
+    if found is None or not found["Alive"]:
+        return True
+    try:
+        with socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), _RAYLET_SECONDS):
+            return False
+    except OSError:
+        return True
 
 
 def root_cause(error: BaseException) -> BaseException:

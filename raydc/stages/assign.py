@@ -7,87 +7,91 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
 from raydc.config import Config
-from raydc.core.metrics.neighbor_agreement import agreement, gain, nearest_neighbors
+from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
+from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
+from raydc.data.records import AgreementRecord, AssignMetrics, Baseline, MethodAgreement
 from raydc.data.slices import InputSpec, Slice
+from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
-from raydc.labeling.label_slice import Labeling, Statistics, label_slice
-from raydc.model import Model
+from raydc.labeling.label_slice import Labeling, label_slice, reject_slice
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
+from raydc.runfolder.ownership import OwnedFolder
+from raydc.runtime.attempts import Bound
+from raydc.runtime.board import bounded
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
-from raydc.stages import merge
-from raydc.stages import profile as profiling
-from raydc.storage.lake import Lake
 from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 10.0
 _FULL_POOL = 0.75
+_LESS_MEMORY = "If memory was short, lower assign.num_actors, or give the workers more."
 _CONTINUES = "Complete slices are kept; the same command continues."
 _RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), ("failure", pa.string())])
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> AssignMetrics:
     """Write labels/, rejects/, exemplars.parquet and map_rows.parquet, and the statistics of every metric.
 
     agreement.json says how the learned partition and the baselines treat nearest neighbors; the rows among which these
     are looked up are not kept.
     """
-    profile = profiling.load(run)
+    profile = artifacts.PROFILE.read(run)
     load = partial(_load, config, run, profile.spec, profile.num_rows)
-    total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, run)
-    _write_table(run.lake, run.uri("exemplars.parquet"), total.exemplars)
-    _write_table(run.lake, run.uri("map_rows.parquet"), total.map_rows)
+    with bounded("assign", config, run) as bound:
+        total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, run)
+    for file, table in ((artifacts.EXEMPLARS, total.exemplars), (artifacts.MAP_ROWS, total.map_rows)):
+        if table is not None:
+            file.write(run, table.sort_by("key"))
     # What the slices took on their way.
     give_back()
     if (found := neighbor_agreement(config, total)) is not None:
-        run.lake.write_json(run.uri("agreement.json"), found)
-    counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
-    run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
+        artifacts.AGREEMENT.write(run, found)
+    artifacts.STATISTICS.write(run, total)
     return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
 
 
 def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeling:
     """Return what an actor needs, read from the run folder by the actor itself."""
-    model = Model.load(run.uri("model"), run.lake)
-    statistics = merge.leaf_statistics(run)
+    model, leaves = artifacts.MODEL.load(run), artifacts.LEAVES.read(run)
     baselines = {}
-    for name in ("raw_kmeans", "autoencoder_kmeans"):
-        if run.lake.exists(run.uri("fit", "baselines", name, "config.json")):
-            baselines[name] = Model.load(run.uri("fit", "baselines", name), run.lake)
+    for name in get_args(Baseline):
+        if (saved := artifacts.baseline(name)).exists(run):
+            baselines[name] = saved.load(run)
     section = config.evaluate
-    learned = config.fit.objective != "kmeans"
+    learned = info(config.fit.objective).baseline != "raw_kmeans"
+    near_rows = min(section.neighbor_rows, section.baseline_rows) if baselines and learned else 0
     return Labeling(
-        run.lake,
-        run.root,
-        spec,
-        model,
-        {k: merge.group_centers(groups, statistics) for k, groups in model.levels.items()},
-        baselines,
-        config.seed,
-        section.baseline_rows / num_rows,
-        min(section.map_rows, section.baseline_rows) / num_rows,
-        min(section.neighbor_rows, section.baseline_rows) / num_rows if baselines and learned else 0.0,
-        section.num_exemplars,
-        config.input.image_shape is not None,
-        config.assign.block_rows,
+        lake=run.lake,
+        output=run.root,
+        spec=spec,
+        model=model,
+        group_centers={k: leaves.group_centers(groups) for k, groups in model.levels.items()},
+        baselines=baselines,
+        seed=config.seed,
+        baseline_fraction=section.baseline_rows / num_rows,
+        map_fraction=min(section.map_rows, section.baseline_rows) / num_rows,
+        neighbor_fraction=near_rows / num_rows,
+        num_exemplars=section.num_exemplars,
+        keep_vectors=config.input.image_shape is not None,
+        block_rows=config.assign.block_rows,
     )
 
 
-def neighbor_agreement(config: Config, total: Statistics) -> dict[str, Any] | None:
+def neighbor_agreement(config: Config, total: Statistics) -> AgreementRecord | None:
     """Return how each method's partition agrees with the nearest neighbors of raw rows; None without a sample of them.
 
     Args:
@@ -106,18 +110,25 @@ def neighbor_agreement(config: Config, total: Statistics) -> dict[str, Any] | No
     near = nearest_neighbors(x, num=section.num_neighbors, max_queries=section.neighbor_queries)
     methods = {name: agreement(leaf, near) for name, leaf in leaves.items()}
     raw = methods["raw_kmeans"]
-    found = {}
-    for name, own in methods.items():
-        difference, error = gain(own, raw)
-        values = asdict(own)
-        del values["score_Q"]
-        found[name] = values | {"gain": difference, "standard_error": error}
+    found = {name: _method(own, raw) for name, own in methods.items()}
     return {
         "rows": len(x),
         "queries": len(near.queries_Q),
         "num_neighbors": section.num_neighbors,
         "num_leaves": config.cluster.num_leaves,
         "methods": found,
+    }
+
+
+def _method(own: Agreement, raw: Agreement) -> MethodAgreement:
+    difference, error = gain(own, raw)
+    return {
+        "score": own.score,
+        "share": own.share,
+        "chance": own.chance,
+        "num_effective": own.num_effective,
+        "gain": difference,
+        "standard_error": error,
     }
 
 
@@ -137,19 +148,27 @@ def label_all(
     load: Callable[[], Labeling],
     slices: list[Slice],
     num_exemplars: int,
-    run: RunDir | None = None,
+    bound: Bound,
+    run: OwnedFolder | None = None,
+    *,
+    slots: int | None = None,
 ) -> Statistics:
     """Return the sum of all slices' statistics, after every slice was labeled.
+
+    A slice that kills its process stops the run after `bound.most` deaths; under on_bad_files=quarantine its rows go to
+    the rejects instead. It is on_bad_files because the file is what cannot be used: no row of it was seen to be bad.
 
     Args:
         config: for the resources of the actors.
         load: called once in each actor.
         slices: to be labeled; those that are complete already are only counted.
         num_exemplars: nearest rows kept for each leaf.
+        bound: on the attempts at a slice.
         run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
+        slots: actors for which there is room at the start. Default: what the cluster offers now.
 
     Raises:
-        DataError: a bad row or file that the settings do not let pass.
+        DataError: a bad row or file that the settings do not let pass, or a slice that kills its process.
         StageError: a worker failed for good, or rows in are not labels + rejects.
     """
     total = Statistics()
@@ -157,7 +176,8 @@ def label_all(
     expected = sum(s.num_rows for s in slices)
     check = run.check_owner if run is not None else None
     # Closed at once when something stops the loop: an error's traceback would keep the actors and their readers alive.
-    with closing(_labeled(config, load, slices, check)) as labeled:
+    slots = free_slots(config) if slots is None else slots
+    with closing(_labeled(config, load, slices, bound, check, slots)) as labeled:
         for done, statistics in enumerate(labeled, 1):
             total.merge(statistics, num_exemplars)
             now = time.monotonic()
@@ -178,10 +198,14 @@ def label_all(
 
 
 def _labeled(
-    config: Config, load: Callable[[], Labeling], slices: list[Slice], check: Callable[[], None] | None
+    config: Config,
+    load: Callable[[], Labeling],
+    slices: list[Slice],
+    bound: Bound,
+    check: Callable[[], None] | None,
+    slots: int,
 ) -> Generator[Statistics]:
     section = config.assign
-    slots = _free_slots(config)
     actors = min(section.num_actors or slots, max(len(slices), 1))
 
     class Labeler:
@@ -198,10 +222,10 @@ def _labeled(
             # An error comes back as a row: raised here, it would reach the driver without its cause.
             try:
                 if self.job is None:
-                    self.job = _on_gpu(load()) if section.use_gpu else load()
+                    self.job = _loaded(load, row["name"], bound, use_gpu=section.use_gpu)
                 if check is not None:
                     check()
-                return {"statistics": label_slice(self.job, Slice.from_row(row))}
+                return {"statistics": label_or_reject(self.job, Slice.from_row(row), bound)}
             except Exception as error:
                 log.exception("slice %s", row["name"])
                 return {"kind": type(error).__name__, "failure": f"slice {row['name']}: {error}"}
@@ -224,12 +248,7 @@ def _labeled(
     # A lost actor or node is retried by Ray; a lost slice is done again whole, and a complete one is skipped.
     try:
         for row in dataset.iter_rows():
-            if row["kind"] == DataError.__name__:
-                raise DataError(f"assign: {row['failure']}")
-            if row["kind"] is not None:
-                told = f"{row['kind']}: {row['failure']}"
-                raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
-            yield Statistics.from_bytes(row["statistics"])
+            yield _counted(row)
     except ray.exceptions.RayError as error:
         told = f"{type(error).__name__}: {error}"
         raise StageError(
@@ -237,12 +256,46 @@ def _labeled(
         ) from error
 
 
+def _counted(row: dict[str, Any]) -> Statistics:
+    """Return the statistics that an actor sent, or raise what it met."""
+    if row["kind"] == DataError.__name__:
+        raise DataError(f"assign: {row['failure']}")
+    if row["kind"] is not None:
+        told = f"{row['kind']}: {row['failure']}"
+        raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
+    return Statistics.from_bytes(row["statistics"])
+
+
+def label_or_reject(job: Labeling, part: Slice, bound: Bound) -> bytes:
+    """Return the statistics of a slice, labeled, or all in the rejects if it kills its process each time.
+
+    Raises:
+        DataError: it does, under on_bad_files=fail, or even while its ids or nothing of it is read.
+    """
+    with bound.attempt(part.name, task=part.name) as lost:
+        if not bound.is_left_out(part, lost, job.spec.on_bad_files):
+            return label_slice(job, part)
+        beyond = lost.beyond(bound.most)
+        if beyond > 1:
+            raise DataError(f"{part.uri}: its rows could not even be put into the rejects; it {bound.ending(lost)}")
+        return reject_slice(job, part, "killed_process", with_ids=beyond == 0)
+
+
+def _loaded(load: Callable[[], Labeling], name: str, bound: Bound, *, use_gpu: bool) -> Labeling:
+    """Return what an actor needs; a process that dies meanwhile is not charged to the slice that waits for it."""
+    piece = f"{name}.model"
+    with bound.attempt(piece, task=piece) as lost:
+        bound.require(lost, "loading the model", _LESS_MEMORY)
+        return _on_gpu(load()) if use_gpu else load()
+
+
 def _on_gpu(job: Labeling) -> Labeling:
     device = torch.device("cuda")
     return replace(job, model=job.model.to(device), baselines={name: m.to(device) for name, m in job.baselines.items()})
 
 
-def _free_slots(config: Config) -> int:
+def free_slots(config: Config) -> int:
+    """Return the actors for which the cluster has room."""
     resources, section = ray.cluster_resources(), config.assign
     if section.use_gpu:
         return max(1, int(resources.get("GPU", 1)))
@@ -251,10 +304,3 @@ def _free_slots(config: Config) -> int:
         # This machine alone: a local cluster may count more CPUs than it has, so that training leaves one for Ray Data.
         cpus = min(cpus, os.cpu_count() or 1)
     return max(1, int(cpus // section.cpus_per_actor))
-
-
-def _write_table(lake: Lake, uri: str, table: pa.Table | None) -> None:
-    if table is None:
-        return
-    with lake.staged(uri) as path:
-        pq.write_table(table.sort_by("key"), path)

@@ -1,108 +1,129 @@
 """evaluate: every metric, from the statistics that assign counted and the tree; no row is read again."""
 
 import logging
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raydc.config import Config
+from raydc.config.stages import before
 from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
-from raydc.core.tree.order import central_leaves, dendrogram_purity
+from raydc.core.tree.order import central_leaves
+from raydc.core.tree.purity import dendrogram_purity
+from raydc.data.records import (
+    EvaluateMetrics,
+    External,
+    Internal,
+    InternalOfTree,
+    Measured,
+    Method,
+    Metrics,
+    Quality,
+    Scores,
+    StageMarker,
+)
 from raydc.data.schema import level_column
-from raydc.labeling.label_slice import Statistics, nearest_rows
+from raydc.data.statistics import Statistics, nearest_rows
 from raydc.model import Model
-from raydc.report.verdict import verdict
+from raydc.report.verdict import Verdict, verdict
+from raydc.runfolder import artifacts
+from raydc.runfolder.artifacts import Leaves
 from raydc.runfolder.folder import RunDir
-from raydc.stages import merge
 
 log = logging.getLogger(__name__)
 
 _LOW_RECALL = 0.9
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> EvaluateMetrics:
     """Write metrics.json and leaves.parquet, and the medoids into tree/nodes.parquet."""
-    statistics = Statistics.from_bytes(run.lake.read_bytes(run.uri("statistics.npz")))
-    model = Model.load(run.uri("model"), run.lake)
-    leaves = merge.leaf_statistics(run)
-    linkage = merge.read_linkage(run)
-    markers = {name: run.marker(name) for name in ("profile", "neighbors", "fit", "merge", "assign")}
-    fit = run.metrics("fit")
-    quality = _quality(statistics, model, linkage)
-    found = run.uri("agreement.json")
-    agreement = run.lake.read_json(found) if run.lake.exists(found) else None
-    body: dict[str, Any] = {
+    statistics, model = artifacts.STATISTICS.read(run), artifacts.MODEL.load(run)
+    leaves, linkage = artifacts.LEAVES.read(run), artifacts.LINKAGE.read(run)
+    measured = _measured(run, statistics, model, leaves, linkage)
+    found = verdict(measured)
+    body: Metrics = {**measured, "verdict": found.to_json(), "warnings": _warnings(measured, found, run)}
+    for warning in body["warnings"]:
+        log.warning("evaluate: %s", warning)
+    artifacts.METRICS.write(run, body)
+    artifacts.LEAF_TABLE.write(run, _leaf_table(statistics.tallies["leaf"], model))
+    _write_medoids(run, leaves, linkage)
+    return cast(EvaluateMetrics, {name: body[name] for name in EvaluateMetrics.__annotations__ if name in body})  # type: ignore[literal-required]
+
+
+def _measured(
+    run: RunDir, statistics: Statistics, model: Model, leaves: Leaves, linkage: npt.NDArray[np.float64]
+) -> Measured:
+    """Return all that was measured, in the order in which metrics.json has it."""
+    markers = {name: run.marker(name) for name in before("evaluate")}
+    found: Measured = {
         "rows": {"input": statistics.rows, "labels": statistics.labels, "rejects": statistics.rejects},
-        **({"quality": quality} if quality else {}),
         "repeated_ids": _repeated_ids(markers["profile"]),
         "internal": _internal(statistics, model, leaves),
         "baselines": _baselines(statistics, run),
-        **({"agreement": agreement} if agreement else {}),
         "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
-        "fit": fit,
+        "fit": run.metrics("fit"),
     }
-    if markers["neighbors"]:
-        body["neighbors"] = markers["neighbors"]["metrics"]
-    body["verdict"] = verdict(body).to_json()
-    body["warnings"] = _warnings(body, run)
-    for warning in body["warnings"]:
-        log.warning("evaluate: %s", warning)
-    run.lake.write_json(run.uri("metrics.json"), body)
-    with run.lake.staged(run.uri("leaves.parquet")) as path:
-        pq.write_table(_leaf_table(statistics.tallies["leaf"], model), path)
-    _write_medoids(run, leaves, linkage)
-    kept = ("rows", "quality", "internal", "baselines", "agreement", "verdict", "warnings")
-    return {name: body[name] for name in kept if name in body}
+    if (quality := _quality(statistics, model, linkage)) is not None:
+        found["quality"] = quality
+    if (agreement := artifacts.AGREEMENT.read_if_there(run)) is not None:
+        found["agreement"] = agreement
+    if markers["neighbors"] is not None:
+        found["neighbors"] = run.metrics("neighbors")
+    return cast(Measured, {name: found[name] for name in Measured.__annotations__ if name in found})  # type: ignore[literal-required]
 
 
-def _repeated_ids(marker: dict[str, Any] | None) -> int | None:
+def _repeated_ids(marker: StageMarker | None) -> int | None:
     """Return how many rows repeat the id of another; None where they were not counted."""
-    return ((marker or {}).get("metrics") or {}).get("repeated_ids")
+    return None if marker is None else marker.get("metrics", {}).get("repeated_ids")
 
 
-def _quality(statistics: Statistics, model: Model, linkage: npt.NDArray[np.float64]) -> dict[str, Any] | None:
+def _quality(statistics: Statistics, model: Model, linkage: npt.NDArray[np.float64]) -> Quality | None:
     table, names = statistics.tallies["leaf"].classes.table()
     if not names:
         return None
-    levels = {str(k): scores.external(statistics.tallies[level_column(k)].classes.table()[0]) for k in model.levels}
+    levels = {str(k): _external(statistics.tallies[level_column(k)].classes.table()[0]) for k in model.levels}
     purity = dendrogram_purity(linkage, table) if len(linkage) else float(scores.external(table)["purity"])
-    return {"leaf": scores.external(table), "levels": levels, "dendrogram_purity": purity}
+    return {"leaf": _external(table), "levels": levels, "dendrogram_purity": purity}
 
 
-def _internal(statistics: Statistics, model: Model, leaves: dict[str, npt.NDArray[np.float64]]) -> dict[str, Any]:
+def _external(table_KC: Any) -> External:
+    return cast(External, scores.external(table_KC))
+
+
+def _internal(statistics: Statistics, model: Model, leaves: Leaves) -> InternalOfTree:
     levels = {
-        str(k): scores.internal(statistics.tallies[level_column(k)], merge.group_centers(groups, leaves))
+        str(k): cast(Internal, scores.internal(statistics.tallies[level_column(k)], leaves.group_centers(groups)))
         for k, groups in model.levels.items()
     }
     own = scores.internal(statistics.tallies["leaf"], model.centers_KL.double().numpy())
-    return {"leaf": own, "levels": levels}
+    return {"leaf": cast(Internal, own), "levels": levels}
 
 
-def _baselines(statistics: Statistics, run: RunDir) -> dict[str, Any]:
+def _baselines(statistics: Statistics, run: RunDir) -> dict[Method, Scores]:
     """Return the metrics of each baseline, and of the model itself (`learned`), on the same sample of rows."""
-    found: dict[str, Any] = {}
-    for name in ("raw_kmeans", "autoencoder_kmeans", "learned"):
+    found: dict[Method, Scores] = {}
+    for name in get_args(Method):
         tally = statistics.tallies.get(name)
         if tally is None or not tally.num_rows:
             continue
         table, classes = tally.classes.table()
-        uri = run.uri("model") if name == "learned" else run.uri("fit", "baselines", name)
-        centers = Model.load(uri, run.lake).centers_KL.double().numpy()
-        found[name] = {"rows": tally.num_rows, **(scores.external(table) if classes else {})}
-        found[name] |= scores.internal(tally, centers)
+        saved = artifacts.MODEL if name == "learned" else artifacts.baseline(name)
+        centers = saved.load(run).centers_KL.double().numpy()
+        own = {"rows": tally.num_rows, **(scores.external(table) if classes else {}), **scores.internal(tally, centers)}
+        found[name] = cast(Scores, own)
     return found
 
 
-def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
+def _warnings(body: Measured, judged: Verdict, run: RunDir) -> list[str]:
     warnings = []
-    if body["verdict"]["tone"] in ("same", "worse"):
-        warnings.append(body["verdict"]["sentence"])
+    if judged.tone in ("same", "worse"):
+        warnings.append(judged.sentence)
     warnings += [f"collapse: {sign} (see watch in the settings)" for sign in body["fit"].get("watch", [])]
-    recall = body.get("neighbors", {}).get("recall")
+    searched = body.get("neighbors")
+    recall = None if searched is None else searched["recall"]
     if recall is not None and recall < _LOW_RECALL:
         warnings.append(
             f"the approximate search found {recall:.3f} of the nearest neighbors; raise neighbors.num_probes"
@@ -120,28 +141,24 @@ def _warnings(body: dict[str, Any], run: RunDir) -> list[str]:
     return warnings
 
 
-def _write_medoids(run: RunDir, leaves: dict[str, npt.NDArray[np.float64]], linkage: npt.NDArray[np.float64]) -> None:
+def _write_medoids(run: RunDir, leaves: Leaves, linkage: npt.NDArray[np.float64]) -> None:
     """Add the column medoid_id to nodes.parquet: the id of one row that stands for each node.
 
     Merge cannot know it: which row is nearest to a leaf is found when rows are assigned. A leaf's medoid is its nearest
     exemplar; a merge takes over the one of its children whose leaf is nearer to its own mean. Null where no row is.
     """
-    if not run.lake.exists(run.uri("exemplars.parquet")):
+    nearest = nearest_rows(artifacts.EXEMPLARS.read_if_there(run), 1)
+    if nearest is None:
         return
-    with run.lake.open_parquet(run.uri("exemplars.parquet")) as handle:
-        nearest = nearest_rows(pq.read_table(handle), 1)
-    assert nearest is not None
-    with run.lake.open_parquet(run.uri("tree", "nodes.parquet")) as handle:
-        nodes = pq.read_table(handle)
-    row_K = np.full(len(leaves["weights"]), -1)
+    nodes = artifacts.NODES.read(run)
+    row_K = np.full(len(leaves.weights_K), -1)
     row_K[nearest["leaf"].to_numpy()] = np.arange(len(nearest))
-    leaf_V = central_leaves(linkage, leaves["weights"], leaves["means"], row_K >= 0)
+    leaf_V = central_leaves(linkage, leaves.weights_K, leaves.means_KL, row_K >= 0)
     row_V = np.where(leaf_V >= 0, row_K[leaf_V], -1)
     medoid = nearest["id"].combine_chunks().take(pa.array(row_V, mask=row_V < 0))
     # A second evaluation replaces the column of the first.
     others = [name for name in nodes.column_names if name != "medoid_id"]
-    with run.lake.staged(run.uri("tree", "nodes.parquet")) as path:
-        pq.write_table(nodes.select(others).append_column("medoid_id", medoid), path)
+    artifacts.NODES.write(run, nodes.select(others).append_column("medoid_id", medoid))
 
 
 def _leaf_table(tally: Tally, model: Model) -> pa.Table:

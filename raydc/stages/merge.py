@@ -1,55 +1,55 @@
 """merge: the tree over the weighted leaves, its levels, and the model with leaf ids in tree order."""
 
-import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
-import safetensors.torch
-import torch
 from threadpoolctl import threadpool_limits
 
 from raydc.config import Config, MergeConfig
 from raydc.core.tree.cells import CellMerges, CellState, Runner, run_here
+from raydc.core.tree.levels import level_statistics, levels
 from raydc.core.tree.linkage import Linkage, agglomerate
-from raydc.core.tree.order import heavier_left, leaf_order, level_statistics, levels, node_table, relabel
-from raydc.data.schema import level_column
+from raydc.core.tree.order import in_tree_order, node_table
+from raydc.data.records import LevelRecord, MergeMetrics
 from raydc.errors import StageError
-from raydc.model import Model
-from raydc.runfolder import merge_cells as cells
+from raydc.runfolder import artifacts
+from raydc.runfolder.artifacts import Leaves
 from raydc.runfolder.folder import RunDir
-from raydc.runfolder.merge_cells import kept
+from raydc.runfolder.merge_cells import fingerprint, kept
+from raydc.runtime.attempts import Bound
+from raydc.runtime.board import bounded
 from raydc.runtime.remedies import remedy
 from raydc.runtime.session import in_one_line, root_cause
-from raydc.storage.lake import Lake, join
 
 log = logging.getLogger(__name__)
 
 _CELL_RETRIES = 10
-"""Workers and nodes that a cell may lose. It is a pure function of its cell, so another try gives the same merges."""
+"""Processes and nodes that a cell may lose where its attempts are not counted. Another try gives the same merges."""
+
+_LESS_MEMORY = "If memory was short, raise merge.cpus_per_cell, or give the workers more."
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> MergeMetrics:
     """Write model/ and tree/: linkage.npy, nodes.parquet, levels.parquet, level_statistics.json, leaves.safetensors."""
-    lake = run.lake
-    leaves = safetensors.torch.load(lake.read_bytes(run.uri("fit", "leaves.safetensors")))
-    weights, means, sse = (leaves[name].numpy() for name in ("weights", "means", "sse"))
-    tree = merge_leaves(config, means, weights, sse, run)
+    leaves = artifacts.FIT_LEAVES.read(run)
+    tree = merge_leaves(config, leaves.means_KL, leaves.weights_K, leaves.sse_K, run)
     if len(tree.left_out):
         log.warning(
-            "merge: %d of %d leaves hold no row and are left out of the model", len(tree.left_out), len(weights)
+            "merge: %d of %d leaves hold no row and are left out of the model",
+            len(tree.left_out),
+            len(leaves.weights_K),
         )
-    turned = heavier_left(tree.merges, weights[tree.leaves])
-    order = tree.leaves[leaf_order(turned)]
-    linkage = relabel(turned, leaf_order(turned))
-    weights, means, sse = weights[order], means[order], sse[order]
+    linkage, places = in_tree_order(tree.merges, leaves.weights_K[tree.leaves])
+    order = tree.leaves[places]
+    leaves = leaves.taken(order)
+    weights, means, sse = leaves.weights_K, leaves.means_KL, leaves.sse_K
     sizes = [k for k in config.levels if k < len(order)]
     if sizes != config.levels:
         log.warning(
@@ -61,15 +61,14 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
             log.warning("merge: level %d has %d groups; no other split leaves min_population on both sides", k, found)
     # Only a Ward tree's heights tell how the sum of squared errors rises.
     centers = None if config.merge.linkage == "ward" else means
-    _write_tree(lake, run.uri("tree"), linkage, groups, node_table(linkage, weights, sse, centers))
-    described = {str(k): asdict(level_statistics(labels, weights, means, sse)) for k, labels in groups.items()}
-    described["leaves"] = asdict(level_statistics(np.arange(len(order)), weights, means, sse))
-    lake.write_json(run.uri("tree", "level_statistics.json"), described)
-    statistics = {"weights": weights, "means": means, "sse": sse}
-    body = safetensors.torch.save({k: torch.from_numpy(np.ascontiguousarray(a)) for k, a in statistics.items()})
-    lake.write_bytes(run.uri("tree", "leaves.safetensors"), body)
-    run.remove("/".join(cells.FOLDER))
-    Model.load(run.uri("fit", "model"), lake).reordered(order.tolist(), groups).save(lake, run.uri("model"))
+    artifacts.LINKAGE.write(run, linkage)
+    artifacts.LEVELS.write(run, len(order), groups)
+    artifacts.NODES.write(run, pa.table(node_table(linkage, weights, sse, centers)))
+    described = _described(groups, leaves)
+    artifacts.LEVEL_STATISTICS.write(run, described)
+    artifacts.LEAVES.write(run, leaves)
+    run.remove(artifacts.CELLS.path)
+    artifacts.MODEL.save(run, artifacts.FIT_MODEL.load(run).reordered(order.tolist(), groups))
     return {
         "leaves": len(order),
         "left_out": len(tree.left_out),
@@ -82,6 +81,16 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "cell_merges": tree.num_cell_merges,
         "inversions": tree.num_inversions,
     }
+
+
+def _described(groups: dict[int, npt.NDArray[np.int32]], leaves: Leaves) -> dict[str, LevelRecord]:
+    """Return the statistics of each level and of the leaves, by name."""
+    every = {str(k): labels for k, labels in groups.items()} | {"leaves": np.arange(len(leaves.weights_K))}
+    found = {
+        name: level_statistics(labels, leaves.weights_K, leaves.means_KL, leaves.sse_K)
+        for name, labels in every.items()
+    }
+    return {name: cast(LevelRecord, asdict(one)) for name, one in found.items()}
 
 
 def merge_leaves(
@@ -102,6 +111,8 @@ def merge_leaves(
     _warn_of_idle_settings(section)
     connected = ray.is_initialized()
     run_cells: Runner = partial(run_on_cluster, num_cpus=section.cpus_per_cell) if connected else run_here
+    if connected and run is not None:
+        run_cells = partial(_run_counted, config, run)
     if run is not None:
         run_cells = kept(run, run_cells)
     try:
@@ -131,8 +142,20 @@ def merge_leaves(
         ) from error
 
 
+def _run_counted(
+    config: Config, run: RunDir, step: Callable[..., CellMerges], state: CellState, cells: Sequence[int]
+) -> Iterable[CellMerges]:
+    with bounded("merge", config, run) as bound:
+        yield from run_on_cluster(step, state, cells, num_cpus=config.merge.cpus_per_cell, bound=bound)
+
+
 def run_on_cluster(
-    step: Callable[..., CellMerges], state: CellState, cells: Sequence[int], *, num_cpus: int
+    step: Callable[..., CellMerges],
+    state: CellState,
+    cells: Sequence[int],
+    *,
+    num_cpus: int,
+    bound: Bound | None = None,
 ) -> Iterable[CellMerges]:
     """Run each cell as a task and yield their merges in the order of the cells; a task that is lost runs again.
 
@@ -143,21 +166,35 @@ def run_on_cluster(
         state: of all clusters of the round.
         cells: which cells.
         num_cpus: CPUs and threads of a task.
+        bound: on the attempts at a cell; None leaves them to Ray's own count.
 
     Raises:
         ray.exceptions.RayError: a cell was lost too often, or raised.
     """
     shared = ray.put(state)
-    task = ray.remote(num_cpus=num_cpus, max_retries=_CELL_RETRIES)(_run_cell)
-    waiting = [task.remote(step, shared, cell, num_cpus) for cell in cells]
+    retries = _CELL_RETRIES if bound is None else bound.retries
+    task = ray.remote(num_cpus=num_cpus, max_retries=retries)(_run_cell)
+    name = "" if bound is None else fingerprint(step, state)
+    waiting = [task.remote(step, shared, cell, num_cpus, bound, f"{name}/{cell:06d}") for cell in cells]
     for one in waiting:
         yield ray.get(one)
 
 
-def _run_cell(step: Callable[..., CellMerges], state: CellState, cell: int, num_threads: int) -> CellMerges:
+def _run_cell(
+    step: Callable[..., CellMerges],
+    state: CellState,
+    cell: int,
+    num_threads: int,
+    bound: Bound | None,
+    piece: str,
+) -> CellMerges:
     # The search asks BLAS for its number of threads, and a worker serves tasks of several widths in its life.
     with threadpool_limits(num_threads):
-        return step(state, cell)
+        if bound is None:
+            return step(state, cell)
+        with bound.attempt(piece) as lost:
+            bound.require(lost, f"cell {cell} of {len(state.weight_M):,} clusters", _LESS_MEMORY)
+            return step(state, cell)
 
 
 def _cells_at_a_time(cpus_per_cell: int) -> int:
@@ -169,42 +206,3 @@ def _warn_of_idle_settings(section: MergeConfig) -> None:
         log.warning("merge: method=%s has no effect on linkage=%s", section.method, section.linkage)
     elif section.eps > 0 and section.method in ("exact", "minibatch"):
         log.warning("merge: eps=%g has no effect with method=%s", section.eps, section.method)
-
-
-def leaf_statistics(run: RunDir) -> dict[str, npt.NDArray[np.float64]]:
-    """Return weights (K,), means (K, L) and sse (K,) of the model's leaves, as fit saw them."""
-    body = run.lake.read_bytes(run.uri("tree", "leaves.safetensors"))
-    return {name: tensor.numpy() for name, tensor in safetensors.torch.load(body).items()}
-
-
-def group_centers(
-    groups_K: npt.NDArray[np.int32], statistics: dict[str, npt.NDArray[np.float64]]
-) -> npt.NDArray[np.float64]:
-    """Return the (G, L) weighted mean of the leaves of each group."""
-    weights, means = statistics["weights"], statistics["means"]
-    mass = np.bincount(groups_K, weights)
-    sums = np.zeros((len(mass), means.shape[1]))
-    np.add.at(sums, groups_K, means * weights[:, None])
-    return sums / mass[:, None]
-
-
-def read_linkage(run: RunDir) -> npt.NDArray[np.float64]:
-    """Return the scipy linkage matrix of the run's tree."""
-    return run.lake.read_array(run.uri("tree", "linkage.npy"))
-
-
-def _write_tree(
-    lake: Lake,
-    uri: str,
-    linkage: npt.NDArray[np.float64],
-    groups: dict[int, npt.NDArray[np.int32]],
-    nodes: dict[str, npt.NDArray[Any]],
-) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, linkage, allow_pickle=False)
-    lake.write_bytes(join(uri, "linkage.npy"), buffer.getvalue())
-    leaf = np.arange(len(linkage) + 1, dtype=np.int32)
-    table = {"leaf": leaf} | {level_column(k): g for k, g in groups.items()}
-    for name, columns in (("levels", table), ("nodes", nodes)):
-        with lake.staged(join(uri, f"{name}.parquet")) as path:
-            pq.write_table(pa.table(columns), path)

@@ -5,7 +5,6 @@ queries, goes through the shards one by one and writes the slice's file whole; a
 again. Exact search costs 2 N^2 D operations, and a task holds about 4 D (rows of its slice + rows of one shard) bytes.
 """
 
-import json
 import logging
 import math
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -23,23 +20,24 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, cell_centers, nearest_cells, num_hits, prepare, search
+from raydc.data.records import NeighborFacts, NeighborsMetrics
 from raydc.data.slices import InputSpec, Slice, read_slice
 from raydc.errors import DataError, StageError
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
+from raydc.runtime.attempts import Bound
+from raydc.runtime.board import bounded
 from raydc.runtime.session import in_one_line, root_cause
-from raydc.stages import profile as profiling
-from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)
 
-_RETRIES = 10
-"""Workers and nodes that a task may lose: it is a pure function of its slice."""
+_LESS_MEMORY = "If memory was short, give the workers more, or lower input.slice_bytes under a new --run-id."
 
 _CELL_SAMPLE = 64
 """Rows per cell from which the cells of the approximate search are made."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What every task needs to know."""
 
@@ -51,25 +49,29 @@ class Job:
     fraction: float
     """Share of the rows that the fit is trained on."""
 
-    def uri(self, part: Slice) -> str:
-        """Return where the neighbors of a slice are."""
-        return file_uri(self.run.uri("neighbors"), part)
+    bound: Bound
+    """On the attempts at a slice. A task is a pure function of it, so Ray may run it again."""
 
 
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> NeighborsMetrics:
     """Write neighbors/: one Parquet file per slice with the key, neighbors and similarities of each trained row."""
-    profile = profiling.load(run)
-    section = config.neighbors
+    with bounded("neighbors", config, run) as bound:
+        return _run(config, run, bound)
+
+
+def _run(config: Config, run: RunDir, bound: Bound) -> NeighborsMetrics:
+    profile = artifacts.PROFILE.read(run)
     job = Job(
-        run,
-        profile.spec,
-        profile.preprocess(config),
-        section,
-        config.seed,
-        profile.trained_fraction(config),
+        run=run,
+        spec=profile.spec,
+        preprocess=profile.preprocess(config),
+        section=config.neighbors,
+        seed=config.seed,
+        fraction=profile.trained_fraction(config),
+        bound=bound,
     )
     slices = [s for s in profile.slices if s.num_rows]
-    done = [s for s in slices if run.lake.exists(job.uri(s))]
+    done = [s for s in slices if artifacts.NEIGHBORS.of(s).exists(run)]
     if len(done) < len(slices):
         if done:
             log.info("neighbors: %d of %d slices are there already", len(done), len(slices))
@@ -88,22 +90,9 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
     return metrics
 
 
-def file_uri(root: str, part: Slice) -> str:
-    """Return where the neighbors of a slice are below the folder `root`."""
-    return f"{root.rstrip('/')}/{part.name}"
-
-
-def read(lake: Lake, root: str, part: Slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the keys (n,) of the trained rows of a slice, rising, and the keys (n, M) of their neighbors."""
-    with lake.open_parquet(file_uri(root, part)) as handle:
-        table = pq.read_table(handle, columns=["key", "neighbors"])
-    keys = table["key"].to_numpy()
-    return keys, table["neighbors"].combine_chunks().flatten().to_numpy().reshape(len(keys), -1)
-
-
 def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
-    section = job.section
-    load = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES, num_returns=2)(_load)
+    section, retries = job.section, job.bound.retries
+    load = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries, num_returns=2)(_load)
     loaded: list[Any] = [load.remote(job, part) for part in slices]
     shards = [rows for rows, _ in loaded]
     num_rows = sum(ray.get([count for _, count in loaded]))
@@ -117,12 +106,12 @@ def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
     if not exact:
         num_cells = max(1, math.isqrt(num_rows))
         log.info("neighbors: %d rows, approximate search in %d cells", num_rows, num_cells)
-        train = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_train_cells)
+        train = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries)(_train_cells)
         centers = train.remote(job, shards, num_cells, num_rows)
-        sort = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_sort_into_cells)
-        shards = [sort.remote(job, shard, centers) for shard in shards]
+        sort = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries)(_sort_into_cells)
+        shards = [sort.remote(job, part, shard, centers) for part, shard in zip(slices, shards, strict=True)]
     recall_fraction = 0.0 if exact else section.recall_rows / num_rows
-    task = ray.remote(num_cpus=section.cpus_per_task, max_retries=_RETRIES)(_search_slice)
+    task = ray.remote(num_cpus=section.cpus_per_task, max_retries=retries)(_search_slice)
     waiting = [
         task.remote(job, part, shards, number, centers, recall_fraction)
         for number, part in enumerate(slices)
@@ -137,31 +126,37 @@ def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
 
 
 def _load(job: Job, part: Slice) -> tuple[Shard, int]:
-    """Return the trained rows of a slice, and how many they are."""
+    """Return the trained rows of a slice, and how many they are: none if it is left out."""
     prepare_process(job.section.cpus_per_task)
     keys, rows = [np.empty(0, np.int64)], [np.empty((0, job.spec.dim), np.float32)]
-    for batch in read_slice(job.run.lake, part, job.spec):
-        chosen = sample_mask(batch.keys, stream_seed(job.seed, 8), job.fraction)
-        x = job.preprocess(torch.from_numpy(np.require(batch.x[chosen], requirements=["C", "W"]))).numpy()
-        keys.append(batch.keys[chosen])
-        rows.append(prepare(x, job.section.metric))
-    shard = Shard.of(np.concatenate(keys), np.concatenate(rows))
+    with job.bound.attempt(part.name) as lost:
+        left_out = job.bound.is_left_out(part, lost, job.spec.on_bad_files)
+        for batch in () if left_out else read_slice(job.run.lake, part, job.spec):
+            chosen = sample_mask(batch.keys, stream_seed(job.seed, 8), job.fraction)
+            x = job.preprocess(torch.from_numpy(np.require(batch.x[chosen], requirements=["C", "W"]))).numpy()
+            keys.append(batch.keys[chosen])
+            rows.append(prepare(x, job.section.metric))
+        shard = Shard.from_rows(np.concatenate(keys), np.concatenate(rows))
     return shard, len(shard.keys_N)
 
 
 def _train_cells(job: Job, shards: list[Any], num_cells: int, num_rows: int) -> npt.NDArray[np.float32]:
     prepare_process(job.section.cpus_per_task)
     sample = []
-    for reference in shards:
-        shard: Shard = ray.get(reference)
-        chosen = sample_mask(shard.keys_N, stream_seed(job.seed, 12), num_cells * _CELL_SAMPLE / num_rows)
-        sample.append(shard.x_ND[chosen])
-    return cell_centers(np.concatenate(sample), num_cells, seed=stream_seed(job.seed, 13))
+    with job.bound.attempt("cells") as lost:
+        job.bound.require(lost, f"making the {num_cells} cells of the approximate search", _LESS_MEMORY)
+        for reference in shards:
+            shard: Shard = ray.get(reference)
+            chosen = sample_mask(shard.keys_N, stream_seed(job.seed, 12), num_cells * _CELL_SAMPLE / num_rows)
+            sample.append(shard.x_ND[chosen])
+        return cell_centers(np.concatenate(sample), num_cells, seed=stream_seed(job.seed, 13))
 
 
-def _sort_into_cells(job: Job, shard: Shard, centers: npt.NDArray[np.float32]) -> Shard:
+def _sort_into_cells(job: Job, part: Slice, shard: Shard, centers: npt.NDArray[np.float32]) -> Shard:
     prepare_process(job.section.cpus_per_task)
-    return shard.in_cells(centers, job.section.metric)
+    with job.bound.attempt(f"{part.name}.cells") as lost:
+        job.bound.require(lost, f"sorting the rows of {part.uri} into cells", _LESS_MEMORY)
+        return shard.in_cells(centers, job.section.metric)
 
 
 def _search_slice(
@@ -174,6 +169,19 @@ def _search_slice(
 ) -> None:
     """Search the rows of shard `number` among all shards and write the file of their slice."""
     prepare_process(job.section.cpus_per_task)
+    with job.bound.attempt(f"{part.name}.search") as lost:
+        job.bound.require(lost, f"searching the neighbors of {part.uri}", _LESS_MEMORY)
+        _search_rows(job, part, shards, number, centers, recall_fraction)
+
+
+def _search_rows(
+    job: Job,
+    part: Slice,
+    shards: list[Any],
+    number: int,
+    centers: npt.NDArray[np.float32] | None,
+    recall_fraction: float,
+) -> None:
     own: Shard = ray.get(shards[number])
     order = np.argsort(own.keys_N)
     keys, x = own.keys_N[order], np.ascontiguousarray(own.x_ND[order])
@@ -192,7 +200,11 @@ def _search_slice(
         wanted = int(sampled.sum()) * job.section.num
         short = found.missing_Q[again]
         found.keys_QM[again[short]], found.scores_QM[again[short]] = exact.keys_QM[short], exact.scores_QM[short]
-    _write(job, part, keys, found, {"exact": centers is None, "hits": hits, "wanted": wanted})
+    similarity = float(found.scores_QM.sum())
+    facts: NeighborFacts = {"exact": centers is None, "hits": hits, "wanted": wanted, "similarity": similarity}
+    # A worker outlives its driver by a moment; by then the run may have another one.
+    job.run.check_owner()
+    artifacts.NEIGHBORS.write(job.run, part, keys, found.keys_QM, found.scores_QM.astype(np.float32), facts)
 
 
 def _through(
@@ -205,33 +217,13 @@ def _through(
     return found
 
 
-def _write(job: Job, part: Slice, keys: npt.NDArray[np.int64], found: Neighbors, facts: dict[str, Any]) -> None:
-    num = job.section.num
-    similarities = found.scores_QM.astype(np.float32)
-    table = pa.table(
-        {
-            "key": keys,
-            "neighbors": pa.FixedSizeListArray.from_arrays(pa.array(found.keys_QM.reshape(-1)), num),
-            "similarities": pa.FixedSizeListArray.from_arrays(pa.array(similarities.reshape(-1)), num),
-        }
-    )
-    facts["similarity"] = float(found.scores_QM.sum())
-    table = table.replace_schema_metadata({"raydc": json.dumps(facts)})
-    # A worker outlives its driver by a moment; by then the run may have another one.
-    job.run.check_owner()
-    with job.run.lake.staged(job.uri(part)) as path:
-        pq.write_table(table, path)
-
-
-def _summary(job: Job, slices: list[Slice]) -> dict[str, Any]:
+def _summary(job: Job, slices: list[Slice]) -> NeighborsMetrics:
     """Return what the files say, so that slices of an earlier attempt count like the others."""
     rows = hits = wanted = 0
     exact, similarity = True, 0.0
     for part in slices:
-        with job.run.lake.open_parquet(job.uri(part)) as handle:
-            parquet = pq.ParquetFile(handle)
-            facts = json.loads(parquet.schema_arrow.metadata[b"raydc"])
-            rows += parquet.metadata.num_rows
+        num_rows, facts = artifacts.NEIGHBORS.read_facts(job.run, part)
+        rows += num_rows
         hits, wanted = hits + facts["hits"], wanted + facts["wanted"]
         exact, similarity = exact and facts["exact"], similarity + facts["similarity"]
     num = job.section.num

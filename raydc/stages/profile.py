@@ -8,8 +8,8 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 
 from raydc.config import Config, EmbeddingColumn, digest
 from raydc.core.hashing import stream_seed
-from raydc.core.models.preprocess import Moments, Preprocess
+from raydc.core.models.preprocess import Moments
 from raydc.data import duplicate_ids
+from raydc.data.profile import Profile
+from raydc.data.records import BadFile, ProfileMetrics
 from raydc.data.slices import (
     Column,
     Footer,
@@ -33,9 +35,13 @@ from raydc.data.slices import (
     read_slice,
     shown,
 )
-from raydc.errors import ConfigError, DataError
+from raydc.errors import ConfigError, DataError, StageError
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
+
+if TYPE_CHECKING:
+    from raydc.runtime.attempts import Bound
 
 log = logging.getLogger(__name__)
 
@@ -44,86 +50,11 @@ _MOST_LISTED = 20
 _READERS = 16
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What is known of the input before any worker starts."""
-
-    spec: InputSpec
-    slices: list[Slice]
-    fingerprint: str
-    """Of every file's name, size, counts and statistics."""
-
-    bad_files: list[dict[str, Any]] = field(default_factory=list)
-    """{uri, problem, rows} of the files left out under on_bad_files=quarantine."""
-
-    moments: Moments | None = None
-    """Of the sample; None before it was read."""
-
-    sample_rejects: dict[str, int] = field(default_factory=dict)
-    """Bad rows in the sample, by reason."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all slices, good and bad."""
-        return sum(s.num_rows for s in self.slices)
-
-    @property
-    def num_bytes(self) -> int:
-        """Uncompressed bytes of all slices."""
-        return sum(s.num_bytes for s in self.slices)
-
-    def preprocess(self, config: Config) -> Preprocess:
-        """Return the map of raw rows that the settings ask for, with the sample's statistics."""
-        assert self.moments is not None
-        section = config.preprocess
-        try:
-            return Preprocess.fit(section.method, self.spec.blocks, self.moments, section.factor)
-        except ValueError as error:
-            raise DataError(f"profile: {error}") from None
-
-    def trained_fraction(self, config: Config) -> float:
-        """Return the share of the rows that the fit is trained on, chosen by hash of the row key."""
-        return min(self.num_rows, config.fit.max_rows or self.num_rows) / self.num_rows
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the profile as a JSON value."""
-        assert self.moments is not None
-        return {
-            "fingerprint": self.fingerprint,
-            "num_rows": self.num_rows,
-            "num_bytes": self.num_bytes,
-            "spec": asdict(self.spec),
-            "bad_files": self.bad_files,
-            "sample_rejects": self.sample_rejects,
-            "moments": {
-                "num_rows": self.moments.num_rows,
-                "mean": self.moments.mean_D.tolist(),
-                "m2": self.moments.m2_D.tolist(),
-            },
-            "slices": [asdict(s) for s in self.slices],
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Profile":
-        """Return the profile that `to_json` gave."""
-        spec = value["spec"]
-        columns = tuple(Column(**c) for c in spec["columns"])
-        moments = value["moments"]
-        return cls(
-            InputSpec(**(spec | {"columns": columns, "carry_columns": tuple(spec["carry_columns"])})),
-            [Slice.from_row(s) for s in value["slices"]],
-            value["fingerprint"],
-            value["bad_files"],
-            Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
-            value["sample_rejects"],
-        )
-
-
-def run(config: Config, run: RunDir) -> dict[str, Any]:
+def run(config: Config, run: RunDir) -> ProfileMetrics:
     """Read the input's footers and sample, and write profile.json."""
     profile = profile_input(config, run.lake)
-    repeated = _repeated_ids(config, profile, run.lake)
-    run.lake.write_json(run.uri("profile.json"), profile.to_json())
+    repeated = _repeated_ids(config, profile, run)
+    artifacts.PROFILE.write(run, profile)
     assert profile.moments is not None
     return {
         "rows": profile.num_rows,
@@ -135,11 +66,6 @@ def run(config: Config, run: RunDir) -> dict[str, Any]:
         "bad_files": profile.bad_files,
         "repeated_ids": repeated,
     }
-
-
-def load(run: RunDir) -> Profile:
-    """Return the profile of a run."""
-    return Profile.from_json(run.lake.read_json(run.uri("profile.json")))
 
 
 def profile_input(config: Config, lake: Lake) -> Profile:
@@ -187,7 +113,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
 
     good = [f for f in readable if f.uri not in file_problems]
     num_rows = sum(f.num_rows for f in good)
-    bad_files: list[dict[str, Any]] = []
+    bad_files: list[BadFile] = []
     if section.on_bad_files == "quarantine" and num_rows:
         rows = {f.uri: f.num_rows if not f.problem else None for f in footers}
         bad_files = [{"uri": u, "problem": p, "rows": rows[u]} for u, p in sorted(file_problems.items())]
@@ -219,7 +145,9 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
         section.on_bad_rows,
         section.on_bad_files,
     )
-    return Profile(spec, plan_slices(good, section.slice_bytes), fingerprint, bad_files), general, settings
+    slices = plan_slices(good, section.slice_bytes)
+    profile = Profile(spec=spec, slices=slices, fingerprint=fingerprint, bad_files=bad_files)
+    return profile, general, settings
 
 
 def _resolve_column(
@@ -373,7 +301,7 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
         seen = 0
         try:
             for batch in reader:
-                moments = moments.merge(Moments.of(batch.x))
+                moments = moments.merge(Moments.from_rows(batch.x))
                 found = Counter(batch.rejects["reason"].to_pylist())
                 # Not the rows' fault: input.on_bad_files has let these pass.
                 unreadable += found.pop("unreadable_file", 0)
@@ -401,13 +329,13 @@ def _sample(profile: Profile, config: Config, lake: Lake) -> tuple[Profile, list
     return replace(profile, moments=moments, sample_rejects=dict(rejects)), problems
 
 
-def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
+def _repeated_ids(config: Config, profile: Profile, run: RunDir) -> int:
     """Return how many rows repeat the id of another, after telling of them.
 
     Raises:
         DataError: there are some, under input.unique_ids.
     """
-    slices, spec = profile.slices, profile.spec
+    slices, spec, lake = profile.slices, profile.spec, run.lake
     num_parts = -(-profile.num_rows // duplicate_ids.ROWS_PER_PART)
     if num_parts <= 1:
         with ThreadPoolExecutor(_READERS) as pool:
@@ -415,7 +343,10 @@ def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
                 np.concatenate(list(pool.map(lambda s: duplicate_ids.slice_keys(lake, s, spec), slices)))
             )
     else:
-        found = _repeats_by_tasks(slices, spec, lake, num_parts)
+        from raydc.runtime.board import bounded
+
+        with bounded("profile", config, run) as bound:
+            found = repeats_by_tasks(slices, spec, lake, num_parts, bound)
     if not found.rows:
         return 0
     examples = "; ".join(duplicate_ids.describe(lake, slices, spec, found))
@@ -426,22 +357,45 @@ def _repeated_ids(config: Config, profile: Profile, lake: Lake) -> int:
     return found.rows
 
 
-def _repeats_by_tasks(slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int) -> duplicate_ids.Repeats:
-    """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks."""
+def repeats_by_tasks(
+    slices: Sequence[Slice], spec: InputSpec, lake: Lake, num_parts: int, bound: "Bound"
+) -> duplicate_ids.Repeats:
+    """Return the same as one count over all rows; equal ids meet in one of `num_parts` tasks.
+
+    Raises:
+        StageError: a task was lost too often.
+    """
     import ray
 
-    @ray.remote(num_returns=num_parts)
-    def split(some: Sequence[Slice]) -> list[npt.NDArray[np.void]]:
-        return duplicate_ids.by_part(np.concatenate([duplicate_ids.slice_keys(lake, s, spec) for s in some]), num_parts)
+    from raydc.runtime.session import in_one_line, root_cause
 
-    @ray.remote
-    def count(*parts: npt.NDArray[np.void]) -> duplicate_ids.Repeats:
-        return duplicate_ids.count(np.concatenate(parts))
+    @ray.remote(num_returns=num_parts, max_retries=bound.retries)
+    def split(some: Sequence[Slice]) -> list[npt.NDArray[np.void]]:
+        return duplicate_ids.by_part(np.concatenate([_keys_or_none(lake, s, spec, bound) for s in some]), num_parts)
+
+    @ray.remote(max_retries=bound.retries)
+    def count(number: int, *parts: npt.NDArray[np.void]) -> duplicate_ids.Repeats:
+        with bound.attempt(f"ids-{number}") as lost:
+            bound.require(lost, f"comparing part {number} of {num_parts} of the ids", "Give the workers more memory.")
+            return duplicate_ids.count(np.concatenate(parts))
 
     # As many readers as counters, so that neither holds more rows than the other.
     groups = [slices[i::num_parts] for i in range(num_parts)]
     pieces = [split.remote(group) for group in groups if group]
-    return duplicate_ids.total(ray.get([count.remote(*parts) for parts in zip(*pieces, strict=True)]))
+    try:
+        counts = [count.remote(number, *parts) for number, parts in enumerate(zip(*pieces, strict=True))]
+        return duplicate_ids.total(ray.get(counts))
+    except ray.exceptions.RayError as error:
+        raise StageError(f"profile: {in_one_line(root_cause(error))}. The same command tries again.") from error
+
+
+def _keys_or_none(lake: Lake, part: Slice, spec: InputSpec, bound: "Bound") -> npt.NDArray[np.void]:
+    """Return the keys of the ids of a slice; none if reading them kills the process, as if they were unreadable."""
+    with bound.attempt(part.name) as lost:
+        if lost.beyond(bound.most) < 0:
+            return duplicate_ids.slice_keys(lake, part, spec)
+        bound.leave_out(part.name, lost, f"its {part.num_rows:,} ids are not compared")
+        return duplicate_ids.no_keys()
 
 
 def _collect(into: dict[str, str], problems: dict[str, str]) -> None:

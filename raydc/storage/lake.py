@@ -37,6 +37,9 @@ _NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 _CREATE_TRIES = 4
 
+# As `_beside` names them; a stranger's file may be hidden and end in .tmp as well.
+_STAGED = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class StoredFile:
@@ -192,6 +195,25 @@ class Lake:
         details = fs.find(path, detail=True)
         return [StoredFile(_below(uri, path, p), details[p]["size"]) for p in sorted(details)]
 
+    def names(self, uri: str) -> list[str]:
+        """Return the names directly in a folder, those of folders included, in order.
+
+        Nothing if it is not there; an empty name if it is a file.
+        """
+        fs, path = self.file_system(uri)
+        fs.invalidate_cache()
+        try:
+            entries = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        root, found = path.rstrip("/"), set()
+        for entry in entries:
+            name = entry["name"].rstrip("/")[len(root) :].lstrip("/")
+            # Tools for object stores mark a folder by an object of its name, without bytes.
+            if name or not (entry["type"] == "directory" or (entry["name"].endswith("/") and not entry["size"])):
+                found.add(name)
+        return sorted(found)
+
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Write a file whole, replacing what was there.
 
@@ -341,8 +363,7 @@ def join(uri: str, *names: str) -> str:
 
 def is_staged(uri: str) -> bool:
     """Return whether this is a temporary file of `Lake.staged`, left behind by a process that was killed."""
-    name = posixpath.basename(uri)
-    return name.startswith(".") and name.endswith(".tmp")
+    return _STAGED.fullmatch(posixpath.basename(uri)) is not None
 
 
 def absolute(uri: str) -> str:

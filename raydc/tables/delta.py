@@ -17,9 +17,10 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from raydc.config import Config, StorageConfig
 from raydc.data.schema import RUN_COLUMN
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
-from raydc.tables.register import (
+from raydc.tables.common import (
     BrokenOff,
     Conflict,
     LabelFile,
@@ -52,14 +53,14 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
         StageError: the table has other columns or other files of this run (append), or is too busy.
         StorageUnavailable: the store gave no good answer.
     """
-    shared = root.rstrip("/") != run.uri("labels")
+    shared = root.rstrip("/") != artifacts.LABELS.uri(run)
     target = _Target(
-        root,
-        run.run_id,
-        Schema.from_arrow(with_run_column(schema) if shared else schema),
-        [RUN_COLUMN] if shared else [],
-        config.publish.mode,
-        storage_options(config.storage),
+        root=root,
+        run_id=run.run_id,
+        schema=Schema.from_arrow(with_run_column(schema) if shared else schema),
+        partition_by=[RUN_COLUMN] if shared else [],
+        mode=config.publish.mode,
+        options=storage_options(config.storage),
     )
     actions = [_add_action(run, target, file) for file in files]
 
@@ -79,7 +80,7 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
     return with_retries(target.name, attempt)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Target:
     root: str
     run_id: str

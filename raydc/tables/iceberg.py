@@ -27,7 +27,7 @@ from raydc.config import Config
 from raydc.data.schema import RUN_COLUMN
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
-from raydc.tables.register import (
+from raydc.tables.common import (
     Conflict,
     LabelFile,
     Registered,

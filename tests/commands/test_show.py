@@ -1,5 +1,6 @@
 """`raydc show` of a run that is under way, or was left: from its files alone."""
 
+import datetime
 import os
 from dataclasses import replace
 
@@ -67,6 +68,21 @@ def test_a_driver_of_another_machine_without_a_heartbeat_is_told(run):
     change_beat(run, released=None, time="2020-01-01T00:00:00Z")
     text = "\n".join(show.lines(run))
     assert "no heartbeat for" in text and "dead, or cut off" in text and "continue    raydc resume" in text
+
+
+@pytest.mark.parametrize(("stale_seconds", "alive"), [(20.0, False), (600.0, True)])
+def test_a_driver_is_taken_for_dead_by_the_lease_settings_of_its_own_run(run, stale_seconds, alive):
+    run.write_header(shards.settings("in", lease={"stale_seconds": stale_seconds}))
+    acquire(run).__enter__().release("x")
+    then = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=100)
+    change_beat(run, released=None, time=then.strftime("%Y-%m-%dT%H:%M:%SZ"))
+    # As another machine sees it, which cannot look for the process.
+    uri = run.uri("lease", "00000001.json")
+    body = run.lake.read_json(uri)
+    run.lake.write_json(uri, body | {"owner": body["owner"] | {"process_space": "elsewhere"}})
+    text = "\n".join(show.lines(run))
+    assert ("heartbeat 10" in text and "dead, or cut off" not in text) == alive
+    assert ("continue    raydc resume" in text) != alive
 
 
 def test_a_run_that_no_one_ever_drove_is_shown_as_well(run):

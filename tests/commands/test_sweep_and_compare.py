@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
 from raydc.cli import main
 from raydc.commands.sweep import parse_numbers
+from raydc.data import json_schema
 from tests.test_pipeline import settings
 
 
@@ -37,6 +39,7 @@ def test_a_sweep_writes_its_table_and_figure_and_is_not_done_twice(ray_cluster, 
     main(["sweep", "--config", config, "--k", "4,10,16", "--run-id", "s", "--set", "fit.max_rows=1500"])
     text = capsys.readouterr().out
     body = json.loads((tmp_path / "runs" / "s" / "sweep.json").read_text())
+    jsonschema.validate(body, json_schema.schema("sweep"))
     assert [e["k"] for e in body["entries"]] == [4, 10, 16]
     rows = body["rows"]
     assert rows["input"] == 1797 and rows["trained"] + rows["held_out"] == pytest.approx(1500, abs=100)

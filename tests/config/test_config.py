@@ -1,22 +1,22 @@
 """Settings: every problem in one message, near names for unknown keys, and what a fingerprint covers."""
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from raydc.config import (
-    MAX_PAIRWISE_LEAVES,
     Config,
-    FitConfig,
     apply_override,
     difference,
     digest,
+    dump,
     load_config,
     parse_config,
 )
 from raydc.config.presets import PRESETS
-from raydc.core.objectives.build import uses_autoencoder
-from raydc.core.tree import linkage
+from raydc.core.training.settings import FitSettings
 from raydc.errors import ConfigError
 
 LEAST = {"input": {"path": "data"}}
@@ -60,6 +60,18 @@ def test_an_unknown_section_is_refused_with_the_nearest_one():
 def test_an_unknown_key_like_no_other_lists_those_that_exist():
     text = refusal(LEAST | {"assign": {"zzz": 1}})
     assert text == "assign.zzz: unknown setting. Known keys: block_rows, cpus_per_actor, num_actors, use_gpu."
+
+
+def test_an_unknown_key_of_an_optional_section_is_compared_with_those_of_that_section():
+    text = refusal(LEAST | {"publish": {"delta": {"urii": "x"}}})
+    assert text == "publish.delta.urii: unknown setting. Did you mean uri?"
+
+
+def test_a_section_that_is_no_mapping_is_refused_by_its_name():
+    assert refusal(LEAST | {"cluster": 5, "merge": "ward"}).splitlines() == [
+        "cluster=5: expected a mapping of settings, such as {key: value}.",
+        "merge='ward': expected a mapping of settings, such as {key: value}.",
+    ]
 
 
 def test_an_unknown_key_in_a_list_of_columns_names_its_place():
@@ -116,10 +128,6 @@ def test_linkage_metric_and_method_are_checked_together():
     assert "merge.method='centroid'" in refusal(LEAST | {"merge": {"method": "centroid"}})
     section = parse_config(LEAST | {"merge": {"linkage": "average", "metric": "pearson", "method": "certified"}}).merge
     assert (section.linkage, section.metric, section.method) == ("average", "pearson", "certified")
-
-
-def test_the_limit_of_pairwise_linkages_is_that_of_the_core():
-    assert MAX_PAIRWISE_LEAVES == linkage.MAX_PAIRWISE_LEAVES
 
 
 def test_a_kernel_target_that_means_no_signal_is_refused():
@@ -198,8 +206,11 @@ def test_a_missing_file_is_refused_with_its_name(tmp_path):
 
 
 def test_settings_never_change_after_the_check():
+    config = parse_config(LEAST)
     with pytest.raises(ValueError, match="frozen"):
-        parse_config(LEAST).cluster.num_leaves = 3
+        config.merge.linkage = "average"
+    with pytest.raises(FrozenInstanceError):
+        config.cluster.num_leaves = 3
 
 
 def test_a_config_survives_its_json():
@@ -214,10 +225,12 @@ def test_the_number_of_workers_is_one_number_or_the_fewest_and_the_most():
     assert (fit(3).fewest_workers, fit(3).most_workers) == (3, 3)
     elastic = fit([1, 4])
     assert (elastic.num_workers, elastic.fewest_workers, elastic.most_workers) == ((1, 4), 1, 4)
-    assert parse_config(LEAST | {"fit": elastic.model_dump(mode="json")}).fit == elastic
+    assert parse_config(LEAST | {"fit": dump(elastic)}).fit == elastic
     for wrong in ([4, 1], [0, 2], [1, 2, 3], 0, "many"):
         with pytest.raises(ConfigError, match="num_workers"):
             fit(wrong)
+    with pytest.raises(ConfigError, match=r"the fewest comes first, then the most. Set it to \[1, 4\]"):
+        fit([4, 1])
 
 
 def test_operational_settings_leave_every_fingerprint_alone():
@@ -272,6 +285,24 @@ def test_a_digest_does_not_depend_on_the_order_of_keys(values):
     assert len(digest(values)) == 16
 
 
+# The core's settings.
+
+
+def test_the_fit_takes_the_very_sections_of_the_config():
+    config = parse_config(LEAST | {"seed": 3, "fit": {"objective": "temi"}, "evaluate": {"baseline_rows": 77}})
+    found = config.fit_settings("input")
+    for name in ("autoencoder", "pretrain", "cluster", "refine", "vade", "distill", "head"):
+        assert getattr(found, name) is getattr(config, name)
+    assert (found.objective, found.seed, found.baseline_rows) == ("temi", 3, 77)
+    assert found.fingerprint == f"{config.fingerprint('fit')}-input"
+
+
+def test_the_defaults_of_a_config_are_those_of_the_core():
+    assert parse_config(LEAST).fit_settings("x") == FitSettings(
+        fingerprint=parse_config(LEAST).fit_settings("x").fingerprint
+    )
+
+
 # Presets.
 
 
@@ -305,11 +336,6 @@ def test_sizes_must_be_as_many_as_leaves():
     few = LEAST | {"cluster": {"num_leaves": 3}, "merge": {"levels": []}, "refine": {"size_prior": [2.0, 1.0]}}
     assert "refine.size_prior has 2 numbers for cluster.num_leaves=3; give one for each leaf" in refusal(few)
     assert "refine.size_prior" in refusal(LEAST | {"refine": {"size_prior": "large"}})
-
-
-def test_the_names_of_the_core_and_the_config_agree_on_who_has_an_autoencoder():
-    for objective in FitConfig.model_fields["objective"].annotation.__args__:
-        assert uses_autoencoder(objective) == parse_config(LEAST | {"fit": {"objective": objective}}).learns
 
 
 def test_directions_are_refused_where_there_is_no_code():

@@ -16,6 +16,7 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import fit
 from raydc.core.training.rows import Batch, ResidentRows, StreamedRows
 from raydc.core.training.settings import (
+    AutoencoderSettings,
     ClusterSettings,
     DistillSettings,
     FitSettings,
@@ -28,8 +29,7 @@ SETTINGS = FitSettings(
     objective="dec",
     seed=0,
     precision="float32",
-    hidden_dims=(32, 64),
-    latent_dim=5,
+    autoencoder=AutoencoderSettings(hidden_dims=(32, 64), latent_dim=5),
     pretrain=PretrainSettings(
         num_epochs=3,
         batch_rows=64,
@@ -43,6 +43,7 @@ SETTINGS = FitSettings(
         layerwise=False,
         layer_epochs=2,
         layer_corruption=0.2,
+        max_grad_norm=None,
     ),
     cluster=ClusterSettings(
         num_leaves=6, init_rows=10_000, num_restarts=3, num_iterations=30, tolerance=1e-5, space="codes"
@@ -60,8 +61,8 @@ SETTINGS = FitSettings(
         target_exponent=2.0,
         frequency_exponent=1.0,
         size_prior="uniform",
-        gamma=0.1,
-        beta=0.1,
+        clustering_weight=0.1,
+        code_weight=0.1,
         code_loss="nearest",
         distance_weight=1.0,
         centroid_update="ema",

@@ -62,7 +62,7 @@ def check_tables(config, run, rows: int) -> None:
     file_system, folder = run.lake.arrow_file_system(run.uri("labels"))
     delta = table.to_pyarrow_dataset(filesystem=pa.fs.SubTreeFileSystem(folder, file_system))
     assert duckdb.from_arrow(delta).project("id, leaf").order("id").fetchall() == leaves
-    iceberg = tables_iceberg.open_catalog(config, run).load_table("raydc.commands.assign").scan()
+    iceberg = tables_iceberg.open_catalog(config, run).load_table("raydc.labels").scan()
     assert iceberg.to_duckdb("labels").sql("select id, leaf from labels order by id").fetchall() == leaves
     told = run.lake.read_json(run.uri("_MANIFEST.json"))["tables"]
     assert [t["format"] for t in told] == ["delta", "iceberg"]

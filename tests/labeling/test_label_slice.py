@@ -14,9 +14,11 @@ import torch
 from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
 from raydc.data.schema import labels_schema, rejects_schema
-from raydc.data.slices import Column, InputSpec, Slice
+from raydc.data.slices import Column, InputSpec, Slice, class_names
+from raydc.data.statistics import Statistics, nearest_rows
 from raydc.errors import DataError
-from raydc.labeling.label_slice import Labeling, Statistics, class_names, label_slice, nearest_rows
+from raydc.labeling.label_slice import Labeling, label_slice
+from raydc.runfolder import artifacts
 from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 from tests import shards
@@ -189,7 +191,7 @@ def test_damaged_statistics_of_a_complete_slice_are_refused_where_the_slice_is_k
     fill(tmp_path / "in")
     part = slices(tmp_path / "in")[0]
     label_slice(job(tmp_path / "out"), part)
-    Path(job(tmp_path / "out").statistics_uri(part)).write_bytes(b"no statistics")
+    Path(artifacts.SLICES.of(part).uri(job(tmp_path / "out").place)).write_bytes(b"no statistics")
     with pytest.raises(DataError, match="statistics of the labels: damaged"):
         label_slice(job(tmp_path / "out"), part)
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from raydc import pipeline
+from raydc.cli import main
 from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import StageError
 from raydc.runfolder import folder
@@ -99,6 +101,40 @@ def test_the_header_tells_of_the_last_driver_and_the_first_start(run, monkeypatc
     run.write_header(shards.settings("data", fit={"num_workers": 3}))
     header = run.lake.read_json(run.uri("run.json"))
     assert header["config"]["fit"]["num_workers"] == 3 and header["started"].startswith("20")
+
+
+def test_a_run_of_the_former_format_is_refused_with_what_to_do_but_can_be_read(run):
+    config = shards.settings("data")
+    assert run.header("run") is None
+    run.write_header(config)
+    assert run.header("run")["run_id"] == "r1"
+    old = run.lake.read_json(run.uri("run.json")) | {"format_version": 1}
+    run.lake.write_json(run.uri("run.json"), old)
+    text = "run: run 'r1' in .* was written by format 1, and this raydc writes format 2. Use a new --run-id"
+    for call in (lambda: run.check(config), lambda: run.write_header(config), lambda: run.header("run")):
+        with pytest.raises(StageError, match=text):
+            call()
+    assert run.header() == old
+
+
+def test_a_job_does_not_start_in_a_folder_of_the_former_format_and_its_reader_is_not_warned(tmp_path, capsys):
+    shards.write(tmp_path / "in" / "a.parquet", shards.rows(shards.vectors(50)))
+    config = shards.settings(tmp_path / "in", output=str(tmp_path / "runs"))
+    run = RunDir(Lake(), config.output, "r1")
+    run.write_header(config)
+    header = run.lake.read_json(run.uri("run.json"))
+    header["config"]["neighbours"] = header["config"].pop("neighbors")
+    run.lake.write_json(run.uri("run.json"), header | {"format_version": 1})
+    before = (tmp_path / "runs" / "r1" / "run.json").read_bytes()
+    with pytest.raises(StageError, match="written by format 1, .* Use a new --run-id"):
+        pipeline.run(config, "r1")
+    for command in ("resume", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, run.root])
+        assert "written by format 1" in capsys.readouterr().err
+    main(["show", run.root])
+    assert "left        profile, " in capsys.readouterr().out
+    assert [p.read_bytes() for p in (tmp_path / "runs" / "r1").iterdir()] == [before]
 
 
 def test_remove_forgets_files_folders_and_what_is_not_there(run):

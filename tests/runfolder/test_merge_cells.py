@@ -7,9 +7,9 @@ import pytest
 
 from raydc.core.tree.cells import run_here
 from raydc.core.tree.linkage import agglomerate
-from raydc.runfolder import merge_cells
+from raydc.runfolder import artifacts, merge_cells
 from raydc.runfolder.folder import RunDir
-from raydc.runfolder.merge_cells import FOLDER, kept
+from raydc.runfolder.merge_cells import kept
 from raydc.storage.lake import Lake
 
 RNG = np.random.default_rng(5)
@@ -95,4 +95,4 @@ def test_a_cell_comes_back_as_it_was_written(run):
 
     build(kept(run, run_cells))
     assert seen
-    assert not run.lake.exists(run.uri(*FOLDER))
+    assert not run.lake.exists(artifacts.CELLS.uri(run))

@@ -5,9 +5,9 @@ import pytest
 
 from raydc.config import Config
 from raydc.core.models.preprocess import Moments
+from raydc.data.profile import Profile
 from raydc.data.slices import Column, InputSpec, Slice
 from raydc.runtime.plan import make_plan
-from raydc.stages.profile import Profile
 from tests import shards
 
 
@@ -18,7 +18,7 @@ def profile(num_rows: int = 1000, dim: int = 8, dtype: str = "float32") -> Profi
         Slice(i, f"{i}.parquet", f"/in/{i}.parquet", (0,), 0, i * half, half, half * dim * spec.dtype.itemsize)
         for i in range(2)
     ]
-    return Profile(spec, parts, "f", moments=Moments(1, np.zeros(dim), np.zeros(dim)))
+    return Profile(spec=spec, slices=parts, fingerprint="f", moments=Moments(1, np.zeros(dim), np.zeros(dim)))
 
 
 def config(**sections) -> Config:
@@ -62,7 +62,7 @@ def test_arithmetic_of_the_other_objectives_by_hand():
     dcn = ae + 1000 * 5 * (forward + nearest)
     assert make_plan(config(fit={"objective": "ae"}), profile()).fit_flops == plain + ae
     assert make_plan(config(fit={"objective": "dcn"}), profile()).fit_flops == plain + dcn
-    assert make_plan(config(fit={"objective": "ae"}, refine={"beta": 0.0}), profile()).refine_steps == 0
+    assert make_plan(config(fit={"objective": "ae"}, refine={"code_weight": 0.0}), profile()).refine_steps == 0
 
 
 def test_layers_are_pretrained_in_epochs_of_their_own():

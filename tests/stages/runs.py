@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import safetensors.torch
 import torch
 
 from raydc.config import Config
-from raydc.labeling.label_slice import Labeling, Statistics
-from raydc.model import Model
+from raydc.data.statistics import Statistics
+from raydc.labeling.label_slice import Labeling
+from raydc.runfolder import artifacts
+from raydc.runfolder.artifacts import Leaves
 from raydc.runfolder.folder import RunDir
 from raydc.stages import merge
 from raydc.stages import profile as profiling
@@ -57,31 +57,24 @@ def _do(run: RunDir, config: Config, stage: str, metrics: dict[str, Any]) -> Non
 def _write_fit(run: RunDir, offset: np.ndarray | None) -> None:
     # Turned, so that merge has something to put in order.
     turned = shards.corner_model(centers_KL=torch.from_numpy(shards.CORNERS[[2, 0, 3, 1]]), levels={})
-    turned.save(run.lake, run.uri("fit", "model"))
-    turned.save(run.lake, run.uri("fit", "baselines", "raw_kmeans"))
-    leaves = {
-        "weights": torch.tensor([25.0, 25.0, 25.0, 25.0], dtype=torch.float64),
-        "means": turned.centers_KL.double() + (0.0 if offset is None else torch.from_numpy(offset)),
-        "sse": torch.full((4,), 50.0, dtype=torch.float64),
-    }
-    run.lake.write_bytes(run.uri("fit", "leaves.safetensors"), safetensors.torch.save(leaves))
+    artifacts.FIT_MODEL.save(run, turned)
+    artifacts.baseline("raw_kmeans").save(run, turned)
+    means = turned.centers_KL.double().numpy() + (0.0 if offset is None else offset)
+    artifacts.FIT_LEAVES.write(run, Leaves(np.full(4, 25.0), means, np.full(4, 50.0)))
 
 
 def _assign(run: RunDir) -> Statistics:
-    profile, model = profiling.load(run), Model.load(run.uri("model"), run.lake)
-    leaves = merge.leaf_statistics(run)
+    profile, model, leaves = artifacts.PROFILE.read(run), artifacts.MODEL.load(run), artifacts.LEAVES.read(run)
     job = Labeling(
-        run.lake,
-        run.root,
-        profile.spec,
-        model,
-        {k: merge.group_centers(groups, leaves) for k, groups in model.levels.items()},
-        {"raw_kmeans": Model.load(run.uri("fit", "baselines", "raw_kmeans"), run.lake)},
+        lake=run.lake,
+        output=run.root,
+        spec=profile.spec,
+        model=model,
+        group_centers={k: leaves.group_centers(groups) for k, groups in model.levels.items()},
+        baselines={"raw_kmeans": artifacts.baseline("raw_kmeans").load(run)},
         baseline_fraction=1.0,
     )
     total = shards.label_all(job, profile.slices)
-    with run.lake.staged(run.uri("exemplars.parquet")) as path:
-        pq.write_table(total.exemplars.sort_by("key"), path)
-    counted = Statistics(total.rows, total.labels, total.rejects, total.tallies)
-    run.lake.write_bytes(run.uri("statistics.npz"), counted.to_bytes())
+    artifacts.EXEMPLARS.write(run, total.exemplars.sort_by("key"))
+    artifacts.STATISTICS.write(run, total)
     return total

@@ -12,6 +12,8 @@ import pytest
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling
 from raydc.runtime import session
+from raydc.runtime.attempts import Bound
+from raydc.runtime.board import watched
 from raydc.stages import assign
 from raydc.stages.assign import label_all
 from raydc.stages.profile import profile_input
@@ -32,19 +34,23 @@ def test_no_reader_outlives_a_labeling_that_fails(ray_cluster, tmp_path):
     (tmp_path / "in" / "part-01.parquet").write_bytes(b"no parquet")
 
     def load() -> Labeling:
-        return Labeling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
+        return shards.corner_labeling(Lake(), str(tmp_path / "out"), profile.spec)
 
     # Slices enough for more than a minute are left when the error comes.
     slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(3), tell=lambda line: None)
-    with pytest.raises(DataError, match=r"part-01\.parquet") as caught:
-        label_all(config, load, profile.slices, 3, slow)
+    with (
+        watched("assign") as board,
+        pytest.raises(DataError, match=r"part-01\.parquet") as caught,
+    ):
+        bound = Bound(board=board, most=5)
+        label_all(config, load, profile.slices, 3, bound, slow)
     # The traceback is alive, as it is while a command leaves its cluster.
     assert caught.tb is not None
     session.await_readers()
     assert readers() == []
 
 
-def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp_path, monkeypatch):
+def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp_path):
     for number in range(2):
         x, _ = shards.near_corners(50, seed=number)
         shards.write(tmp_path / "in" / f"part-{number:02}.parquet", shards.rows(x, 50 * number))
@@ -59,11 +65,11 @@ def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp
         give_up = time.monotonic() + 60
         while len(list(seen.iterdir())) < 2 and time.monotonic() < give_up:
             time.sleep(0.1)
-        return Labeling(Lake(), str(tmp_path / "out"), profile.spec, shards.corner_model(), shards.group_centers())
+        return shards.corner_labeling(Lake(), str(tmp_path / "out"), profile.spec)
 
     # Room for one at the start.
-    monkeypatch.setattr(assign, "_free_slots", lambda config: 1)
-    total = label_all(config, load, profile.slices, 3)
+    with watched("assign") as board:
+        total = label_all(config, load, profile.slices, 3, Bound(board=board, most=5), slots=1)
     assert total.labels == sum(s.num_rows for s in profile.slices)
     assert len(list(seen.iterdir())) == 2
 
@@ -71,7 +77,7 @@ def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp
 def test_actors_start_for_the_cores_that_a_single_machine_has(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     settings = partial(shards.settings, tmp_path)
-    assert assign._free_slots(settings()) == 3
-    assert assign._free_slots(settings(assign={"cpus_per_actor": 2})) == 1
+    assert assign.free_slots(settings()) == 3
+    assert assign.free_slots(settings(assign={"cpus_per_actor": 2})) == 1
     # A number that was asked for is a number that was meant.
-    assert assign._free_slots(settings(ray={"num_cpus": 5})) == 5
+    assert assign.free_slots(settings(ray={"num_cpus": 5})) == 5

@@ -8,7 +8,7 @@ import pytest
 
 from raydc.commands import show
 from raydc.core.metrics import scores
-from raydc.labeling.label_slice import Statistics
+from raydc.data.statistics import Statistics
 from raydc.stages import evaluate, publish
 from raydc.stages.assign import neighbor_agreement
 from tests import shards

@@ -13,6 +13,7 @@ from scipy.spatial.distance import pdist
 from raydc.core.tree.linkage import agglomerate, ward
 from raydc.core.tree.order import cut
 from raydc.errors import StageError
+from raydc.runfolder import artifacts
 from raydc.stages import merge
 from tests import shards
 from tests.stages.runs import fill, labeled_run
@@ -117,21 +118,21 @@ def test_nodes_and_levels_tell_the_squared_errors_of_any_tree(tmp_path, section)
     offset = None if not section else np.array([1.0, 1.0])
     _, run = labeled_run(tmp_path, merge=section, offset=offset)
     nodes = pq.read_table(run.uri("tree", "nodes.parquet")).to_pydict()
-    leaves = merge.leaf_statistics(run)
-    weights, means = leaves["weights"], leaves["means"]
-    total = leaves["sse"].sum() + (weights @ (means - np.average(means, axis=0, weights=weights)) ** 2).sum()
+    leaves = artifacts.LEAVES.read(run)
+    weights, means = leaves.weights_K, leaves.means_KL
+    total = leaves.sse_K.sum() + (weights @ (means - np.average(means, axis=0, weights=weights)) ** 2).sum()
     assert nodes["sse"][-1] == pytest.approx(total)
     written = run.lake.read_json(run.uri("tree", "level_statistics.json"))
     assert set(written) == {"2", "leaves"}
-    group_K = cut(merge.read_linkage(run), 2)
-    centers = merge.group_centers(group_K, leaves)
+    group_K = cut(artifacts.LINKAGE.read(run), 2)
+    centers = leaves.group_centers(group_K)
     assert written["2"] == {
         "num_groups": 2,
         "size_cv": pytest.approx(np.bincount(group_K).std() / np.bincount(group_K).mean()),
         "size_max_over_mean": pytest.approx(np.bincount(group_K).max() / 2),
         "num_over_4x_mean": 0,
         "smallest": 25.0 * np.bincount(group_K).min(),
-        "sse": pytest.approx(leaves["sse"].sum() + (weights @ (means - centers[group_K]) ** 2).sum()),
+        "sse": pytest.approx(leaves.sse_K.sum() + (weights @ (means - centers[group_K]) ** 2).sum()),
     }
     assert run.metrics("merge")["level_statistics"] == written
     assert run.metrics("merge")["method"] == "exact"

@@ -56,7 +56,7 @@ def read_all(run):
 
 def expected(x, keys):
     rows = prepare(x[keys], "cosine")
-    return search(keys, rows, Shard.of(keys, rows), Neighbors.none(len(keys), NUM), metric="cosine")
+    return search(keys, rows, Shard.from_rows(keys, rows), Neighbors.none(len(keys), NUM), metric="cosine")
 
 
 def test_the_files_hold_the_exact_neighbors_over_all_slices(ray_cluster, tmp_path):
@@ -126,7 +126,7 @@ def test_more_neighbors_than_rows_and_a_bad_row_are_refused(ray_cluster, tmp_pat
 def test_the_stage_is_part_of_the_runs_that_need_it_only():
     with_graph, without = (shards.settings("in", fit={"objective": o}) for o in ("icon", "kmeans"))
     assert with_graph.stages[:3] == ["profile", "neighbors", "fit"] and "neighbors" not in without.stages
-    changed = shards.settings("in", neighbors={"num": 3}, head={"alpha": 0.1})
+    changed = shards.settings("in", neighbors={"num": 3}, head={"debiasing": 0.1})
     assert changed.fingerprint("fit") == without.fingerprint("fit")
     changed = shards.settings("in", fit={"objective": "icon"}, neighbors={"num": 3})
     assert changed.fingerprint("neighbors") != with_graph.fingerprint("neighbors")
@@ -135,6 +135,6 @@ def test_the_stage_is_part_of_the_runs_that_need_it_only():
     workers = shards.settings("in", fit={"objective": "icon", "num_workers": 2}, neighbors={"cpus_per_task": 2})
     assert workers.fingerprint("neighbors") == with_graph.fingerprint("neighbors")
     # The head's settings come after the graph.
-    head = shards.settings("in", fit={"objective": "icon"}, head={"alpha": 0.1})
+    head = shards.settings("in", fit={"objective": "icon"}, head={"debiasing": 0.1})
     assert head.fingerprint("neighbors") == with_graph.fingerprint("neighbors")
     assert head.fingerprint("fit") != with_graph.fingerprint("fit")

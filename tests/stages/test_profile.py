@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydc.config import parse_config
+from raydc.data.profile import Profile
 from raydc.data.slices import Column
 from raydc.errors import ConfigError, DataError
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.stages import profile as profiling
-from raydc.stages.profile import Profile, profile_input
+from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 from tests import shards
 from tests.data.test_slices import LAYOUTS, damage_page, damaged
@@ -55,7 +57,7 @@ def test_a_profile_is_whole_after_its_way_through_the_run_folder(tmp_path):
     config = shards.settings(tmp_path / "in", input={"label_column": "label", "carry_columns": ["uri"]})
     run = RunDir(Lake(), str(tmp_path / "runs"), "r1")
     metrics = profiling.run(config, run)
-    back, first = profiling.load(run), profile_input(config, Lake())
+    back, first = artifacts.PROFILE.read(run), profile_input(config, Lake())
     assert (back.spec, back.slices, back.fingerprint) == (first.spec, first.slices, first.fingerprint)
     assert np.array_equal(back.moments.m2_D, first.moments.m2_D)
     assert (metrics["rows"], metrics["slices"], metrics["dim"], metrics["sampled_rows"]) == (30, 3, 4, 30)

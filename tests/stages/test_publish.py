@@ -6,8 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.schema import FORMAT_VERSION, MANIFEST
+from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import StageError
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost, acquire
 from raydc.stages import publish
@@ -21,7 +22,7 @@ def test_the_manifest_lists_every_file_with_rows_bytes_and_checksum(tmp_path, nu
     fill(tmp_path / "in", num_bad=num_bad)
     config, run = labeled_run(tmp_path)
     metrics = publish.run(config, run)
-    manifest = run.lake.read_json(run.uri(MANIFEST))
+    manifest = artifacts.MANIFEST.read(run)
     assert manifest["rows"] == {"input": 100, "labels": 100 - num_bad, "rejects": num_bad}
     assert (manifest["run_id"], manifest["format_version"]) == ("r1", FORMAT_VERSION)
     assert metrics == {
@@ -42,21 +43,21 @@ def test_results_are_listed_and_working_files_are_not(tmp_path):
     config, run = labeled_run(tmp_path)
     run.lake.write_bytes(run.uri("checkpoints", "a.pt"), b"")
     publish.run(config, run)
-    paths = {f["path"] for f in run.lake.read_json(run.uri(MANIFEST))["files"]}
+    paths = {f["path"] for f in artifacts.MANIFEST.read(run)["files"]}
     assert {f"labels/part-{i}.parquet" for i in range(3)} | {"rejects/part-0.parquet"} <= paths
     assert {"run.json", "profile.json", "model/config.json", "model/weights.safetensors", "tree/linkage.npy"} <= paths
     folders = {p.split("/")[0] for p in paths if "/" in p}
     assert folders == {"labels", "rejects", "model", "tree"}
-    assert MANIFEST not in paths
+    assert artifacts.MANIFEST.path not in paths
 
 
 def test_a_second_publish_lists_the_same_files(tmp_path):
     fill(tmp_path / "in")
     config, run = labeled_run(tmp_path)
     publish.run(config, run)
-    first = run.lake.read_json(run.uri(MANIFEST))["files"]
+    first = artifacts.MANIFEST.read(run)["files"]
     publish.run(config, run)
-    assert run.lake.read_json(run.uri(MANIFEST))["files"] == first
+    assert artifacts.MANIFEST.read(run)["files"] == first
 
 
 def test_a_missing_label_file_is_refused(tmp_path):
@@ -65,7 +66,7 @@ def test_a_missing_label_file_is_refused(tmp_path):
     run.remove("labels/part-1.parquet")
     with pytest.raises(StageError, match=r"publish: 1 label files are missing, such as labels/part-1.parquet. Run the"):
         publish.run(config, run)
-    assert not run.lake.exists(run.uri(MANIFEST))
+    assert not run.lake.exists(run.uri(artifacts.MANIFEST.path))
 
 
 def test_a_missing_label_file_of_no_rows_is_refused_too(tmp_path):
@@ -85,7 +86,7 @@ def test_counts_that_do_not_add_up_are_refused(tmp_path, kind):
     counts = {"labels": "94 labels and 5 rejects", "rejects": "95 labels and 4 rejects"}[kind]
     with pytest.raises(StageError, match=f"publish: 100 rows in, but {counts} on disk. Files were changed"):
         publish.run(config, run)
-    assert not run.lake.exists(run.uri(MANIFEST))
+    assert not run.lake.exists(run.uri(artifacts.MANIFEST.path))
 
 
 def test_a_label_file_too_many_is_refused(tmp_path):
@@ -103,7 +104,7 @@ def test_what_a_killed_writer_left_behind_is_removed(tmp_path):
     leftover.write_bytes(b"half")
     publish.run(config, run)
     assert not leftover.exists()
-    assert not [f for f in run.lake.read_json(run.uri(MANIFEST))["files"] if f["path"].endswith(".tmp")]
+    assert not [f for f in artifacts.MANIFEST.read(run)["files"] if f["path"].endswith(".tmp")]
 
 
 @pytest.mark.s3
@@ -115,7 +116,7 @@ def test_a_run_in_s3_is_published_there(bucket, tmp_path):
     run = RunDir(lake, f"{bucket}/runs", "r1")
     publish.run(config, run)
     publish.run(config, local)
-    remote, here = (r.lake.read_json(r.uri(MANIFEST)) for r in (run, local))
+    remote, here = (r.lake.read_json(r.uri(artifacts.MANIFEST.path)) for r in (run, local))
     assert remote["files"] == here["files"]
     assert remote["rows"] == here["rows"]
 
@@ -127,7 +128,7 @@ def test_shards_of_equal_names_are_published_side_by_side(tmp_path):
         shards.write(tmp_path / "in" / folder / "part-0.parquet", table)
     config, run = labeled_run(tmp_path)
     publish.run(config, run)
-    paths = {f["path"] for f in run.lake.read_json(run.uri(MANIFEST))["files"]}
+    paths = {f["path"] for f in artifacts.MANIFEST.read(run)["files"]}
     assert {"labels/x/part-0.parquet", "labels/y/part-0.parquet"} <= paths
 
 
@@ -142,19 +143,19 @@ def test_two_drivers_never_both_publish(tmp_path):
         second.fence = lease.fence
         with pytest.raises(LeaseLost, match="has taken this run over"):
             publish.run(config, first)
-        assert not run.lake.exists(run.uri(MANIFEST))
+        assert not run.lake.exists(run.uri(artifacts.MANIFEST.path))
         publish.run(config, second)
-    assert not [f for f in run.lake.read_json(run.uri(MANIFEST))["files"] if f["path"].startswith("lease/")]
+    assert not [f for f in artifacts.MANIFEST.read(run)["files"] if f["path"].startswith("lease/")]
 
 
 def test_a_manifest_that_is_there_stays_if_it_says_the_same_and_gives_way_if_not(tmp_path):
     fill(tmp_path / "in")
     config, run = labeled_run(tmp_path)
     publish.run(config, run)
-    first = run.lake.read_json(run.uri(MANIFEST))
-    run.lake.write_json(run.uri(MANIFEST), first | {"finished": "earlier"})
+    first = artifacts.MANIFEST.read(run)
+    run.lake.write_json(run.uri(artifacts.MANIFEST.path), first | {"finished": "earlier"})
     publish.run(config, run)
-    assert run.lake.read_json(run.uri(MANIFEST))["finished"] == "earlier"
-    run.lake.write_json(run.uri(MANIFEST), first | {"files": []})
+    assert artifacts.MANIFEST.read(run)["finished"] == "earlier"
+    run.lake.write_json(run.uri(artifacts.MANIFEST.path), first | {"files": []})
     publish.run(config, run)
-    assert run.lake.read_json(run.uri(MANIFEST))["files"] == first["files"]
+    assert artifacts.MANIFEST.read(run)["files"] == first["files"]

@@ -52,7 +52,7 @@ def make_run(
     merges = linkage(centers, "ward")
     merges = order.relabel(merges, order.leaf_order(merges))
     rows = 5 + np.arange(num_leaves) * 7 % 20
-    groups = order.levels(merges, list(levels), rows)
+    groups = levels(merges, list(levels), rows)
     columns = {f"level_{k}": groups[k] for k in groups}
     write_tree(run, merges, columns)
     names = [label(leaf) for leaf in range(num_leaves)]

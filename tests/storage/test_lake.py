@@ -12,7 +12,6 @@ import pytest
 
 from raydc.data.slices import Column, InputSpec, plan_slices, read_footers
 from raydc.errors import DataError
-from raydc.labeling.label_slice import Labeling
 from raydc.model import Model
 from raydc.storage.lake import Lake, absolute, is_staged, join
 from tests import shards
@@ -283,7 +282,7 @@ def test_slices_are_labeled_from_s3_to_s3(bucket, tmp_path):
     shards.corner_model().save(lake, f"{bucket}/run/model")
     spec = InputSpec((Column("embedding", 2, "float32"),), "id", "int64", "label")
     model = Model.load(f"{bucket}/run", lake)
-    job = Labeling(lake, f"{bucket}/run", spec, model, shards.group_centers(), block_rows=16)
+    job = shards.corner_labeling(lake, f"{bucket}/run", spec, model=model, block_rows=16)
     total = shards.label_all(job, slices)
     assert (total.rows, total.labels, total.rejects) == (300, 300, 0)
     found = []

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydc.data.slices import Column, InputSpec, plan_slices, read_footers
+from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
-from raydc.labeling.label_slice import Labeling, Statistics, label_slice
+from raydc.labeling.label_slice import Labeling, label_slice
 from raydc.storage.lake import Lake, is_staged
 from tests import shards
 
@@ -101,7 +102,7 @@ def labeling(folder, output) -> tuple[Labeling, list]:
     shards.write(folder / "a.parquet", shards.rows(x))
     spec = InputSpec((Column("embedding", 2, "float32"),), "id", "int64")
     slices = plan_slices(read_footers(Lake(), Lake().list_parquet(str(folder))), 2**30)
-    return Labeling(Lake(), str(output), spec, shards.corner_model(), shards.group_centers()), slices
+    return shards.corner_labeling(Lake(), str(output), spec), slices
 
 
 def test_a_full_disk_names_its_folder_and_the_run_goes_on_when_there_is_room(tmp_path, tiny):

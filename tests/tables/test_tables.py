@@ -16,14 +16,15 @@ import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
 from raydc.config import Config, parse_config
-from raydc.data.schema import MANIFEST, labels_schema
+from raydc.data.schema import labels_schema
 from raydc.errors import ConfigError, StageError, StorageUnavailable
+from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost, acquire
 from raydc.stages import publish
 from raydc.storage.lake import Lake
-from raydc.tables import delta, iceberg, register
-from raydc.tables.register import LabelFile
+from raydc.tables import common, delta, iceberg, register
+from raydc.tables.common import LabelFile
 from tests.faulty_s3 import FaultyS3
 from tests.stages.runs import fill, labeled_run
 
@@ -61,7 +62,9 @@ class Runs:
             with self.lake.staged(uri) as path:
                 pq.write_table(table, path)
             digest = str(hash(self.lake.read_bytes(uri)))
-            found.append(LabelFile(f"{name}.parquet", uri, self.lake.size(uri), table.num_rows, digest))
+            found.append(
+                LabelFile(path=f"{name}.parquet", uri=uri, size=self.lake.size(uri), rows=table.num_rows, sha256=digest)
+            )
         return found
 
     def commit(self, run_id, files, mode="replace", schema=None, **storage):
@@ -72,7 +75,7 @@ class Runs:
         """Return what a reader opens."""
         if self.form == "delta":
             return DeltaTable(self.root)
-        return iceberg.open_catalog(self.config(), self.run("x")).load_table("raydc.commands.assign")
+        return iceberg.open_catalog(self.config(), self.run("x")).load_table("raydc.labels")
 
     def rows(self) -> pa.Table:
         table = self.table()
@@ -174,7 +177,7 @@ def test_a_table_of_other_columns_is_refused(runs, changed, message):
 
 def test_a_delta_table_that_is_not_partitioned_by_run_is_refused(tmp_path):
     runs = Runs(tmp_path / "table", "delta")
-    write_deltalake(runs.root, register.with_run_column(labels(0).schema).empty_table())
+    write_deltalake(runs.root, common.with_run_column(labels(0).schema).empty_table())
     with pytest.raises(StageError, match=r"run_id is partitioned by \[\] in the table"):
         runs.commit("r1", runs.write("r1", a=labels(0)))
 
@@ -214,14 +217,13 @@ def test_a_commit_that_never_gets_through_gives_up(monkeypatch):
 
     def busy():
         tries.append(1)
-        raise register.Conflict("another was first")
+        raise common.Conflict("another was first")
 
-    monkeypatch.setattr(register.time, "sleep", lambda seconds: None)
     with pytest.raises(
         StageError, match="the table was changed by others during 8 commits in a row: another was first"
     ):
-        register.with_retries("the table", busy)
-    assert len(tries) == register.COMMIT_TRIES
+        common.with_retries("the table", busy, sleep=lambda seconds: None)
+    assert len(tries) == common.COMMIT_TRIES
 
 
 def test_polars_duckdb_and_datafusion_read_the_delta_table(tmp_path):
@@ -331,18 +333,18 @@ def test_publish_registers_a_run_in_both_and_says_so_in_the_manifest(tmp_path):
     fill(tmp_path / "in", num_bad=3)
     config, run = labeled_run(tmp_path, publish={"delta": {}, "iceberg": {}})
     publish.run(config, run)
-    manifest = run.lake.read_json(run.uri(MANIFEST))
+    manifest = artifacts.MANIFEST.read(run)
     assert [(t["format"], t["table"]) for t in manifest["tables"]] == [
         ("delta", run.uri("labels")),
-        ("iceberg", "raydc.commands.assign"),
+        ("iceberg", "raydc.labels"),
     ]
     assert not [f for f in manifest["files"] if "_delta_log" in f["path"]]
     frame = pl.read_delta(run.uri("labels"))
     assert frame.columns == labels(0).column_names
     assert frame.height == DeltaTable(run.uri("labels")).to_pyarrow_dataset().count_rows() == 97
-    assert iceberg.open_catalog(config, run).load_table("raydc.commands.assign").scan().count() == 97
+    assert iceberg.open_catalog(config, run).load_table("raydc.labels").scan().count() == 97
     publish.run(config, run)
-    assert run.lake.read_json(run.uri(MANIFEST)) == manifest
+    assert artifacts.MANIFEST.read(run) == manifest
 
 
 def test_a_publish_that_died_after_the_commit_ends_without_another_one(tmp_path, monkeypatch):
@@ -352,11 +354,11 @@ def test_a_publish_that_died_after_the_commit_ends_without_another_one(tmp_path,
         patch.setattr(publish, "_write_manifest", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             publish.run(config, run)
-    assert not run.lake.exists(run.uri(MANIFEST))
+    assert not run.lake.exists(run.uri(artifacts.MANIFEST.path))
     publish.run(config, run)
-    assert run.lake.exists(run.uri(MANIFEST))
+    assert run.lake.exists(run.uri(artifacts.MANIFEST.path))
     assert DeltaTable(run.uri("labels")).version() == 1
-    table = iceberg.open_catalog(config, run).load_table("raydc.commands.assign")
+    table = iceberg.open_catalog(config, run).load_table("raydc.labels")
     assert len(table.snapshots()) == 1 and table.scan().count() == 100
 
 
@@ -381,7 +383,7 @@ def test_a_table_may_be_added_to_a_finished_run(tmp_path):
     assert run.is_done("publish", config.settings("publish"), repeatable=True)
     assert not run.is_done("publish", more.settings("publish"), repeatable=True)
     publish.run(more, run)
-    assert [t["format"] for t in run.lake.read_json(run.uri(MANIFEST))["tables"]] == ["delta"]
+    assert [t["format"] for t in artifacts.MANIFEST.read(run)["tables"]] == ["delta"]
 
 
 @pytest.mark.s3
@@ -434,12 +436,11 @@ def test_a_store_that_always_breaks_off_is_said_to_be_unavailable(monkeypatch):
 
     def broken():
         tries.append(1)
-        raise register.BrokenOff("Error getting list response body")
+        raise common.BrokenOff("Error getting list response body")
 
-    monkeypatch.setattr(register.time, "sleep", lambda seconds: None)
     with pytest.raises(StorageUnavailable, match=r"the table: Error getting list.* command continues"):
-        register.with_retries("the table", broken)
-    assert len(tries) == register.COMMIT_TRIES
+        common.with_retries("the table", broken, sleep=lambda seconds: None)
+    assert len(tries) == common.COMMIT_TRIES
 
 
 @pytest.mark.s3
@@ -460,7 +461,7 @@ def test_tables_in_s3_hold_no_credentials(bucket, s3_endpoint, tmp_path, form, m
     if form == "delta":
         found = DeltaTable(bucket, storage_options=delta.storage_options(config.storage)).to_pyarrow_table()
     else:
-        found = iceberg.open_catalog(config, run).load_table("raydc.commands.assign").scan().to_arrow()
+        found = iceberg.open_catalog(config, run).load_table("raydc.labels").scan().to_arrow()
     assert sorted(found["id"].to_pylist()) == list(range(20))
     bodies = [lake.read_bytes(f.uri) for f in lake.find(bucket) if not f.uri.endswith(".parquet")]
     bodies += [p.read_bytes() for p in tmp_path.iterdir()]

@@ -73,13 +73,22 @@ class Head(nn.Module):
 
 
 @torch.no_grad()
-def calibrated_temperature(head: Head, x_ND: Tensor, *, target_top_p: float, most_numbers: int = 20_000_000) -> float:
+def calibrated_temperature(
+    head: Head,
+    x_ND: Tensor,
+    *,
+    target_top_p: float,
+    weights_N: Tensor | None = None,
+    most_numbers: int = 20_000_000,
+) -> float:
     """Return the T at which the mean largest p(c | x) over the rows is `target_top_p`.
 
     Args:
         head: its own temperature plays no part.
-        x_ND: (N, D) rows, N >= 1; if more than `most_numbers` / K, rows at even steps.
+        x_ND: (N, D) float32 rows, N >= 1; if more than `most_numbers` / K, rows at even steps.
         target_top_p: in (1/K, 1).
+        weights_N: (N,) float32 row weights of the mean; None for 1 each.
+        most_numbers: rows times leaves of the probabilities held at once.
 
     Raises:
         ValueError: no rows.
@@ -89,10 +98,12 @@ def calibrated_temperature(head: Head, x_ND: Tensor, *, target_top_p: float, mos
     most = max(256, most_numbers // len(head.prototypes))
     rows = torch.linspace(0, len(x_ND) - 1, min(most, len(x_ND)), device=x_ND.device).long()
     cosines = head.features(x_ND[rows]) @ head.prototypes.T
+    weights = None if weights_N is None else weights_N[rows]
     low, high = 1e-6, 1e3
     for _ in range(60):
         middle = (low * high) ** 0.5
-        top = float(torch.softmax(cosines / middle, dim=1).max(dim=1).values.mean())
+        top_N = torch.softmax(cosines / middle, dim=1).max(dim=1).values
+        top = float(top_N.mean() if weights is None else top_N @ weights / weights.sum())
         low, high = (middle, high) if top > target_top_p else (low, middle)
     return (low * high) ** 0.5
 
@@ -138,7 +149,7 @@ class HeadPredictor:
         return HeadPredictor(copy.deepcopy(self.head).to(device))
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "HeadPredictor":
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "HeadPredictor":
         """Return the one that `tensors` gave.
 
         Raises:

@@ -66,13 +66,20 @@ def log_joint(z_NL: Tensor, mixture: Mixture) -> Tensor:
 
 
 @torch.no_grad()
-def most_probable(z_NL: Tensor, mixture: Mixture, *, num: int) -> tuple[Tensor, Tensor]:
+def most_probable(z_NL: Tensor, mixture: Mixture, *, num: int, block_rows: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the ids (N, num) int64 of the most probable components and their log posterior, float64, best first.
 
     Ties go to the lower id. Computed in float64, in blocks, so a row's answer does not depend on the rows beside it.
+
+    Args:
+        z_NL: (N, L) points.
+        mixture: of K components.
+        num: at most K.
+        block_rows: rows at once; by default as many as keep the (rows, K, L) differences to 128 MiB.
     """
     exact = Mixture(*(t.double() for t in mixture.tensors().values()))
-    block_rows = max(1, _BLOCK_NUMBERS // max(mixture.means_KL.numel(), 1))
+    if block_rows is None:
+        block_rows = max(1, _BLOCK_NUMBERS // max(mixture.means_KL.numel(), 1))
     ids, tops = [torch.empty((0, num), dtype=torch.int64, device=z_NL.device)], []
     for block in z_NL.double().split(block_rows):
         log_posterior = torch.log_softmax(log_joint(block, exact), dim=1)

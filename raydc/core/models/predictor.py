@@ -49,5 +49,5 @@ def build_predictor(kind: str, tensors: dict[str, Tensor]) -> Predictor:
     if kind == Prototypes.kind:
         return Prototypes(**tensors)
     if kind == "head":
-        return HeadPredictor.of(tensors)
+        return HeadPredictor.from_tensors(tensors)
     raise ValueError(f"unknown kind of predictor {kind!r}")

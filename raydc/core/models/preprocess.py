@@ -20,8 +20,8 @@ class Moments:
     """Sum of squared deviations from the mean."""
 
     @classmethod
-    def of(cls, x_ND: npt.NDArray[Any]) -> "Moments":
-        """Return the moments of one block of rows."""
+    def from_rows(cls, x_ND: npt.NDArray[Any]) -> "Moments":
+        """Return the moments of one block of (n, D) rows of any float type."""
         x = x_ND.astype(np.float64)
         mean = x.mean(axis=0) if len(x) else np.zeros(x.shape[1])
         return cls(len(x), mean, ((x - mean) ** 2).sum(axis=0))

@@ -1,10 +1,13 @@
 """An autoencoder with a loss on its code. Letters: N rows, K leaves, D width of a row, L width of the code."""
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
+from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Minibatch, Objective, Parts
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs
 from raydc.core.objectives.reconstruction import squared_error
 from raydc.core.search.nearest import squared_distances
 
@@ -23,13 +26,13 @@ class Ae(Objective):
     width of the rows. The code moves under the loss, so k-means has the last word.
     """
 
-    ending = "kmeans"
+    final_centers = "kmeans"
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, centers_KL: Tensor, kernel: Kernel, *, code_loss: str, beta: float
+        self, autoencoder: Autoencoder, centers_KL: Tensor, kernel: Kernel, *, code_loss: str, beta: float
     ) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.kernel = encoder, decoder, kernel
+        self.encoder, self.decoder, self.kernel = autoencoder.encoder, autoencoder.decoder, kernel
         if code_loss == "nearest":
             self.centers = nn.Parameter(centers_KL.clone())
         else:
@@ -37,12 +40,12 @@ class Ae(Objective):
         self.code_loss, self.beta = code_loss, beta
 
     @classmethod
-    def of(cls, parts: Parts) -> "Ae":
-        """Return the objective that starts from these parts."""
-        assert parts.autoencoder is not None
-        net, refine = parts.autoencoder, parts.settings.refine
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        assert inputs.autoencoder is not None
+        refine = inputs.settings.refine
         return cls(
-            net.encoder, net.decoder, parts.centers_KL, parts.kernel, code_loss=refine.code_loss, beta=refine.beta
+            inputs.autoencoder, inputs.centers_KL, inputs.kernel, code_loss=refine.code_loss, beta=refine.code_weight
         )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:

@@ -1,24 +1,26 @@
 """Deep Clustering Network (DCN): k-means and reconstruction in turns. Letters: N rows, K leaves, D width, L code."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raydc.core.hashing import stream_seed
+from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.objectives.ae import to_nearest
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, Pass
 from raydc.core.objectives.reconstruction import squared_error
 from raydc.core.objectives.snapshot import encode
 from raydc.core.search.kmeans import LeafSums, reseed
 from raydc.core.search.nearest import nearest
 from raydc.core.training.settings import RefineSettings
 
-# The published count of every leaf at the start: no row moves a center by more than 1 / 101 of the way.
 FIRST_COUNT = 100.0
-# Leaves that no row chose in an epoch get a new center, but not in the last fifth of the epochs: it would not settle.
+"""Published count of every leaf at the start: no row moves a center by more than 1 / 101 of the way."""
+
 _RESEED_SHARE = 0.8
+"""Share of the epochs in which leaves that no row chose get a new center. In the last fifth it would not settle."""
 
 
 class Dcn(Objective):
@@ -50,8 +52,7 @@ class Dcn(Objective):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        decoder: nn.Module,
+        autoencoder: Autoencoder,
         centers_KL: Tensor,
         kernel: Kernel,
         refine: RefineSettings,
@@ -60,9 +61,9 @@ class Dcn(Objective):
         arithmetic: str = "float32",
     ) -> None:
         super().__init__()
-        self.encoder, self.decoder, self.kernel = encoder, decoder, kernel
+        self.encoder, self.decoder, self.kernel = autoencoder.encoder, autoencoder.decoder, kernel
         self.refine, self.seed, self.arithmetic = refine, seed, arithmetic
-        self.ending = "lloyd" if refine.centroid_update == "ema" else "kmeans"
+        self.final_centers = "lloyd" if refine.centroid_update == "ema" else "kmeans"
         num_leaves, width = centers_KL.shape
         self.register_buffer("centers", centers_KL.clone())
         self.register_buffer("means", centers_KL.double())
@@ -70,18 +71,17 @@ class Dcn(Objective):
         self.register_buffer("tally", torch.zeros(num_leaves, width + 2, dtype=torch.float64))
 
     @classmethod
-    def of(cls, parts: Parts) -> "Dcn":
-        """Return the objective that starts from these parts."""
-        assert parts.autoencoder is not None
-        net, settings = parts.autoencoder, parts.settings
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        assert inputs.autoencoder is not None
+        settings = inputs.settings
         return cls(
-            net.encoder,
-            net.decoder,
-            parts.centers_KL,
-            parts.kernel,
+            inputs.autoencoder,
+            inputs.centers_KL,
+            inputs.kernel,
             settings.refine,
             seed=settings.seed,
-            arithmetic=parts.arithmetic,
+            arithmetic=inputs.arithmetic,
         )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
@@ -124,22 +124,22 @@ class Dcn(Objective):
         """Move the centers toward the rows of the step."""
         assert sums is not None
         self.tally += sums
-        found = LeafSums.unpacked(sums)
+        step = LeafSums.unpacked(sums)
         if self.refine.centroid_update == "counts":
-            new = self.moving + found.weights_K
-            self._move((self.means * self.moving[:, None] + found.sums_KD) / new[:, None])
+            new = self.moving + step.weights_K
+            self._move((self.means * self.moving[:, None] + step.sums_KD) / new[:, None])
         else:
             decay = self.refine.centroid_decay
             old = decay * self.moving
-            new = old + (1.0 - decay) * found.weights_K
-            moved = (self.means * old[:, None] + (1.0 - decay) * found.sums_KD) / new.clamp_min(1e-300)[:, None]
+            new = old + (1.0 - decay) * step.weights_K
+            moved = (self.means * old[:, None] + (1.0 - decay) * step.sums_KD) / new.clamp_min(1e-300)[:, None]
             # A leaf without rows stays where it is, however small its average has become.
-            self._move(torch.where((found.weights_K > 0)[:, None], moved, self.means))
+            self._move(torch.where((step.weights_K > 0)[:, None], moved, self.means))
         self.moving.copy_(new)
 
-    def take_centers(self, centers_KL: Tensor, kernel: Kernel) -> None:
+    def set_centers(self, centers_KL: Tensor, kernel: Kernel) -> None:
         """Take the centers of k-means; the counts start again."""
-        super().take_centers(centers_KL, kernel)
+        super().set_centers(centers_KL, kernel)
         self.means.copy_(centers_KL)
         self.moving.fill_(FIRST_COUNT)
 
@@ -176,9 +176,9 @@ class _AllRows:
 
     def end(self, sums: Tensor) -> dict[str, Any]:
         """Start the averages; return how many leaves are empty and the largest one's share."""
-        found = LeafSums.unpacked(sums)
-        self._dcn.begin_averages(found)
+        leaves = LeafSums.unpacked(sums)
+        self._dcn.begin_averages(leaves)
         return {
-            "empty": int((found.weights_K == 0).sum()),
-            "largest_share": float(found.weights_K.max() / found.weights_K.sum()),
+            "empty": int((leaves.weights_K == 0).sum()),
+            "largest_share": float(leaves.weights_K.max() / leaves.weights_K.sum()),
         }

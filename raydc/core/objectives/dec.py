@@ -2,20 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raydc.core.objectives.kernel import Kernel, log_similarity, log_soft_assign
-from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, Pass
 from raydc.core.objectives.snapshot import Refresh, Snapshot
 from raydc.core.search.nearest import squared_distances
 from raydc.core.training.settings import RefineSettings
 
-_BLOCK_NUMBERS, _DEVICE_BLOCK_NUMBERS, _LEAST_BLOCK_ROWS = 2**19, 2**26, 256
-"""Of rows times centers in a block, on a CPU and on a GPU: 2 and 256 MiB in float32."""
+_BLOCK_NUMBERS = 2**19
+"""Rows times centers in a block on a CPU: 2 MiB in float32."""
+
+_DEVICE_BLOCK_NUMBERS = 2**26
+"""Rows times centers in a block on a GPU: 256 MiB in float32."""
+
+_LEAST_BLOCK_ROWS = 256
+"""Rows in a block at least, however many centers there are."""
 
 
 def log_target(
@@ -63,7 +69,13 @@ def divergence(log_p_NK: Tensor, log_q_NK: Tensor) -> Tensor:
 
 
 def summed_divergence(
-    z_NL: Tensor, centers_KL: Tensor, weights_N: Tensor, kernel: Kernel, log_p_of: Callable[[slice], Tensor]
+    z_NL: Tensor,
+    centers_KL: Tensor,
+    weights_N: Tensor,
+    kernel: Kernel,
+    log_p_of: Callable[[slice], Tensor],
+    *,
+    block_rows: int | None = None,
 ) -> Tensor:
     """Return sum_i w_i KL(P || Q) of some rows, with gradients for z and the centers.
 
@@ -77,13 +89,20 @@ def summed_divergence(
         weights_N: (N,).
         kernel: of Q.
         log_p_of: gives the (n, K) log target of a slice of the rows.
+        block_rows: rows at once; by default as many as suit the device. Peak memory about 16 * block_rows * K bytes.
 
     Returns:
         A scalar of the type of z; it cannot be differentiated twice.
 
     Source: Xie, Girshick, Farhadi, arXiv:1511.06335, eq. 2 to 5.
     """
-    return _SummedDivergence.apply(z_NL, centers_KL, weights_N, kernel, log_p_of)
+    if block_rows is None:
+        numbers = _BLOCK_NUMBERS if z_NL.device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
+        block_rows = max(_LEAST_BLOCK_ROWS, numbers // len(centers_KL))
+    total: Tensor = _SummedDivergence.apply(
+        z_NL, centers_KL, weights_N, kernel, log_p_of, block_rows
+    )
+    return total
 
 
 class _SummedDivergence(torch.autograd.Function):
@@ -95,15 +114,14 @@ class _SummedDivergence(torch.autograd.Function):
         weights_N: Tensor,
         kernel: Kernel,
         log_p_of: Callable[[slice], Tensor],
+        block_rows: int,
     ) -> Tensor:
         total = z_NL.new_zeros(())
         grad_z_NL, grad_centers_KL = torch.empty_like(z_NL), torch.zeros_like(centers_KL)
         shift_L, unit = centers_KL.mean(dim=0), kernel.alpha * kernel.scale
         near_KL = centers_KL - shift_L
-        numbers = _BLOCK_NUMBERS if z_NL.device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
-        size = max(_LEAST_BLOCK_ROWS, numbers // len(centers_KL))
-        for start in range(0, len(z_NL), size):
-            rows = slice(start, start + size)
+        for start in range(0, len(z_NL), block_rows):
+            rows = slice(start, start + block_rows)
             squared_NK = squared_distances(z_NL[rows], centers_KL)
             log_q_NK, log_p_NK = log_similarity(squared_NK, kernel), log_p_of(rows)
             total += weights_N[rows] @ divergence(log_p_NK, log_q_NK)
@@ -118,9 +136,9 @@ class _SummedDivergence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_z_NL, grad_centers_KL = ctx.saved_tensors
-        return grad * grad_z_NL, grad * grad_centers_KL, None, None, None
+        return grad * grad_z_NL, grad * grad_centers_KL, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ class Target:
     refreshes_per_epoch: int = 1
 
     @classmethod
-    def of(cls, refine: RefineSettings) -> "Target":
+    def from_settings(cls, refine: RefineSettings) -> "Target":
         """Return the target of the settings."""
         return cls(refine.target_exponent, refine.frequency_exponent, refine.size_prior, refine.refreshes_per_epoch)
 
@@ -167,23 +185,29 @@ class Dec(Objective):
         target: Target = PAPER_TARGET,
         *,
         arithmetic: str = "float32",
+        num_local_rows: int = 0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.centers = nn.Parameter(centers_KL.clone())
-        self.kernel = kernel
-        self.target = target
-        self.arithmetic = arithmetic
+        self.kernel, self.target, self.arithmetic = kernel, target, arithmetic
+        self.num_local_rows = num_local_rows
         self.register_buffer("log_prior", torch.zeros(len(centers_KL), dtype=torch.float64))
         self.snapshot: Snapshot | None = None
         """The frozen state at the last refresh; no submodule, so neither optimizer nor ranks touch it."""
 
     @classmethod
-    def of(cls, parts: Parts) -> "Dec":
-        """Return the objective that starts from these parts."""
-        assert parts.autoencoder is not None
-        target = Target.of(parts.settings.refine)
-        return cls(parts.autoencoder.encoder, parts.centers_KL, parts.kernel, target, arithmetic=parts.arithmetic)
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        assert inputs.autoencoder is not None
+        return cls(
+            inputs.autoencoder.encoder,
+            inputs.centers_KL,
+            inputs.kernel,
+            Target.from_settings(inputs.settings.refine),
+            arithmetic=inputs.arithmetic,
+            num_local_rows=inputs.num_local_rows,
+        )
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Return the pass that makes a new snapshot, `refreshes_per_epoch` times in an epoch."""
@@ -192,7 +216,7 @@ class Dec(Objective):
             return None
         assert self.encoder is not None
         return Refresh(
-            self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic, self.num_local
+            self.encoder, self.centers, self.kernel, self.snapshot, self._keep, self.arithmetic, self.num_local_rows
         )
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
@@ -224,18 +248,18 @@ class Dec(Objective):
         kl = self._divergence(self.encoder(x_ND), weights_N, log_p_of)
         return {"loss": kl, "kl": kl.detach()}
 
-    def memory(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """Return the centers and the snapshot."""
-        kept = super().memory()
-        return kept if self.snapshot is None else kept | self.snapshot.tensors()
+        own = super().state_tensors()
+        return own if self.snapshot is None else own | self.snapshot.tensors()
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `memory` gave."""
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state_tensors` gave."""
         assert self.encoder is not None
-        found = {n: t for n, t in tensors.items() if n.startswith("snapshot.")}
-        super().recall({n: t for n, t in tensors.items() if n not in found})
-        if found:
-            self.snapshot = Snapshot.of(found, self.encoder)
+        of_snapshot = {n: t for n, t in tensors.items() if n.startswith("snapshot.")}
+        super().load_state_tensors({n: t for n, t in tensors.items() if n not in of_snapshot})
+        if of_snapshot:
+            self.snapshot = Snapshot.from_tensors(of_snapshot, self.encoder)
 
     def _keep(self, snapshot: Snapshot) -> None:
         if self.snapshot is None:

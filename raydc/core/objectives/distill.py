@@ -6,7 +6,7 @@ read, no row is looked up by its id, and it does not matter which rank holds a r
 """
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.models.prototypes import Prototypes, log_classes
 from raydc.core.models.teacher import Teacher
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, Pass, weighted_mean
 from raydc.core.objectives.reconstruction import squared_error
 from raydc.core.objectives.snapshot import encode
 from raydc.core.search.kmeans import LeafSums
@@ -23,7 +23,10 @@ from raydc.core.search.nearest import nearest
 from raydc.core.training.settings import DistillSettings
 
 _START_ITERATIONS = 25
+"""Iterations of k-means over the directions of the sample, before the first epoch."""
+
 _PREFIX = "taught."
+"""Beginning of the names of the state tensors of the class source."""
 
 
 def class_weights(masses_K: Tensor) -> Tensor:
@@ -89,20 +92,20 @@ class Distill(Objective):
         self.register_buffer("width", torch.ones(()))
         self.register_buffer("class_weights", torch.ones(len(centers_KL)))
         self.sample_rows = settings.start_rows
-        self.taught: _Taught | None = None
+        self.class_source: _ClassSource | None = None
         """What gives the ids of this epoch; no submodule, so neither optimizer nor ranks touch it."""
 
     @classmethod
-    def of(cls, parts: Parts) -> "Distill":
-        """Return the objective that starts from these parts."""
-        assert parts.autoencoder is not None
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        assert inputs.autoencoder is not None
         return cls(
-            parts.autoencoder,
-            parts.centers_KL,
-            parts.kernel,
-            parts.settings.distill,
-            teacher=parts.teacher,
-            arithmetic=parts.arithmetic,
+            inputs.autoencoder,
+            inputs.centers_KL,
+            inputs.kernel,
+            inputs.settings.distill,
+            teacher=inputs.teacher,
+            arithmetic=inputs.arithmetic,
         )
 
     @property
@@ -111,21 +114,22 @@ class Distill(Objective):
         return self.teacher is None and self.settings.metric == "cosine"
 
     @torch.no_grad()
-    def start(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Set origin and width; without a teacher, turn the centers of k-means into prototypes.
 
         Under cosine the origin is the mean of the code, and k-means goes on over the directions of the sample from
         those of the centers.
         """
         if self.uses_directions:
-            self.shift.copy_(sample_NL.double().mean(dim=0))
+            self.shift.copy_(weighted_mean(sample_NL, weights_N))
             u = self.prototypes().place(sample_NL)
+            weighted = u.double() if weights_N is None else u.double() * weights_N.double()[:, None]
             points = self.prototypes().place(self.points)
             for _ in range(_START_ITERATIONS):
                 sums = torch.zeros_like(points, dtype=torch.float64)
-                points = direction_means(sums.index_add_(0, nearest(u, points)[0][:, 0], u.double()), points)
+                points = direction_means(sums.index_add_(0, nearest(u, points)[0][:, 0], weighted), points)
             self.points.copy_(points)
-        squared = nearest(self.prototypes().place(sample_NL), self.points)[1].double().mean()
+        squared = weighted_mean(nearest(self.prototypes().place(sample_NL), self.points)[1], weights_N)
         # On the unit sphere -|u - p|^2 / (2 T) is (cosine - 1) / T; elsewhere the unit of T comes from the rows.
         unit = 1.0 if self.uses_directions else max(float(squared), 1e-12)
         self.width.fill_(self.settings.temperature * unit)
@@ -137,7 +141,7 @@ class Distill(Objective):
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Return the pass that gives every row its id: at the start of an epoch; of a teacher once in a process."""
-        if step != 0 or (self.teacher is not None and self.taught is not None):
+        if step != 0 or (self.teacher is not None and self.class_source is not None):
             return None
         if self.teacher is None:
             return _Ids(self, moves=epoch < self.settings.num_reclusterings)
@@ -146,8 +150,8 @@ class Distill(Objective):
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its parts `entropy` and `reconstruction`."""
-        assert self.taught is not None
-        return self.loss(batch.x_ND, batch.weights_N, self.taught.ids(batch))
+        assert self.class_source is not None
+        return self.loss(batch.x_ND, batch.weights_N, self.class_source.ids(batch))
 
     def loss(self, x_ND: Tensor, weights_N: Tensor, ids_N: Tensor) -> dict[str, Tensor]:
         """Return the sums of `forward` for given ids (N,) int64."""
@@ -169,30 +173,32 @@ class Distill(Objective):
         """Return the prototypes: a row's leaf is the class of the nearest."""
         return self.prototypes()
 
-    def memory(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """Return prototypes and weights, and without a teacher what gave the last ids."""
-        kept = super().memory()
-        return kept | self.taught.tensors() if self.taught is not None and self.teacher is None else kept
+        own = super().state_tensors()
+        if self.class_source is None or self.teacher is not None:
+            return own
+        return own | self.class_source.tensors()
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `memory` gave."""
-        found = {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)}
-        super().recall({n: t for n, t in tensors.items() if not n.startswith(_PREFIX)})
-        if found:
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state_tensors` gave."""
+        source = {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)}
+        super().load_state_tensors({n: t for n, t in tensors.items() if not n.startswith(_PREFIX)})
+        if source:
             frozen = copy.deepcopy(self.encoder).eval()
             frozen.load_state_dict(
-                {n.removeprefix("encoder."): t for n, t in found.items() if n.startswith("encoder.")}
+                {n.removeprefix("encoder."): t for n, t in source.items() if n.startswith("encoder.")}
             )
             device = self.points.device
-            points = Prototypes(**{n.removeprefix("points."): t for n, t in found.items() if n.startswith("points.")})
-            self.taught = _Taught(frozen, points.to(device), None, self.arithmetic)
+            points = Prototypes(**{n.removeprefix("points."): t for n, t in source.items() if n.startswith("points.")})
+            self.class_source = _ClassSource(frozen, points.to(device), None, self.arithmetic)
 
 
 def _nearest_class(z_NL: Tensor, prototypes: Prototypes) -> Tensor:
     return prototypes.classes_M[nearest(prototypes.place(z_NL), prototypes.points_ML)[0][:, 0]]
 
 
-class _Taught:
+class _ClassSource:
     """What gives a row its id between two passes."""
 
     def __init__(
@@ -212,10 +218,10 @@ class _Taught:
         return _nearest_class(encode(self._encoder, batch.x_ND, self._arithmetic), self._answers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what `Distill.recall` needs; nothing of one rank alone."""
+        """Return what `Distill.load_state_tensors` needs; nothing of one rank alone."""
         assert self._encoder is not None and isinstance(self._answers, Prototypes)
-        found = {f"{_PREFIX}encoder.{name}": t for name, t in self._encoder.state_dict().items()}
-        return found | {f"{_PREFIX}points.{name}": t for name, t in self._answers.tensors().items()}
+        encoder = {f"{_PREFIX}encoder.{name}": t for name, t in self._encoder.state_dict().items()}
+        return encoder | {f"{_PREFIX}points.{name}": t for name, t in self._answers.tensors().items()}
 
 
 class _Ids:
@@ -226,7 +232,7 @@ class _Ids:
         self._prototypes = model.prototypes()
         num_classes, dim = model.centers.shape
         self._sums = LeafSums.zeros(num_classes, dim, model.points.device)
-        # Rows, rows whose id changed.
+        # Weights of the rows, and of those whose id changed.
         self._counts = torch.zeros(2, dtype=torch.float64, device=model.points.device)
         self._kept: list[Tensor] = []
 
@@ -235,35 +241,37 @@ class _Ids:
         model = self._model
         z = encode(model.encoder, batch.x_ND, model.arithmetic)
         ids = model.teacher.classes(batch.x_ND) if model.teacher is not None else _nearest_class(z, self._prototypes)
-        changed = len(batch) if model.taught is None else int((model.taught.ids(batch) != ids).sum())
-        self._counts += torch.tensor([len(batch), changed], dtype=torch.float64, device=z.device)
+        weights = changed = batch.weights_N.double()
+        if model.class_source is not None:
+            changed = weights * (model.class_source.ids(batch) != ids)
+        self._counts += torch.stack([weights.sum(), changed.sum()])
         u = self._prototypes.place(z)
         self._sums.add(u, ids, torch.zeros_like(u[:, 0]), batch.weights_N)
         if batch.positions_N is not None:
             self._kept.append(ids if model.teacher is not None else z)
 
     def sums(self) -> Tensor:
-        """Return masses and sums of the classes, and the counts of rows, as one tensor."""
+        """Return masses and sums of the classes, and the weights of all and of the changed rows, as one tensor."""
         return torch.cat([self._sums.packed().flatten(), self._counts])
 
     def end(self, sums: Tensor) -> dict[str, Any]:
         """Move the prototypes, keep the ids; return changed, empty and largest_share."""
         model = self._model
-        found = LeafSums.unpacked(sums[:-2].reshape(self._sums.packed().shape))
-        masses = found.weights_K
+        leaves = LeafSums.unpacked(sums[:-2].reshape(self._sums.packed().shape))
+        masses = leaves.weights_K
         with torch.no_grad():
             if self._moves:
                 directions = model.uses_directions
-                means = direction_means(found.sums_KD, model.points) if directions else found.means(model.points)
+                means = direction_means(leaves.sums_KD, model.points) if directions else leaves.means(model.points)
                 model.points.copy_(means)
             if model.settings.class_weights == "balanced":
                 model.class_weights.copy_(class_weights(masses))
         if model.teacher is not None:
             ids = torch.cat(self._kept) if self._kept else None
-            model.taught = _Taught(None, model.teacher, ids, model.arithmetic)
+            model.class_source = _ClassSource(None, model.teacher, ids, model.arithmetic)
         else:
             now = model.prototypes()
             ids = torch.cat([_nearest_class(z, now) for z in self._kept]) if self._kept else None
-            model.taught = _Taught(copy.deepcopy(model.encoder).eval(), now, ids, model.arithmetic)
-        seen = {"empty": int((masses == 0).sum()), "largest_share": float(masses.max() / masses.sum())}
-        return seen if model.teacher is not None else seen | {"changed": float(sums[-1] / sums[-2])}
+            model.class_source = _ClassSource(copy.deepcopy(model.encoder).eval(), now, ids, model.arithmetic)
+        numbers = {"empty": int((masses == 0).sum()), "largest_share": float(masses.max() / masses.sum())}
+        return numbers if model.teacher is not None else numbers | {"changed": float(sums[-1] / sums[-2])}

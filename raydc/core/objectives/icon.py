@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raydc.core.hashing import stream_seed
 from raydc.core.objectives.heads import Heads, log_marginal, rotating_rows
-from raydc.core.objectives.objective import Minibatch, Parts
+from raydc.core.objectives.objective import Minibatch, ObjectiveInputs
 
 
 def log_lift(log_phi_NK: Tensor, log_phi2_NK: Tensor, log_pk_K: Tensor) -> Tensor:
@@ -31,13 +31,23 @@ def log_debiased(log_lift: Tensor, alpha: float) -> Tensor:
     return torch.logaddexp(log_lift + math.log1p(-alpha), log_lift.new_tensor(math.log(alpha)))
 
 
-def negative_loss(phi_NK: Tensor, phi_MK: Tensor, pk_K: Tensor, alpha: float) -> Tensor:
-    """Return -mean_j log(N q~(j | i)) over M rows drawn at random, as (N,); alpha > 0.
+def negative_loss(
+    phi_NK: Tensor, phi_MK: Tensor, pk_K: Tensor, alpha: float, weights_M: Tensor | None = None
+) -> Tensor:
+    """Return -mean_j log(N q~(j | i)) over M rows drawn at random, as (N,).
 
     Without logarithms inside: alpha keeps the sum away from 0, and one matrix product makes all N x M pairs.
+
+    Args:
+        phi_NK: (N, K) p(c | x) of the rows.
+        phi_MK: (M, K) p(c | x) of the drawn ones.
+        pk_K: (K,) marginals.
+        alpha: above 0.
+        weights_M: (M,) row weights of the mean; None for 1 each.
     """
     lift = (phi_NK / pk_K.clamp_min(1e-8).to(phi_NK.dtype)) @ phi_MK.T
-    return -torch.log((1.0 - alpha) * lift + alpha).mean(dim=1)
+    logs = torch.log((1.0 - alpha) * lift + alpha)
+    return -logs.mean(dim=1) if weights_M is None else -(logs @ weights_M) / weights_M.sum()
 
 
 class Icon(Heads):
@@ -52,35 +62,45 @@ class Icon(Heads):
     """
 
     negatives: Tensor
-    steps: Tensor
+    """(P, D) float32 pool of rows from which each step takes its negatives."""
 
-    def __init__(self, parts: Parts) -> None:
-        plan = parts.settings.head
-        assert plan is not None
-        super().__init__(parts, plan, 1)
-        self.register_buffer("negatives", torch.empty(0, parts.dim))
+    negative_weights: Tensor
+    """(P,) float32 row weights of the pool; (0,) where all are 1."""
+
+    steps: Tensor
+    """() int64 steps so far."""
+
+    def __init__(self, inputs: ObjectiveInputs) -> None:
+        super().__init__(inputs)
+        self.register_buffer("negatives", torch.empty(0, inputs.dim))
+        self.register_buffer("negative_weights", torch.empty(0))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def start(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Start the head, and choose the rows from which each step takes its negatives."""
-        super().start(sample_NL)
-        if self.plan.alpha > 0:
+        super().initialize(sample_NL, weights_N)
+        if self.plan.debiasing > 0:
             chosen = rotating_rows(len(sample_NL), 16 * self.plan.num_negatives, 0, stream_seed(self.seed, 16))
-            self.negatives = sample_NL[chosen.to(sample_NL.device)].clone()
+            chosen = chosen.to(sample_NL.device)
+            self.negatives = sample_NL[chosen].clone()
+            if weights_N is not None:
+                self.negative_weights = weights_N[chosen].clone()
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its part `attraction`."""
-        assert batch.partners is not None
-        alpha, head, marginals = self.plan.alpha, self.heads[0], self.marginals[0]
+        assert batch.positives is not None
+        alpha, head, marginals = self.plan.debiasing, self.heads[0], self.marginals[0]
         log_phi = head(batch.x_ND)
-        lift = log_lift(log_phi, head(batch.partners.x_ND), log_marginal(marginals))
+        lift = log_lift(log_phi, head(batch.positives.x_ND), log_marginal(marginals))
         losses = -(1.0 - alpha) * log_debiased(lift, alpha)
         attraction = (batch.weights_N * losses).sum()
         if alpha > 0:
             rows = rotating_rows(len(self.negatives), self.plan.num_negatives, int(self.steps), self.seed)
-            others = head(self.negatives[rows.to(self.negatives.device)]).exp()
-            losses = losses + alpha * negative_loss(log_phi.exp(), others, marginals, alpha)
-        self._keep_sums(batch, [log_phi], [losses])
+            rows = rows.to(self.negatives.device)
+            weights = self.negative_weights[rows].to(log_phi.dtype) if len(self.negative_weights) else None
+            others = head(self.negatives[rows]).exp()
+            losses = losses + alpha * negative_loss(log_phi.exp(), others, marginals, alpha, weights)
+        self._note_step(batch, [log_phi], [losses])
         return {"loss": (batch.weights_N * losses).sum(), "attraction": attraction.detach()}
 
     def after_step(self, sums: Tensor | None) -> None:
@@ -88,7 +108,8 @@ class Icon(Heads):
         super().after_step(sums)
         self.steps += 1
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `memory` gave; the negatives' number is known only now."""
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state_tensors` gave; the negatives' number is known only now."""
         self.negatives = tensors["negatives"].to(self.negatives.device)
-        super().recall(tensors)
+        self.negative_weights = tensors["negative_weights"].to(self.negatives.device)
+        super().load_state_tensors(tensors)

@@ -1,12 +1,14 @@
 """Improved Deep Embedded Clustering (IDEC): DEC that keeps its decoder. Letters: N rows, K leaves, D width."""
 
 from collections.abc import Callable
+from typing import Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.objectives.dec import PAPER_TARGET, Dec, Target
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Parts
+from raydc.core.objectives.objective import ObjectiveInputs
 from raydc.core.objectives.reconstruction import squared_error
 
 
@@ -22,32 +24,33 @@ class Idec(Dec):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        decoder: nn.Module,
+        autoencoder: Autoencoder,
         centers_KL: Tensor,
         kernel: Kernel,
         target: Target = PAPER_TARGET,
         *,
         gamma: float,
         arithmetic: str = "float32",
+        num_local_rows: int = 0,
     ) -> None:
-        super().__init__(encoder, centers_KL, kernel, target, arithmetic=arithmetic)
-        self.decoder = decoder
+        super().__init__(
+            autoencoder.encoder, centers_KL, kernel, target, arithmetic=arithmetic, num_local_rows=num_local_rows
+        )
+        self.decoder = autoencoder.decoder
         self.gamma = gamma
 
     @classmethod
-    def of(cls, parts: Parts) -> "Idec":
-        """Return the objective that starts from these parts."""
-        assert parts.autoencoder is not None
-        net, refine = parts.autoencoder, parts.settings.refine
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        assert inputs.autoencoder is not None
         return cls(
-            net.encoder,
-            net.decoder,
-            parts.centers_KL,
-            parts.kernel,
-            Target.of(refine),
-            gamma=refine.gamma,
-            arithmetic=parts.arithmetic,
+            inputs.autoencoder,
+            inputs.centers_KL,
+            inputs.kernel,
+            Target.from_settings(inputs.settings.refine),
+            gamma=inputs.settings.refine.clustering_weight,
+            arithmetic=inputs.arithmetic,
+            num_local_rows=inputs.num_local_rows,
         )
 
     def loss(self, x_ND: Tensor, weights_N: Tensor, log_p_of: Callable[[slice], Tensor]) -> dict[str, Tensor]:

@@ -7,24 +7,27 @@ from added-up sums alone.
 
 The course of a fit, and the member that is called:
 
-1. `build` (raydc.core.objectives.build) makes the objective from `Parts`, in a new fit and in a resumed one.
-2. New fit only: `start` with a sample of the codes, the same on every rank. Resumed fit: `recall` with the tensors that
-   `memory` gave to the checkpoint.
-3. Before each step `refresh`: None, or a pass over all rows of all ranks (`run_pass`).
-4. `batch_sums`, if the loss needs numbers of the whole step's rows; the trainer puts their sum into `Minibatch.sums`.
+1. `check_inputs`, before anything is trained: a pass that refuses rows which the objective cannot take.
+2. `from_inputs` makes the objective, in a new fit and in a resumed one. What must be known before, such as its title
+   and whether it needs an autoencoder or pairs, is its line in raydc.core.objectives.table.
+3. New fit only: `initialize` with a sample of the codes, the same on every rank. Resumed fit: `load_state_tensors`,
+   with what `state_tensors` gave to the checkpoint.
+4. Before an epoch `reclusters`: whether Lloyd's iterations move the centers (`set_centers`). Before each step
+   `refresh`: None, or a pass over all rows of all ranks (`run_pass`).
+5. `batch_sums`, if the loss needs numbers of the whole step's rows; the trainer puts their sum into `Minibatch.sums`.
    Passes and such sums run without gradients and outside autocast: `snapshot.encode` brings the training's arithmetic.
-5. The module is called with the `Minibatch`, in the training's arithmetic, and returns weighted sums over its rows. The
+6. The module is called with the `Minibatch`, in the training's arithmetic, and returns weighted sums over its rows. The
    trainer divides by the weight of the step's rows on all ranks, goes backward and lets the optimizer step.
-6. `after_step`, with the sums that `step_sums` returned, added up over the ranks.
-7. After the last epoch: `ending` says whether the centers stay as they are or k-means has the last word; then
+7. `after_step`, with the sums that `step_sums` returned, added up over the ranks.
+8. After the last epoch: `final_centers` says whether the centers stay as they are or k-means has the last word; then
    `centers` and `predictor` decide the leaf of a row (raydc.core.models.predictor).
 
 Letters: N rows, K leaves, D width of a preprocessed row, L width of the code (D where there is no encoder).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +39,15 @@ from raydc.core.objectives.kernel import Kernel
 from raydc.core.training.settings import FitSettings
 
 _KERNEL = "kernel"
+"""Name of the kernel among the state tensors."""
+
+_AUTOENCODER = ("encoder.", "decoder.")
+"""Beginnings of the names of weights that are saved with the autoencoder."""
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Rows as an objective meets them; possibly none."""
+    """Rows as an objective sees them; possibly none."""
 
     keys_N: Tensor
     """(n,) int64, the row's place in the input: the same in every run, on every rank."""
@@ -55,7 +62,7 @@ class Minibatch:
     """(n,) int64 places in this rank's resident shard, where numbers may be kept per row; None for streamed rows."""
 
     seed: int
-    """Of the noise of this epoch: hash it with the keys (raydc.core.hashing)."""
+    """Seed of this epoch's noise: hash it with the keys (raydc.core.hashing)."""
 
     total_weight: Tensor | None = None
     """Float64 scalar: the weight of the step's rows on all ranks. None in a pass."""
@@ -63,42 +70,45 @@ class Minibatch:
     sums: Tensor | None = None
     """What `batch_sums` returned, added up over all ranks. None where it returned None, and in a pass."""
 
-    partners: "Minibatch | None" = None
-    """A second row for each row, where the fit was given a source of them (`needs_partners`)."""
+    positives: "Minibatch | None" = None
+    """(n,) a second row for each row, such as a neighbor, where the table of objectives says `needs_pairs`."""
 
     def __len__(self) -> int:
         return len(self.keys_N)
 
 
-@dataclass(frozen=True)
-class Parts:
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveInputs:
     """What an objective is made from, the same on every rank."""
 
     autoencoder: Autoencoder | None
-    """Pretrained; None for an objective that works on the preprocessed rows (see `build.uses_autoencoder`)."""
+    """Pretrained; None for an objective that works on the preprocessed rows (see raydc.core.objectives.table)."""
 
     centers_KL: Tensor
-    """Those of k-means over all rows."""
+    """(K, L) float32 centers of k-means over all rows, on the training device."""
 
     kernel: Kernel
-    """Calibrated to them."""
+    """Calibrated to the centers."""
 
     settings: FitSettings
     arithmetic: str
-    """`bf16` or `float32`, of the layers in training."""
+    """Arithmetic of the layers in training: `bf16` or `float32`."""
 
     num_rows: int
-    """Of all ranks."""
+    """Rows of all ranks."""
 
     dim: int
     """D."""
 
+    num_local_rows: int = 0
+    """Rows that a pass sees on this rank, where that is known: room to take for what is kept of them."""
+
     teacher: Teacher | None = None
-    """Whose classes are to be learned."""
+    """A fitted model whose classes are to be learned."""
 
 
 class Pass(Protocol):
-    """One look at all rows of all ranks."""
+    """A sweep over all rows of all ranks."""
 
     def add(self, batch: Minibatch) -> None:
         """Count rows of this rank."""
@@ -110,16 +120,16 @@ class Pass(Protocol):
         """Take the sums of all ranks; return numbers for the history of the epoch.
 
         `changed`, the share of the rows whose leaf is another one than at the last pass (1 in the first), ends the fit
-        when it falls below refine.tolerance.
+        when it falls below refine.tolerance. Both are weights of rows, never their number.
         """
 
 
-def run_pass(one: Pass, blocks: Iterable[Minibatch], all_sum: Any) -> dict[str, Any]:
+def run_pass(sweep: Pass, blocks: Iterable[Minibatch], all_sum: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Return the numbers of a pass over this rank's rows; `all_sum` adds up a tensor over the ranks."""
     with torch.no_grad():
         for batch in blocks:
-            one.add(batch)
-        return one.end(all_sum(one.sums()))
+            sweep.add(batch)
+        return sweep.end(all_sum(sweep.sums()))
 
 
 class Objective(nn.Module):
@@ -131,30 +141,38 @@ class Objective(nn.Module):
     """
 
     encoder: nn.Module | None
-    """Of the clustering space; None for the preprocessed rows themselves."""
+    """Network into the clustering space; None for the preprocessed rows themselves."""
 
     centers: Tensor
     """(K, L) centers as they are now: a parameter, or a buffer where the optimizer is not to move them."""
 
     kernel: Kernel
-    """Of the confidence of a label by the nearest center."""
+    """Shape of the confidence of a label by the nearest center."""
 
     sample_rows = 0
-    """Rows of the sample that `start` gets, about."""
+    """Rows of the sample that `initialize` gets, about."""
 
-    num_local = 0
-    """Rows that a pass meets on this rank, where that is known; for what it keeps of them. Set by the fit."""
-
-    needs_partners = False
-    """Whether each row comes with a second one (`Minibatch.partners`)."""
-
-    ending: Literal["keep", "lloyd", "kmeans"] = "keep"
+    final_centers: Literal["keep", "lloyd", "kmeans"] = "keep"
     """After the last epoch: keep the centers; Lloyd's iterations from them; or k-means anew."""
 
-    def start(self, sample_NL: Tensor) -> None:
-        """Begin a new fit; the sample is of the codes (or preprocessed rows), on the training device, (0, L) if none.
+    @classmethod
+    def check_inputs(cls, settings: FitSettings) -> Pass | None:
+        """Return a pass over all rows that comes before any training and refuses what the objective cannot take."""
+        return None
+
+    @classmethod
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        raise NotImplementedError
+
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
+        """Begin a new fit.
 
         Every rank gets the same rows and must end with the same numbers.
+
+        Args:
+            sample_NL: (N, L) float32 codes, or preprocessed rows, on the training device; (0, L) for `sample_rows` 0.
+            weights_N: (N,) float32 row weights; None where all are 1.
         """
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
@@ -170,17 +188,12 @@ class Objective(nn.Module):
         return None
 
     def reclusters(self, epoch: int) -> bool:
-        """Return whether Lloyd's iterations over all rows move the centers (`take_centers`) before this epoch."""
+        """Return whether Lloyd's iterations over all rows move the centers (`set_centers`) before this epoch."""
         return False
 
     def batch_sums(self, batch: Minibatch) -> Tensor | None:
         """Return numbers of this rank's rows of the step, to be added up over the ranks before the loss."""
         return None
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether it has a `step_sums`; the rows of a step need not be kept for one that has none."""
-        return type(self).step_sums is not Objective.step_sums
 
     def step_sums(self, batch: Minibatch) -> Tensor | None:
         """Return numbers of this rank's rows of the step under the weights just stepped, to be added up."""
@@ -189,8 +202,8 @@ class Objective(nn.Module):
     def after_step(self, sums: Tensor | None) -> None:
         """Take the sums of all ranks after the optimizer's step."""
 
-    def take_centers(self, centers_KL: Tensor, kernel: Kernel) -> None:
-        """Take the centers that k-means found, and the kernel calibrated to them."""
+    def set_centers(self, centers_KL: Tensor, kernel: Kernel) -> None:
+        """Take (K, L) centers from k-means, and the kernel calibrated to them."""
         with torch.no_grad():
             self.centers.copy_(centers_KL)
         self.kernel = kernel
@@ -199,16 +212,27 @@ class Objective(nn.Module):
         """Return what decides a row's leaf and confidence; None: the nearest center and the kernel."""
         return None
 
-    def memory(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold beside the autoencoder's weights; nothing of one rank alone."""
-        kept = {k: t for k, t in self.state_dict().items() if not k.startswith(("encoder.", "decoder."))}
-        return kept | {_KERNEL: torch.tensor([self.kernel.alpha, self.kernel.scale], dtype=torch.float64)}
+        own = {k: t for k, t in self.state_dict().items() if not k.startswith(_AUTOENCODER)}
+        return own | {_KERNEL: torch.tensor([self.kernel.alpha, self.kernel.scale], dtype=torch.float64)}
 
-    def recall(self, tensors: dict[str, Tensor]) -> None:
-        """Take what `memory` gave."""
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take what `state_tensors` gave.
+
+        Raises:
+            ValueError: tensors are missing, or unknown.
+        """
         self.kernel = Kernel(*tensors[_KERNEL].tolist())
-        kept = {k: t for k, t in tensors.items() if k != _KERNEL}
-        missing, unexpected = self.load_state_dict(kept, strict=False)
-        lost = [k for k in missing if not k.startswith(("encoder.", "decoder."))]
+        missing, unexpected = self.load_state_dict({k: t for k, t in tensors.items() if k != _KERNEL}, strict=False)
+        lost = [k for k in missing if not k.startswith(_AUTOENCODER)]
         if lost or unexpected:
             raise ValueError(f"the checkpoint lacks {lost} and has {unexpected} that the objective does not know")
+
+
+def weighted_mean(z_NL: Tensor, weights_N: Tensor | None) -> Tensor:
+    """Return the (L,) float64 mean of rows by their weights; None for 1 each."""
+    if weights_N is None:
+        return z_NL.double().mean(dim=0)
+    weights = weights_N.double()
+    return weights @ z_NL.double() / weights.sum()

@@ -51,18 +51,18 @@ class Snapshot:
         return log_soft_assign(self.codes(batch, arithmetic), self.centers_KL, kernel).argmax(dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what `of` needs; nothing of one rank alone."""
-        found = {f"{_PREFIX}encoder.{name}": t for name, t in self.encoder.state_dict().items()}
-        return found | {f"{_PREFIX}centers": self.centers_KL, f"{_PREFIX}frequencies": self.frequencies_K}
+        """Return what `from_tensors` needs; nothing of one rank alone."""
+        encoder = {f"{_PREFIX}encoder.{name}": t for name, t in self.encoder.state_dict().items()}
+        return encoder | {f"{_PREFIX}centers": self.centers_KL, f"{_PREFIX}frequencies": self.frequencies_K}
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], encoder: nn.Module) -> "Snapshot":
+    def from_tensors(cls, tensors: dict[str, Tensor], encoder: nn.Module) -> "Snapshot":
         """Return the snapshot that `tensors` gave, on the device of an encoder of the same shape."""
-        found = {name.removeprefix(_PREFIX): t for name, t in tensors.items()}
+        own = {name.removeprefix(_PREFIX): t for name, t in tensors.items()}
         frozen = copy.deepcopy(encoder).eval()
-        frozen.load_state_dict({n.removeprefix("encoder."): t for n, t in found.items() if n.startswith("encoder.")})
+        frozen.load_state_dict({n.removeprefix("encoder."): t for n, t in own.items() if n.startswith("encoder.")})
         device = next(encoder.parameters()).device
-        return cls(frozen, found["centers"].to(device), found["frequencies"].to(device))
+        return cls(frozen, own["centers"].to(device), own["frequencies"].to(device))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raydc.core.models.head import Head
 from raydc.core.objectives.heads import Heads, log_marginal
-from raydc.core.objectives.objective import Minibatch, Parts
+from raydc.core.objectives.objective import Minibatch, ObjectiveInputs
 
 
 def pair_loss(log_s_NK: Tensor, log_t_NK: Tensor, log_pk_K: Tensor, *, beta: float) -> Tensor:
@@ -17,7 +17,7 @@ def pair_loss(log_s_NK: Tensor, log_t_NK: Tensor, log_pk_K: Tensor, *, beta: flo
 
     Args:
         log_s_NK: (N, K) log p_s of the rows, by the student.
-        log_t_NK: (N, K) log p_t of their partners, by the teacher.
+        log_t_NK: (N, K) log p_t of their positives, by the teacher.
         log_pk_K: (K,) log of the marginals.
         beta: 1 is pointwise mutual information; less keeps the leaves even, also where that cuts large groups.
 
@@ -44,31 +44,31 @@ class Temi(Heads):
     prototypes may grow (see Head); and heads without hidden layers may start at k-means centers.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        plan = parts.settings.head
-        assert plan is not None
-        super().__init__(parts, plan, plan.num_heads)
+    def __init__(self, inputs: ObjectiveInputs) -> None:
+        super().__init__(inputs, inputs.settings.head.num_heads)
         self.teachers = copy.deepcopy(self.heads).requires_grad_(False)
 
-    def start(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Start the students, and the teachers at the same numbers."""
-        super().start(sample_NL)
+        super().initialize(sample_NL, weights_N)
         self.teachers.load_state_dict(self.heads.state_dict())
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return the weighted sum over the rows, `loss`, its mean over the heads."""
-        assert batch.partners is not None
-        x, x2 = batch.x_ND, batch.partners.x_ND
+        assert batch.positives is not None
+        x, x2 = batch.x_ND, batch.positives.x_ND
         with torch.no_grad():
-            taught = [(teacher(x), teacher(x2)) for teacher in self.judges()]
-            weight = torch.stack([pair_weight(t, t2) for t, t2 in taught]).mean(dim=0)
+            targets = [(teacher(x), teacher(x2)) for teacher in self.labeling_heads()]
+            weight = torch.stack([pair_weight(t, t2) for t, t2 in targets]).mean(dim=0)
         losses = []
-        for head, (t, t2), marginals in zip(self.heads, taught, self.marginals, strict=True):
+        for head, (t, t2), marginals in zip(self.heads, targets, self.marginals, strict=True):
             log_pk = log_marginal(marginals)
             s, s2 = head(x), head(x2)
-            both = pair_loss(s, t2, log_pk, beta=self.plan.beta) + pair_loss(s2, t, log_pk, beta=self.plan.beta)
+            both = pair_loss(s, t2, log_pk, beta=self.plan.pair_exponent) + pair_loss(
+                s2, t, log_pk, beta=self.plan.pair_exponent
+            )
             losses.append(weight * 0.5 * both)
-        self._keep_sums(batch, [t for t, _ in taught], losses)
+        self._note_step(batch, [t for t, _ in targets], losses)
         return {"loss": (batch.weights_N * torch.stack(losses).mean(dim=0)).sum()}
 
     def after_step(self, sums: Tensor | None) -> None:
@@ -77,6 +77,6 @@ class Temi(Heads):
         for ours, theirs in zip(self.teachers.parameters(), self.heads.parameters(), strict=True):
             ours.lerp_(theirs.detach(), 1.0 - self.plan.teacher_momentum)
 
-    def judges(self) -> list[Head]:
+    def labeling_heads(self) -> list[Head]:
         """Return the teachers."""
         return [head for head in self.teachers if isinstance(head, Head)]

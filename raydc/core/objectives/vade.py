@@ -4,7 +4,7 @@ Letters: N rows, K components, D width of a row, L latent width.
 """
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,15 @@ from raydc.core.hashing import hash_keys, normal
 from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.models.mixture import Mixture, fit_mixture, log_joint
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Minibatch, Objective, Parts, Pass
+from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, Pass
 from raydc.core.search.nearest import nearest
-from raydc.core.training.settings import VadeSettings
+from raydc.core.training.settings import FitSettings, VadeSettings
 
 LOG_VARIANCE_BOUNDS = (-8.0, 8.0)
-"""Of the components and of the posterior, in a latent scaled to variances of about 1 inside a component."""
+"""Bounds for components and posterior, in a latent scaled to variances of about 1 inside a component."""
 
 _START_LOG_VARIANCE = math.log(0.01)
-"""Of the posterior: a tenth of a component's deviation, so the pretrained decoder still knows what it is given."""
+"""The posterior's at the start: a tenth of a component's deviation, so the pretrained decoder still knows its input."""
 
 
 def prior_divergence(log_gamma_NK: Tensor, mean_NL: Tensor, log_variance_NL: Tensor, mixture: Mixture) -> Tensor:
@@ -91,7 +91,7 @@ def to_logits(decoder: nn.Sequential) -> None:
 
 
 class UnitRange:
-    """The pass that refuses rows with elements outside [0, 1], of which a Bernoulli decoder has no likelihood."""
+    """The pass that refuses rows with elements outside [0, 1]: a Bernoulli decoder has no likelihood for them."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64)
@@ -115,7 +115,7 @@ class UnitRange:
         if outside:
             raise ValueError(
                 f"vade.likelihood=bernoulli takes preprocessed rows in [0, 1]; {outside} of {count} rows leave it. Set "
-                "vade.likelihood=gaussian, or scale the rows (preprocess.method=scale with a factor)."
+                "vade.likelihood=gaussian, or preprocess the rows into [0, 1]."
             )
         return {}
 
@@ -153,12 +153,17 @@ class Vade(Objective):
         self.kl_weight = settings.kl_weight
 
     @classmethod
-    def of(cls, parts: Parts) -> "Vade":
-        """Return the objective that starts from these parts."""
-        assert parts.autoencoder is not None
-        model = cls(parts.autoencoder, len(parts.centers_KL), parts.kernel, parts.settings.vade)
+    def check_inputs(cls, settings: FitSettings) -> Pass | None:
+        """Return the pass that refuses rows for which a Bernoulli decoder has no likelihood."""
+        return UnitRange() if settings.vade.likelihood == "bernoulli" else None
+
+    @classmethod
+    def from_inputs(cls, inputs: ObjectiveInputs) -> Self:
+        """Return the objective that starts from these inputs."""
+        assert inputs.autoencoder is not None
+        model = cls(inputs.autoencoder, len(inputs.centers_KL), inputs.kernel, inputs.settings.vade)
         with torch.no_grad():
-            model.means.copy_(parts.centers_KL)
+            model.means.copy_(inputs.centers_KL)
         return model
 
     @property
@@ -174,11 +179,12 @@ class Vade(Objective):
         )
 
     @torch.no_grad()
-    def start(self, sample_NL: Tensor) -> None:
+    def initialize(self, sample_NL: Tensor, weights_N: Tensor | None = None) -> None:
         """Scale the code to a variance of 1 inside the k-means clusters, and fit the mixture to the sample from them.
 
         A plain autoencoder's code has any origin and unit, while the bounds of the variances, the steps of Adam and
-        the start of log v mean something for variances near 1 only.
+        the start of log v mean something for variances near 1 only. Row weights play no part: scikit-learn's mixture,
+        which is fitted here, takes none.
         """
         ids = nearest(sample_NL, self.means.to(sample_NL.device))[0][:, 0]
         inside = (sample_NL - self.means[ids]).double()
@@ -186,13 +192,13 @@ class Vade(Objective):
         shift = sample_NL.double().mean(dim=0).to(sample_NL)
         rescale(self.encoder, self.decoder, shift, deviation)
         z = ((sample_NL - shift) / deviation).cpu()
-        found, _ = fit_mixture(
+        mixture, _ = fit_mixture(
             z, ids.cpu(), num_components=len(self.means), num_iterations=self.settings.start_iterations, floor=1e-3
         )
         if self.weight_logits.requires_grad:
-            self.weight_logits.copy_(found.log_weights_K)
-        self.means.copy_(found.means_KL)
-        self.log_variances.copy_(found.log_variances_KL)
+            self.weight_logits.copy_(mixture.log_weights_K)
+        self.means.copy_(mixture.means_KL)
+        self.log_variances.copy_(mixture.log_variances_KL)
         if self.settings.likelihood == "bernoulli":
             to_logits(self.decoder)
 

@@ -38,7 +38,7 @@ class Shard:
     """(C + 1,): the rows of cell c are bounds[c] to bounds[c + 1]; one cell where the search is exact."""
 
     @classmethod
-    def of(cls, keys_N: Ints, x_ND: npt.NDArray[np.float32]) -> "Shard":
+    def from_rows(cls, keys_N: Ints, x_ND: npt.NDArray[np.float32]) -> "Shard":
         """Return a shard of one cell."""
         return cls(keys_N, x_ND, np.array([0, len(keys_N)], np.int64))
 

@@ -217,7 +217,9 @@ def choose_moves(cost_K: Tensor, into_K: Tensor, gain_K: Tensor, *, most: int) -
     cost, gain = rounded(cost_K.cpu().numpy()), rounded(gain_K.cpu().numpy())
     cheapest, best = cost.argsort(kind="stable").tolist(), (-gain).argsort(kind="stable").tolist()
     into = into_K.tolist()
-    touched, chosen, place = set[int](), [], 0
+    touched: set[int] = set()
+    chosen: list[tuple[int, int, int]] = []
+    place = 0
     for leaf in cheapest:
         while place < len(best) and best[place] in touched:
             place += 1
@@ -297,7 +299,7 @@ def partition_of(
     """
     dim = centers_KD.shape[1]
     probe_D = torch.randn(dim, generator=torch.Generator().manual_seed(seed)).to(centers_KD.device)
-    sums = LeafSums.zeros(*centers_KD.shape, centers_KD.device)
+    sums = LeafSums.zeros(len(centers_KD), dim, centers_KD.device)
     power_KD = torch.zeros_like(sums.sums_KD)
     ids: list[Tensor] = []
     for z, weights in blocks():

@@ -19,15 +19,35 @@ import torch
 import faiss  # isort: skip
 from torch import Tensor
 
-_BLOCK_ROWS, _BLOCK_NUMBERS = 512, 2**19
-"""Of each thread's part of a product, which stays in its cache."""
+_BLOCK_ROWS = 512
+"""Rows of a product for each thread at most."""
+
+_BLOCK_NUMBERS = 2**19
+"""Numbers of a product for each thread at most, so that they stay in its cache."""
 
 _NUM_GROUPS = 32
-_LEAST_CENTERS, _LEAST_DIM, _LEAST_ROWS = 256, 64, 1024
-_MOST_PAIRS = 8
-"""Centers left for a row, on average of a block, above which a search in float32 is as fast."""
+"""Groups into which the centers are divided; most groups are ruled out by their least distance alone."""
 
-_UNIT_BF16, _UNIT_FLOAT32, _LEAST_NORMAL = 2.0**-9, 2.0**-24, 2.0**-126
+_LEAST_CENTERS = 256
+"""Centers below which the screen does not pay."""
+
+_LEAST_DIM = 64
+"""Width of a row below which the screen does not pay."""
+
+_LEAST_ROWS = 1024
+"""Rows below which the screen does not pay."""
+
+_MOST_PAIRS = 8
+"""Mean number of centers left for a row above which a search in float32 is as fast."""
+
+_UNIT_BF16 = 2.0**-9
+"""Largest relative error of rounding to bf16."""
+
+_UNIT_FLOAT32 = 2.0**-24
+"""Largest relative error of rounding to float32."""
+
+_LEAST_NORMAL = 2.0**-126
+"""Least normal number of bf16 and float32."""
 
 _Ids = npt.NDArray[np.int64]
 
@@ -53,7 +73,7 @@ def screened_nearest(z_ND: Tensor, centers_KD: Tensor) -> tuple[Tensor, Tensor]:
         centers_KD: (K, D) float32, alike.
     """
     z_ND, centers_KD = z_ND.contiguous(), centers_KD.contiguous()
-    screen = _Screen(centers_KD)
+    screen = Screen(centers_KD)
     nothing = np.empty(0, np.int64)
     rows, centers = [nothing], [nothing]
     for start in range(0, len(z_ND), screen.block_rows):
@@ -80,22 +100,26 @@ def screened_nearest(z_ND: Tensor, centers_KD: Tensor) -> tuple[Tensor, Tensor]:
     return ids_N, squared_N
 
 
-class _Screen:
-    """Half the squared distance without the row's own share, |c|^2 / 2 - z.c, in bf16, and the bound of its error.
+class Screen:
+    """A cheap bound on distances: which centers can be the nearest of each row.
 
-    Of rows and centers from which the mean of the centers was subtracted, so that the bound is that of their spread.
-    The first term comes out of the product as well: of three columns that are 1 in every row, and that add up to it.
+    It computes |c|^2 / 2 - z.c, half the squared distance without the row's own |z|^2 / 2, which is the same for all
+    centers. The product is in bf16. Its error has a bound, so a center farther behind the first than the bound is out.
+
+    The mean of the centers is subtracted from rows and centers first: the bound grows with their length. |c|^2 / 2
+    comes out of the product as well: each row ends with three ones, and each center with three bf16 numbers that add
+    up to |c|^2 / 2.
     """
 
     def __init__(self, centers_KD: Tensor) -> None:
         num_centers, self._dim = centers_KD.shape
         self._shift_D = centers_KD.mean(dim=0)
         centers_KD = centers_KD - self._shift_D
-        self._of_group = math.ceil(num_centers / _NUM_GROUPS)
-        padded = self._of_group * _NUM_GROUPS
+        self._group_size = math.ceil(num_centers / _NUM_GROUPS)
+        padded = self._group_size * _NUM_GROUPS
         self.block_rows = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // padded)) * torch.get_num_threads()
-        # One piece of memory for all blocks.
-        self._room_BE, self._room_BK = torch.ones(self.block_rows, self._dim + 3), torch.empty(self.block_rows, padded)
+        # One piece of memory for all blocks: rows with their three ones, and the products.
+        self._rows_BE, self.half_BK = torch.ones(self.block_rows, self._dim + 3), torch.empty(self.block_rows, padded)
         half_K = centers_KD.double().square().sum(dim=1).mul(0.5)
         self._minus_EK = centers_KD.new_zeros(self._dim + 3, padded)
         self._minus_EK[: self._dim, :num_centers] = -centers_KD.T
@@ -121,11 +145,11 @@ class _Screen:
         A row that is not finite has none.
         """
         num = len(z_BD)
-        rows_BE, half_BK = self._room_BE[:num], self._room_BK[:num]
+        rows_BE, half_BK = self._rows_BE[:num], self.half_BK[:num]
         z_BD = torch.sub(z_BD, self._shift_D, out=rows_BE[:, : self._dim])
-        with _products_in_bf16():
+        with products_in_bf16():
             torch.mm(rows_BE, self._minus_EK, out=half_BK)
-        half_BMG = half_BK.view(num, self._of_group, _NUM_GROUPS)
+        half_BMG = half_BK.view(num, self._group_size, _NUM_GROUPS)
         least_BG = half_BMG.amin(dim=1)
         reach_B = torch.linalg.vector_norm(z_BD, dim=1).mul_(2.0 * self._error).add_(2.0 * self._rounding)
         reach_B += least_BG.amin(dim=1)
@@ -135,14 +159,14 @@ class _Screen:
         row, group = np.divmod(np.flatnonzero(least_BG.numpy() <= reach), _NUM_GROUPS)
         if len(row) > _MOST_PAIRS * num:
             return None
-        pair, member = np.divmod(np.flatnonzero(half_BMG.numpy()[row, :, group] <= reach[row]), self._of_group)
+        pair, member = np.divmod(np.flatnonzero(half_BMG.numpy()[row, :, group] <= reach[row]), self._group_size)
         if len(pair) > _MOST_PAIRS * num:
             return None
         return row[pair], member * _NUM_GROUPS + group[pair]
 
 
 @contextmanager
-def _products_in_bf16() -> Iterator[None]:
+def products_in_bf16() -> Iterator[None]:
     """Let products of float32 matrices take the matrix unit; for the whole process, so for as short as one product."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision

@@ -9,6 +9,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+FORMAT = 2
+"""Version of the names of tensors and values. 2: the best head of temi and icon is `last_best`, before `judged`."""
+
 
 def save(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
     """Write `state.safetensors` and `state.json` into a folder."""
@@ -16,14 +19,14 @@ def save(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> No
     safetensors.torch.save_file(
         {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, folder / "state.safetensors"
     )
-    (folder / "state.json").write_text(json.dumps(values))
+    (folder / "state.json").write_text(json.dumps({"format": FORMAT} | values))
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what `save` wrote.
 
     Raises:
-        ValueError: the files are damaged.
+        ValueError: the files are damaged, or of another format.
     """
     try:
         # Read, not mapped: mapped tensors would change under our hands when the next checkpoint replaces the file.
@@ -31,9 +34,13 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (safetensors.SafetensorError, ValueError, RecursionError, FileNotFoundError) as error:
         raise ValueError(
-            f"the last checkpoint is damaged ({type(error).__name__}: {error}). Restore checkpoints/, or delete it "
-            "and stages/fit.json to fit again"
+            f"the last checkpoint is damaged ({type(error).__name__}: {error}). Restore it, or delete it to fit again"
         ) from None
+    if (known := values.get("format", 1)) != FORMAT:
+        raise ValueError(
+            f"the last checkpoint has format {known}, this version of raydc reads {FORMAT}. Delete it to fit again, or "
+            "finish with the version that wrote it"
+        )
     return tensors, values
 
 

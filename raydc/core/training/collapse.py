@@ -5,7 +5,6 @@ training step has computed anyway, and the sizes of the leaves at a refresh.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,17 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raydc.core.training.collectives import Ranks
-
-
-@dataclass(frozen=True)
-class WatchSettings:
-    """See raydc.config.config.WatchConfig."""
-
-    min_effective_rank: float
-    min_rank_share: float
-    max_empty_share: float
-    max_largest_share: float
-
+from raydc.core.training.settings import WatchSettings
 
 _WATCHED_STEPS = 64
 """Of an epoch, at least, where it has as many."""

@@ -4,7 +4,8 @@ Letters: N rows, D width of a row.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,27 +16,113 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydc.core.models.autoencoder import precision
 from raydc.core.models.preprocess import Preprocess
+from raydc.core.objectives.objective import Minibatch
 from raydc.core.process import block_rows
 from raydc.core.training.collapse import SpaceWatch
 from raydc.core.training.collectives import Ranks
-from raydc.core.training.rows import Rows, Step
+from raydc.core.training.rows import Batch, Rows, Step
 from raydc.core.training.settings import FitSettings
 
 _CHECK_STEPS = 100
+"""Steps between two checks that all losses are finite; each check waits for the device."""
 
 
-def _limit_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Scale the gradients down to this norm, as clip_grad_norm_ does, without a pass over those that are below it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # On a GPU the question itself would cost more than the pass: the CPU would wait for the answer.
-    if norm.device.type == "cpu" and bool(norm <= max_norm):
-        return
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+def make_optimizer(
+    name: str, parameters: Iterable[Any], *, learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Return the optimizer of a name: `adam` is AdamW, `sgd` has momentum 0.9.
+
+    Args:
+        name: `adam` or `sgd`.
+        parameters: tensors or groups, as PyTorch takes them.
+        learning_rate: of the groups without one of their own.
+        weight_decay: decoupled for `adam`.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
 
 
-def _nothing(step: Step) -> None:
-    """Do nothing after a step."""
+class Epoch(ABC):
+    """One training pass over the rows: what a phase does before, in and after each step."""
+
+    section = "refine"
+    """Field of FitSettings that holds the settings of the phase, for messages."""
+
+    def __init__(
+        self,
+        phase: str,
+        number: int,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_grad_norm: float | None,
+        encoder: nn.Module | None = None,
+        num_steps: int = 1,
+    ) -> None:
+        """Describe an epoch.
+
+        Args:
+            phase: for the history and messages.
+            number: counted from 0.
+            optimizer: of the parameters in the loss.
+            max_grad_norm: longer gradients are scaled down to it; None leaves them.
+            encoder: its codes are watched for collapse, and the history gets their effective rank.
+            num_steps: about how many there will be; the watch sees every n-th of many.
+        """
+        self.phase, self.number, self.optimizer = phase, number, optimizer
+        self.max_grad_norm, self.encoder, self.num_steps = max_grad_norm, encoder, num_steps
+
+    @abstractmethod
+    def steps(self) -> Iterator[Step]:
+        """Yield this rank's rows of each step."""
+
+    def before_step(self, number: int) -> bool:
+        """Prepare the step of this number; return False to end the epoch before it."""
+        return True
+
+    @abstractmethod
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Return weighted sums over the rows of a step: `loss` is minimized, the others go to the history."""
+
+    def after_step(self) -> None:  # noqa: B027 - most phases have nothing to do here
+        """Follow up on the optimizer's step."""
+
+
+class FiniteCheck:
+    """Stops a fit on every rank when a loss is not finite; nothing is saved before the check."""
+
+    def __init__(self, epoch: Epoch, ranks: Ranks) -> None:
+        self._epoch, self._ranks = epoch, ranks
+        self._losses: list[Tensor] = []
+
+    def add(self, loss: Tensor, number: int) -> None:
+        """Keep the loss of the step of this number; look at all that are kept when they are many."""
+        self._losses.append(loss)
+        if len(self._losses) == _CHECK_STEPS:
+            self.check(number)
+
+    def check(self, last_number: int) -> None:
+        """Look at the losses since the last check; every rank calls it.
+
+        Raises:
+            FloatingPointError: one is not finite, on any rank.
+        """
+        first_bad = torch.zeros(self._ranks.world_size, dtype=torch.int64)
+        if self._losses:
+            bad = ~torch.isfinite(torch.stack(self._losses))
+            if bool(bad.any()):
+                first_bad[self._ranks.rank] = last_number + 1 - len(self._losses) + int(bad.int().argmax()) + 1
+        first_bad = self._ranks.sum(first_bad)
+        if bool((first_bad > 0).any()):
+            # The earliest step: from the next one on, the gradients have carried it to every rank.
+            rank = int(torch.where(first_bad > 0, first_bad, torch.iinfo(first_bad.dtype).max).argmin())
+            section = self._epoch.section
+            raise FloatingPointError(
+                f"{self._epoch.phase} epoch {self._epoch.number + 1}: the loss is not finite at step "
+                f"{int(first_bad[rank])} on rank {rank}. Lower {section}.learning_rate or {section}.max_grad_norm, or "
+                "preprocess the rows to a smaller scale."
+            )
+        self._losses.clear()
 
 
 @dataclass(frozen=True)
@@ -47,7 +134,7 @@ class Trainer:
     settings: FitSettings
     ranks: Ranks
     arithmetic: str
-    """`bf16` or `float32`, of the layers."""
+    """Arithmetic of the layers: `bf16` or `float32`."""
 
     @property
     def block_rows(self) -> int:
@@ -66,33 +153,12 @@ class Trainer:
         device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
 
-    def run_epoch(
-        self,
-        phase: str,
-        epoch: int,
-        steps: Iterator[Step],
-        loss_of: Callable[[Step], dict[str, Tensor]],
-        optimizer: torch.optim.Optimizer,
-        *,
-        max_grad_norm: float | None = None,
-        encoder: nn.Module | None = None,
-        num_steps: int = 1,
-        before_step: Callable[[int], bool | None],
-        after_step: Callable[[Step], None] = _nothing,
-    ) -> dict[str, Any]:
-        """Return the means of the epoch's sums, after a step of the optimizer for each training step.
+    def minibatch(self, batch: Batch, seed: int) -> Minibatch:
+        """Return preprocessed rows as an objective sees them; `seed` is that of the epoch's noise."""
+        return Minibatch(batch.keys_N, self.preprocess(batch.x_ND), batch.weights_N, batch.positions_N, seed)
 
-        Args:
-            phase: for the history and messages.
-            epoch: counted from 0.
-            steps: this rank's rows of each step.
-            loss_of: weighted sums over the rows of a step; `loss` is stepped, the others are told.
-            optimizer: of the parameters in the loss.
-            max_grad_norm: gradients are scaled down to it.
-            encoder: its codes are watched for collapse; the history gets their effective rank.
-            num_steps: about how many there will be; of many the watch sees some.
-            before_step: called with the number of the step; False ends the epoch.
-            after_step: called when the optimizer has stepped.
+    def run_epoch(self, epoch: Epoch) -> dict[str, Any]:
+        """Step the optimizer through an epoch; return its entry in the history, with the mean of each loss over rows.
 
         Raises:
             FloatingPointError: a loss was not finite.
@@ -100,31 +166,28 @@ class Trainer:
         started = time.perf_counter()
         totals: dict[str, Tensor] = {}
         weight = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        unchecked: list[Tensor] = []
+        finite = FiniteCheck(epoch, self.ranks)
         number = -1
-        where = f"{phase} epoch {epoch + 1}"
-        with SpaceWatch(encoder, num_steps) as watch:
-            for number, step in enumerate(steps):
-                if before_step(number) is False:
+        with SpaceWatch(epoch.encoder, epoch.num_steps) as watch:
+            for number, step in enumerate(epoch.steps()):
+                if not epoch.before_step(number):
                     break
-                sums = loss_of(step)
+                sums = epoch.losses(step)
                 # DDP averages the gradients over the ranks; times world_size over the step's global weight is the mean
                 # over all rows of the step, whichever rank holds them.
                 loss = sums["loss"] * (self.ranks.world_size / step.total_weight).float()
-                optimizer.zero_grad(set_to_none=True)
+                epoch.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                if max_grad_norm is not None:
-                    _limit_gradients(optimizer, max_grad_norm)
-                optimizer.step()
-                after_step(step)
-                unchecked.append(loss.detach())
-                if len(unchecked) == _CHECK_STEPS:
-                    self._check_finite(unchecked, number, where)
+                if epoch.max_grad_norm is not None:
+                    _limit_gradients(epoch.optimizer, epoch.max_grad_norm)
+                epoch.optimizer.step()
+                epoch.after_step()
+                finite.add(loss.detach(), number)
                 for name, value in sums.items():
                     totals[name] = totals.get(name, 0.0) + value.detach().double()
                 weight += step.total_weight
-        self._check_finite(unchecked, number, where)
-        entry: dict[str, Any] = {"phase": phase, "epoch": epoch, "steps": number + 1}
+        finite.check(number)
+        entry: dict[str, Any] = {"phase": epoch.phase, "epoch": epoch.number, "steps": number + 1}
         if totals:
             means = self.ranks.sum(torch.stack(list(totals.values()))) / weight
             entry |= dict(zip(totals, means.tolist(), strict=True))
@@ -133,19 +196,12 @@ class Trainer:
         seconds = time.perf_counter() - started
         return entry | {"seconds": seconds, "rows_per_second": self.rows.num_rows / seconds}
 
-    def _check_finite(self, losses: list[Tensor], last_step: int, where: str) -> None:
-        # Nothing is saved between two checks, so a broken step never reaches a checkpoint.
-        first_bad = torch.zeros(self.ranks.world_size, dtype=torch.int64)
-        if losses:
-            bad = ~torch.isfinite(torch.stack(losses))
-            if bool(bad.any()):
-                first_bad[self.ranks.rank] = last_step + 1 - len(losses) + int(bad.int().argmax()) + 1
-        first_bad = self.ranks.sum(first_bad)
-        if bool((first_bad > 0).any()):
-            # The earliest step: from the next one on, the gradients have carried it to every rank.
-            rank = int(torch.where(first_bad > 0, first_bad, torch.iinfo(first_bad.dtype).max).argmin())
-            raise FloatingPointError(
-                f"{where}: the loss is not finite at step {int(first_bad[rank])} on rank {rank}. Lower the learning "
-                "rate, set refine.max_grad_norm, or scale the rows (preprocess.method=scale or standardize)."
-            )
-        losses.clear()
+
+def _limit_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Scale the gradients down to this norm, as clip_grad_norm_ does, without a pass over those that are below it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # On a GPU the question itself would cost more than the pass: the CPU would wait for the answer.
+    if norm.device.type == "cpu" and bool(norm <= max_norm):
+        return
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

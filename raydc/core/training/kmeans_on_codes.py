@@ -23,6 +23,7 @@ from raydc.core.training.collapse import mean_and_covariance, products
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.epochs import Trainer
 from raydc.core.training.rows import ResidentRows, RowStore
+from raydc.core.training.settings import ClusterSettings
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class Sample:
     z_NL: Tensor
     weights_N: Tensor
 
-    def thin(self, num_leaves: int) -> None:
+    def shrink_to_calibrate(self, num_leaves: int) -> None:
         """Keep as many rows as a calibration takes, evenly spread: the start of k-means needs more, nothing after it.
 
         The bound keeps the (rows, K) distances small.
@@ -99,7 +100,7 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     """Return a sample of about `num_rows` latents; of preprocessed rows where there is no encoder."""
     ranks, rows = trainer.ranks, trainer.rows
     fraction, seed = num_rows / max(rows.num_rows, 1), stream_seed(trainer.settings.seed, 6)
-    width = rows.dim if encoder is None else trainer.settings.latent_dim
+    width = rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
     share = int(_MARGIN * min(num_rows, rows.num_rows) / ranks.world_size)
     keys = RowStore([], torch.int64, share, ranks.device)
     values = RowStore([width], torch.float32, share, ranks.device)
@@ -116,20 +117,27 @@ def sample_latents(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -
     return Sample(z_NL[order], weights_N[order])
 
 
-def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> Tensor:
-    """Return the latents of `sample_latents` on every rank, on the training device; none for 0 rows."""
+def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) -> tuple[Tensor, Tensor | None]:
+    """Return the latents of `sample_latents` on every rank, on the training device, and their weights; none for 0 rows.
+
+    The weights are None where all are 1.
+    """
     ranks = trainer.ranks
     if not num_rows:
-        width = trainer.rows.dim if encoder is None else trainer.settings.latent_dim
-        return torch.empty((0, width), device=ranks.device)
-    sample = sample_latents(trainer, encoder, num_rows).z_NL
-    size = int(ranks.broadcast(torch.tensor([len(sample)]))[0])
-    return ranks.broadcast(sample if ranks.rank == 0 else sample.new_empty((size, sample.shape[1]))).to(ranks.device)
+        width = trainer.rows.dim if encoder is None else trainer.settings.autoencoder.latent_dim
+        return torch.empty((0, width), device=ranks.device), None
+    sample = sample_latents(trainer, encoder, num_rows)
+    z_NL, weights_N = sample.z_NL, sample.weights_N
+    size = int(ranks.broadcast(torch.tensor([len(z_NL)]))[0])
+    if ranks.rank != 0:
+        z_NL, weights_N = z_NL.new_empty((size, z_NL.shape[1])), weights_N.new_empty(size)
+    z_NL, weights_N = (ranks.broadcast(values).to(ranks.device) for values in (z_NL, weights_N))
+    return z_NL, None if bool((weights_N == 1.0).all()) else weights_N
 
 
-def start_rows(num_rows: int, num_leaves: int) -> int:
+def start_rows(plan: ClusterSettings) -> int:
     """Return how many rows to sample for a start: those that are set, and at least twenty for each leaf."""
-    return max(num_rows, _START_ROWS_PER_LEAF * num_leaves)
+    return max(plan.init_rows, _START_ROWS_PER_LEAF * plan.num_leaves)
 
 
 def start_centers(trainer: Trainer, sample: Sample, seed: int, *, whole: bool = False) -> Tensor:
@@ -236,19 +244,19 @@ def cluster(
     Args:
         trainer: for the settings and the ranks.
         blocks: gives this rank's codes and weights, anew at each call.
-        sample: for the start; thinned after it.
+        sample: for the start; shrunk after it.
         generator: CPU generator in the same state on all ranks.
         keep_ids: see `find_optimum`.
     """
     seed = stream_seed(trainer.settings.seed, 4)
     if trainer.settings.cluster.space == "codes":
         first = start_centers(trainer, sample, seed)
-        sample.thin(len(first))
+        sample.shrink_to_calibrate(len(first))
         return find_optimum(trainer, blocks, first, generator, keep_ids=keep_ids)
     ranks = trainer.ranks
-    turned = Directions.of(blocks(), sample.z_NL.shape[1], ranks)
+    turned = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
     first = start_centers(trainer, Sample(turned(sample.z_NL), sample.weights_N), seed)
-    sample.thin(len(first))
+    sample.shrink_to_calibrate(len(first))
 
     def turned_blocks() -> Iterator[tuple[Tensor, Tensor]]:
         return ((turned(z), weights) for z, weights in blocks())
@@ -282,7 +290,7 @@ class Directions:
     whiten_LL: Tensor
 
     @classmethod
-    def of(cls, blocks: Iterable[tuple[Tensor, Tensor]], width: int, ranks: Ranks) -> "Directions":
+    def from_blocks(cls, blocks: Iterable[tuple[Tensor, Tensor]], width: int, ranks: Ranks) -> "Directions":
         """Return those of all rows of all ranks, from float64 sums."""
         sums = torch.zeros(1 + width, 1 + width, dtype=torch.float64, device=ranks.device)
         for z, weights in blocks:
@@ -303,10 +311,10 @@ class Directions:
 def calibrated(trainer: Trainer, sample: Sample, centers_KL: Tensor) -> tuple[Kernel, float]:
     """Return the kernel that goes with centers, by rank 0's sample, and its mean largest q; the same on every rank.
 
-    The sample is thinned.
+    The sample is shrunk.
     """
     ranks, plan = trainer.ranks, trainer.settings.refine
-    sample.thin(len(centers_KL))
+    sample.shrink_to_calibrate(len(centers_KL))
     numbers = torch.zeros(3, dtype=torch.float64)
     if ranks.rank == 0:
         kernel, top_q = calibrate(

@@ -4,90 +4,144 @@ Both end where they left off: an epoch is the unit of resuming, and everything r
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raydc.core.hashing import stream_seed
 from raydc.core.objectives.layer import LayerPair
 from raydc.core.objectives.reconstruction import Reconstruction, corrupt
 from raydc.core.training import checkpoint
-from raydc.core.training.epochs import Trainer
+from raydc.core.training.context import Recorder
+from raydc.core.training.epochs import Epoch, Trainer, make_optimizer
 from raydc.core.training.rows import Step
 from raydc.core.training.settings import PretrainSettings
 from raydc.core.training.state import State
 
-EndEpoch = Callable[[int, int, dict[str, Any], torch.optim.Optimizer], None]
-"""Called with (epoch, number of epochs, history entry, optimizer) when an epoch is done."""
 
-
-def pretrain_layers(trainer: Trainer, state: State, end_epoch: EndEpoch) -> None:
+def pretrain_layers(trainer: Trainer, state: State, recorder: Recorder) -> None:
     """Train one pair of layers after the other, each on the codes of those below it."""
     plan, autoencoder = trainer.settings.pretrain, state.autoencoder
     assert autoencoder is not None
-    num_layers = len(trainer.settings.hidden_dims) + 1
-    num_steps = trainer.rows.num_steps(plan.batch_rows)
+    num_layers = len(trainer.settings.autoencoder.hidden_dims) + 1
     for layer in range(state.epoch // plan.layer_epochs, num_layers):
         pair = LayerPair(autoencoder, layer, share=plan.layer_corruption)
         module = trainer.distributed(pair)
-        optimizer = _optimizer(plan, list(pair.parameters()))
-        first = state.epoch - layer * plan.layer_epochs
-        if first > 0:
+        optimizer = _optimizer(plan, pair)
+        if state.epoch > layer * plan.layer_epochs:
             checkpoint.restore_optimizer(optimizer, state.optimizer)
-        for epoch in range(first, plan.layer_epochs):
-            seed = stream_seed(trainer.settings.seed, 10, layer, epoch)
-
-            def loss_of(step: Step, seed: int = seed, module: torch.nn.Module = module) -> dict[str, Tensor]:
-                with trainer.layers():
-                    return module(trainer.preprocess(step.batch.x_ND), step.batch.weights_N, step.batch.keys_N, seed)
-
-            def set_rate(step: int, epoch: int = epoch, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                _set_rate(optimizer, learning_rate(plan, epoch * num_steps + step, plan.layer_epochs * num_steps))
-
-            steps = trainer.rows.steps(plan.batch_rows, seed)
-            number = layer * plan.layer_epochs + epoch
-            entry = trainer.run_epoch(
-                "layers", number, steps, loss_of, optimizer, max_grad_norm=plan.max_grad_norm, before_step=set_rate
-            )
-            end_epoch(number, num_layers * plan.layer_epochs, entry | {"layer": layer}, optimizer)
+        for number in range(state.epoch, (layer + 1) * plan.layer_epochs):
+            entry = trainer.run_epoch(LayerEpoch(trainer, module, optimizer, layer, number))
+            recorder.end_epoch(number, num_layers * plan.layer_epochs, entry | {"layer": layer}, optimizer)
     state.phase, state.epoch, state.optimizer = "pretrain", 0, {}
 
 
-def pretrain_whole(trainer: Trainer, state: State, end_epoch: EndEpoch) -> None:
+def pretrain_whole(trainer: Trainer, state: State, recorder: Recorder) -> None:
     """Train all layers together on reconstruction."""
     plan, autoencoder = trainer.settings.pretrain, state.autoencoder
     assert autoencoder is not None
     module = trainer.distributed(Reconstruction(autoencoder))
-    optimizer = _optimizer(plan, list(autoencoder.parameters()))
+    optimizer = _optimizer(plan, autoencoder)
     checkpoint.restore_optimizer(optimizer, state.optimizer)
-    num_steps = trainer.rows.num_steps(plan.batch_rows)
-    for epoch in range(state.epoch, plan.num_epochs):
-        seed = stream_seed(trainer.settings.seed, 2, epoch)
+    for number in range(state.epoch, plan.num_epochs):
+        entry = trainer.run_epoch(PretrainEpoch(trainer, module, optimizer, autoencoder.encoder, number))
+        recorder.end_epoch(number, plan.num_epochs, entry, optimizer)
 
-        def loss_of(step: Step, seed: int = seed) -> dict[str, Tensor]:
-            x = trainer.preprocess(step.batch.x_ND)
-            noisy = corrupt(x, step.batch.keys_N, share=plan.corruption, seed=seed)
-            with trainer.layers():
-                return module(x, step.batch.weights_N, noisy)
 
-        def set_rate(step: int, epoch: int = epoch) -> None:
-            _set_rate(optimizer, learning_rate(plan, epoch * num_steps + step, plan.num_epochs * num_steps))
+class _ScheduledEpoch(Epoch):
+    """An epoch whose learning rate follows the schedule of the pretraining."""
 
-        steps = trainer.rows.steps(plan.batch_rows, seed)
-        entry = trainer.run_epoch(
-            "pretrain",
-            epoch,
-            steps,
-            loss_of,
+    section = "pretrain"
+
+    def __init__(
+        self,
+        phase: str,
+        number: int,
+        optimizer: torch.optim.Optimizer,
+        trainer: Trainer,
+        *,
+        seed: int,
+        epochs_done: int,
+        num_epochs: int,
+        encoder: nn.Module | None = None,
+    ) -> None:
+        """Describe an epoch; the schedule spans `num_epochs`, and `epochs_done` of these are over."""
+        plan = trainer.settings.pretrain
+        self._steps_per_epoch = trainer.rows.num_steps(plan.batch_rows)
+        super().__init__(
+            phase,
+            number,
             optimizer,
             max_grad_norm=plan.max_grad_norm,
-            encoder=autoencoder.encoder,
-            num_steps=num_steps,
-            before_step=set_rate,
+            encoder=encoder,
+            num_steps=self._steps_per_epoch if encoder is not None else 1,
         )
-        end_epoch(epoch, plan.num_epochs, entry, optimizer)
+        self.trainer, self.plan, self.seed = trainer, plan, seed
+        self._first_step = epochs_done * self._steps_per_epoch
+        self._num_steps = num_epochs * self._steps_per_epoch
+
+    def steps(self) -> Iterator[Step]:
+        """Yield this rank's rows of each step."""
+        return self.trainer.rows.steps(self.plan.batch_rows, self.seed)
+
+    def before_step(self, number: int) -> bool:
+        """Set the learning rate."""
+        rate = learning_rate(self.plan, self._first_step + number, self._num_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return True
+
+
+class LayerEpoch(_ScheduledEpoch):
+    """An epoch on one pair of layers."""
+
+    def __init__(
+        self, trainer: Trainer, module: nn.Module, optimizer: torch.optim.Optimizer, layer: int, number: int
+    ) -> None:
+        """Train `module`, the pair of this layer; `number` counts the epochs of all layers."""
+        layer_epochs = trainer.settings.pretrain.layer_epochs
+        of_layer = number - layer * layer_epochs
+        seed = stream_seed(trainer.settings.seed, 10, layer, of_layer)
+        super().__init__("layers", number, optimizer, trainer, seed=seed, epochs_done=of_layer, num_epochs=layer_epochs)
+        self._module = module
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Return the reconstruction of the layer's input."""
+        with self.trainer.layers():
+            x = self.trainer.preprocess(step.batch.x_ND)
+            sums: dict[str, Tensor] = self._module(x, step.batch.weights_N, step.batch.keys_N, self.seed)
+        return sums
+
+
+class PretrainEpoch(_ScheduledEpoch):
+    """An epoch on the reconstruction of (corrupted) rows by the whole autoencoder."""
+
+    def __init__(
+        self, trainer: Trainer, module: nn.Module, optimizer: torch.optim.Optimizer, encoder: nn.Module, number: int
+    ) -> None:
+        """Train `module`; the codes of `encoder` are watched."""
+        seed = stream_seed(trainer.settings.seed, 2, number)
+        num_epochs = trainer.settings.pretrain.num_epochs
+        super().__init__(
+            "pretrain",
+            number,
+            optimizer,
+            trainer,
+            seed=seed,
+            epochs_done=number,
+            num_epochs=num_epochs,
+            encoder=encoder,
+        )
+        self._module = module
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """Return the reconstruction of the rows."""
+        x = self.trainer.preprocess(step.batch.x_ND)
+        noisy = corrupt(x, step.batch.keys_N, share=self.plan.corruption, seed=self.seed)
+        with self.trainer.layers():
+            sums: dict[str, Tensor] = self._module(x, step.batch.weights_N, noisy)
+        return sums
 
 
 def learning_rate(plan: PretrainSettings, step: int, num_steps: int) -> float:
@@ -103,14 +157,7 @@ def learning_rate(plan: PretrainSettings, step: int, num_steps: int) -> float:
     return plan.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def _optimizer(plan: PretrainSettings, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    if plan.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=plan.learning_rate, momentum=0.9, weight_decay=plan.weight_decay, fused=True
-        )
-    return torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def _optimizer(plan: PretrainSettings, module: nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer(
+        plan.optimizer, list(module.parameters()), learning_rate=plan.learning_rate, weight_decay=plan.weight_decay
+    )

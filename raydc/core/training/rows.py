@@ -67,7 +67,7 @@ class ResidentRows:
         order_N: Tensor | None = None,
     ) -> None:
         """Keep rows that lie in the order of their keys, or row i of that order at `x_ND[order_N[i]]`."""
-        self._x, self._keys, self._weights, self._ranks = x_ND, keys_N, weights_N, ranks
+        self._x, self._keys, self._weights, self.ranks = x_ND, keys_N, weights_N, ranks
         self.neighbors_NM = neighbors_NM
         self._order = None if order_N is None else order_N.to(x_ND.device)
         self.dim = x_ND.shape[1]
@@ -132,7 +132,7 @@ class ResidentRows:
         order = step_of_row.argsort(stable=True)
         sizes = torch.bincount(step_of_row, minlength=num_steps).tolist()
         local = torch.zeros(num_steps, dtype=torch.float64).index_add_(0, step_of_row, self._weights.double())
-        totals = self._ranks.sum(local).to(self._ranks.device)
+        totals = self.ranks.sum(local).to(self.ranks.device)
         # Not for the whole epoch.
         del step_of_row
         for rows, total in zip(order.split(sizes), totals, strict=True):
@@ -146,7 +146,7 @@ class ResidentRows:
 
     def take(self, rows: Tensor) -> Batch:
         """Return some of this rank's rows by their places (CPU), on the training device."""
-        device = self._ranks.device
+        device = self.ranks.device
         here = rows.to(self._x.device)
         x = self._x[here if self._order is None else self._order[here]].to(device, non_blocking=True)
         return Batch(self._keys[rows].to(device), x, self._weights[rows].to(device), rows.to(device))
@@ -169,7 +169,7 @@ class RowStore:
         """Copy some rows."""
         while len(x_ND):
             piece, start = self._pieces[-1], self._filled[-1]
-            # Of a type that the piece cannot hold, the rows begin another one.
+            # Rows of a type that the piece cannot hold begin another one.
             fits = torch.promote_types(piece.dtype, x_ND.dtype) == piece.dtype
             taken = min(len(x_ND), len(piece) - start) if fits else 0
             piece[start : start + taken] = x_ND[:taken]

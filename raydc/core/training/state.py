@@ -1,7 +1,7 @@
-"""What a fit knows between two steps, and how it goes into a checkpoint and back: nothing of it depends on ranks."""
+"""What a fit knows between two epochs, and how it goes into a checkpoint and back: nothing depends on the ranks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from raydc.core.models.autoencoder import Autoencoder
 from raydc.core.models.predictor import Predictor
-from raydc.core.objectives.kernel import Kernel
+from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.objectives.objective import Objective
-from raydc.core.search.nearest import nearest
+from raydc.core.objectives.snapshot import encode
+from raydc.core.search.nearest import SquaredDistances, nearest
 from raydc.core.training import checkpoint
 
 
@@ -24,6 +25,31 @@ class Clustering:
     kernel: Kernel
     predictor: Predictor | None = None
     """What decides a row's leaf; None: the nearest center."""
+
+    @torch.no_grad()
+    def encode(self, x_ND: Tensor) -> Tensor:
+        """Return the (N, L) float32 points of (N, D) preprocessed rows in the clustering space."""
+        return encode(self.encoder, x_ND, "float32")
+
+    @torch.no_grad()
+    def label(self, z_NL: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the leaf (N,) int64 of each point, decided in float64, and its confidence (N,) float32.
+
+        The confidence is the soft assignment to the nearest center, or the probability that the predictor gives. A
+        row's answer does not depend on the rows beside it.
+        """
+        if self.predictor is not None:
+            ids, top = self.predictor.best(z_NL, 1)
+            return ids[:, 0], top[:, 0]
+        distances = SquaredDistances(self.centers_KL)
+        squared_NK = distances(z_NL)
+        ids, _ = distances.nearest(z_NL, squared_NK, 1)
+        return ids[:, 0], top_soft_assign(squared_NK, self.kernel)
+
+    def reordered(self, order_K: Tensor) -> "Clustering":
+        """Return the one whose leaf i is the present leaf order_K[i] (int64); leaves that are left out are gone."""
+        predictor = None if self.predictor is None else self.predictor.reordered(order_K)
+        return replace(self, centers_KL=self.centers_KL[order_K.to(self.centers_KL.device)], predictor=predictor)
 
     def assign(self, z_NL: Tensor) -> tuple[Tensor, Tensor]:
         """Return the leaf (N,) int64 of each point and its squared distance (N,) to the leaf's center."""
@@ -44,7 +70,7 @@ class State:
     epoch: int = 0
     converged: bool = False
     centers: Tensor | None = None
-    """Those of k-means, from which the objective starts."""
+    """(K, L) centers of k-means, from which the objective starts."""
 
     kernel: Kernel | None = None
     baselines: dict[str, Clustering] = field(default_factory=dict)
@@ -76,7 +102,7 @@ def to_checkpoint(state: State, fingerprint: str) -> tuple[dict[str, Tensor], di
         if baseline.encoder is not None:
             tensors |= checkpoint.prefixed(f"baseline_encoder.{name}", baseline.encoder.state_dict())
     if state.objective is not None:
-        tensors |= checkpoint.prefixed("objective", state.objective.memory())
+        tensors |= checkpoint.prefixed("objective", state.objective.state_tensors())
     # safetensors refuses two names for one storage: the autoencoder_kmeans centers are the first centers.
     return {name: tensor.clone() for name, tensor in tensors.items()}, values
 

@@ -29,27 +29,16 @@ from raydc.core.process import block_rows
 from raydc.core.search.nearest import own_and_other
 from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
-from raydc.core.training.fit import Context, Fitted, fit, pretrain
+from raydc.core.training.context import Context
+from raydc.core.training.fit import Fitted, fit, pretrain
 from raydc.core.training.rows import Rows
-from raydc.core.training.settings import FitSettings
+from raydc.core.training.settings import FitSettings, SweepSettings
 from raydc.core.training.state import Clustering
 
 _RESULTS = "sweep.json"
 
 # Of the k-means on raw rows that every fit makes as a baseline, and of which a sweep has no use.
 _BASELINE_ROWS_PER_LEAF = 20
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """See raydc.config.config.SweepConfig and EvaluateConfig."""
-
-    num_leaves: tuple[int, ...]
-    stability_rows: int
-    num_repeats: int
-    neighbor_rows: int
-    num_neighbors: int
-    neighbor_queries: int
 
 
 @dataclass(frozen=True)
@@ -189,7 +178,7 @@ def _criteria(
         if means_KL is None:
             means_KL = f_K.new_zeros((num_leaves, code.shape[1]))
         means_KL.index_add_(0, leaf, code.double())
-    width = settings.latent_dim if shared is not None else rows.dim
+    width = settings.autoencoder.latent_dim if shared is not None else rows.dim
     means_KL = f_K.new_zeros((num_leaves, width)) if means_KL is None else means_KL
     f_K, rows_K, means_KL = ranks.sum(f_K), ranks.sum(rows_K), ranks.sum(means_KL)
     used = torch.nonzero(rows_K > 0)[:, 0]
@@ -269,7 +258,7 @@ def _on_sample(
     if len(few) >= 8 * num_leaves:
         seed = stream_seed(settings.seed, 11)
         entry["stability"], entry["stability_error"] = stability(
-            few, num_leaves, num_repeats=plan.num_repeats, seed=seed
+            few, num_leaves, num_repeats=plan.num_repeats, seed=seed, how=settings.cluster.start
         )
     if sample.classes_N is not None and (sample.classes_N >= 0).any():
         known = sample.classes_N >= 0

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from raydc.core.tree.cells import CellCost, Runner, merge_by_cells, run_here
+from raydc.core.tree.limits import MAX_PAIRWISE_LEAVES
 from raydc.core.tree.order import merge_sse
 from raydc.core.tree.reciprocal import Trail, merge_all
 from raydc.core.tree.search import Clusters, Kind, SearchOptions
@@ -24,9 +25,6 @@ log = logging.getLogger(__name__)
 LinkageName = Literal["ward", "average", "single", "complete"]
 Metric = Literal["euclidean", "cosine", "pearson"]
 Method = Literal["auto", "exact", "certified", "minibatch"]
-
-MAX_PAIRWISE_LEAVES = 20_000
-"""Single and complete linkage hold all distances: 1.6 GB at this size, four times as much at twice the size."""
 
 
 @dataclass(frozen=True)

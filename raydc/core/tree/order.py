@@ -1,4 +1,4 @@
-"""What a merge tree says: leaf order, nested cuts, a node table, dendrogram purity. Loops, never recursion.
+"""The order of a merge tree: its leaves from left to right, its cuts, its nodes. Loops, never recursion.
 
 A tree is scipy's linkage matrix Z: row t joins nodes Z[t, 0] and Z[t, 1] into node K + t at height Z[t, 2]; heights
 never fall. A node's leaves stand side by side in the leaf order, first those of Z[t, 0], then those of Z[t, 1].
@@ -6,21 +6,20 @@ never fall. A node's leaves stand side by side in the leaf order, first those of
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-# Letters in this module: K leaves, T = K - 1 merges, V = 2K - 1 nodes, C classes, D width, G groups.
-
-# Numbers of the table of classes that dendrogram purity holds at a time: 64 MiB.
-_PURITY_CELLS = 2**23
+# Letters in this module: K leaves, T = K - 1 merges, V = 2K - 1 nodes, D width, G and P groups.
 
 
 def checked_children(Z: np.ndarray) -> np.ndarray:
-    """Return the (T, 2) int64 children of a checked linkage matrix."""
+    """Return the (T, 2) int64 children of a (T, 4) linkage matrix.
+
+    Raises:
+        ValueError: Z is not a linkage matrix.
+    """
     Z = np.asarray(Z)
     if Z.ndim != 2 or Z.shape[1] != 4:
         raise ValueError(f"a linkage matrix has shape (K-1, 4), got {Z.shape}")
@@ -35,13 +34,14 @@ def checked_children(Z: np.ndarray) -> np.ndarray:
 
 
 def leaf_counts(children_T2: np.ndarray) -> list[int]:
+    """Return the number of leaves under each node, V numbers, from the (T, 2) children."""
     count = [1] * (len(children_T2) + 1)
     for left, right in children_T2.tolist():
         count.append(count[left] + count[right])
     return count
 
 
-def _starts(children_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def leaf_places(children_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the first place of each node's leaves in the leaf order, and their number, both (V,) int64."""
     count = leaf_counts(children_T2)
     start = [0] * len(count)
@@ -53,7 +53,7 @@ def _starts(children_T2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(start, dtype=np.int64), np.array(count, dtype=np.int64)
 
 
-def _generations(children_T2: np.ndarray) -> Iterator[np.ndarray]:
+def generations(children_T2: np.ndarray) -> Iterator[np.ndarray]:
     """Yield merges in groups whose children all lie in earlier groups: the steps of a vectorized pass upwards."""
     num_leaves = len(children_T2) + 1
     generation = [0] * num_leaves
@@ -81,7 +81,7 @@ def leaf_order(Z: np.ndarray) -> np.ndarray:
     children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
     order_K = np.empty(num_leaves, dtype=np.int64)
-    order_K[_starts(children_T2)[0][:num_leaves]] = np.arange(num_leaves)
+    order_K[leaf_places(children_T2)[0][:num_leaves]] = np.arange(num_leaves)
     return order_K
 
 
@@ -110,6 +110,55 @@ def relabel(Z: np.ndarray, order_K: np.ndarray) -> np.ndarray:
     relabeled = np.array(Z, dtype=np.float64)
     relabeled[:, :2] = name_V[children_T2]
     return relabeled
+
+
+def heavier_left(Z: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
+    """Return the same tree with the heavier child of each merge on the left.
+
+    So the leaf order says something (largest branch first, at every node), and does not hang on how the leaves were
+    numbered: a fit that differs by rounding alone gets the same order. Children of equal weight stay as they are.
+
+    Args:
+        Z: (K-1, 4) linkage matrix.
+        weights_K: (K,) weight of each leaf.
+
+    Returns:
+        (K-1, 4) float64.
+
+    Raises:
+        ValueError: Z is not a linkage matrix, or there is not one weight per leaf.
+    """
+    children_T2 = checked_children(Z)
+    if len(weights_K) != len(children_T2) + 1:
+        raise ValueError(f"{len(weights_K)} weights for a tree of {len(children_T2) + 1} leaves")
+    mass = np.asarray(weights_K, dtype=np.float64).tolist()
+    for left, right in children_T2.tolist():
+        mass.append(mass[left] + mass[right])
+    turned = np.array(Z, dtype=np.float64)
+    mass_T2 = np.array(mass)[children_T2]
+    swap_T = mass_T2[:, 1] > mass_T2[:, 0]
+    turned[swap_T, :2] = turned[swap_T, 1::-1]
+    return turned
+
+
+def in_tree_order(Z: np.ndarray, weights_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tree whose leaf ids follow its leaf order, heavier branches first, and each new leaf's present id.
+
+    Neighboring ids are then neighboring leaves, whatever the leaves were called before.
+
+    Args:
+        Z: (K-1, 4) linkage matrix.
+        weights_K: (K,) weight of each leaf.
+
+    Returns:
+        The (K-1, 4) float64 linkage matrix, and the (K,) int64 order: new leaf i is the present leaf order[i].
+
+    Raises:
+        ValueError: Z is not a linkage matrix, or there is not one weight per leaf.
+    """
+    turned = heavier_left(Z, weights_K)
+    order_K = leaf_order(turned)
+    return relabel(turned, order_K), order_K
 
 
 def _top_nodes(children_T2: np.ndarray, num_groups: int, start_V: np.ndarray) -> np.ndarray:
@@ -142,150 +191,50 @@ def cut(Z: np.ndarray, num_groups: int) -> np.ndarray:
         ValueError: Z is not a linkage matrix, or num_groups is out of range.
     """
     children_T2 = checked_children(Z)
-    start_V, count_V = _starts(children_T2)
+    start_V, count_V = leaf_places(children_T2)
     node_G = _top_nodes(children_T2, num_groups, start_V)
     place_K = start_V[: len(children_T2) + 1]
     return np.repeat(np.arange(len(node_G), dtype=np.int32), count_V[node_G])[place_K]
 
 
-@dataclass
-class _Group:
-    """A group on its way down the tree: its core node, and small subtrees that it has taken along."""
+@dataclass(frozen=True)
+class TopOfTree:
+    """The highest merges of a tree, as a tree of its own whose leaves are groups."""
 
-    core: int
-    riders: list[int]
+    merges: np.ndarray
+    """(P-1, 4) float64 linkage matrix over the groups, which are numbered as cut numbers them."""
+    nodes: np.ndarray
+    """(P,) int64 node of the full tree that each group is."""
+    num_leaves: np.ndarray
+    """(P,) int64 leaves of the full tree under each group."""
 
 
-def levels(
-    Z: np.ndarray, sizes: Sequence[int], weights_K: np.ndarray, min_population: float | None = None
-) -> dict[int, np.ndarray]:
-    """Return nested cuts of the tree, by their number of groups.
-
-    Without min_population a level is the plain cut. With it, the tree is split from the top in the order of its
-    merges, and a split counts only if both sides hold at least that share of the total weight. Otherwise the smaller
-    side makes no group of its own: it stays in its group, the larger side is split further in its place, and at the
-    next split that counts, what was taken along goes with the heavier side (the left one, if they weigh the same). So
-    every group of every level holds at least the share, levels nest, and a far outlier does not keep the rest of the
-    tree from being split. A tree may not have enough such splits: then a level holds as many groups as there are.
+def truncate(Z: np.ndarray, num_groups: int) -> TopOfTree:
+    """Return the tree above the num_groups groups of a cut, for drawing.
 
     Args:
         Z: (K-1, 4) linkage matrix.
-        sizes: numbers of groups, 1 to K each.
-        weights_K: (K,) weight of each leaf, not negative.
-        min_population: smallest share of the total weight that a group may hold, 0 to 1.
+        num_groups: groups to keep; a tree with fewer leaves is returned whole.
 
     Returns:
-        {size: (K,) int32 group of each leaf}, ascending; groups are numbered from left to right in the leaf order, by
-        their cores.
+        The last merges, renumbered.
 
     Raises:
-        ValueError: Z is not a linkage matrix, a size is out of range, or min_population is.
+        ValueError: Z is not a linkage matrix, or num_groups is under 1.
     """
     children_T2 = checked_children(Z)
     num_leaves = len(children_T2) + 1
-    weights_K = np.asarray(weights_K, dtype=np.float64)
-    if weights_K.shape != (num_leaves,):
-        raise ValueError(f"weights must have shape ({num_leaves},), got {weights_K.shape}")
-    if min_population is None:
-        return {int(size): cut(Z, int(size)) for size in sorted(set(sizes))}
-    if not 0 <= min_population <= 1:
-        raise ValueError(f"min_population is a share from 0 to 1, got {min_population}")
-    if sizes and not 1 <= min(sizes) <= max(sizes) <= num_leaves:
-        raise ValueError(f"cannot cut a tree of {num_leaves} leaves into {list(sizes)} groups")
-    start_V, count_V = _starts(children_T2)
-    mass = weights_K.tolist()
-    for left, right in children_T2.tolist():
-        mass.append(mass[left] + mass[right])
-    smallest = min_population * mass[-1] * (1 - 1e-12)
-
-    # A heap of groups by their core's merge: later merges are higher. Leaves and stuck groups leave the heap.
-    open_groups = [(-(2 * num_leaves - 2), _Group(2 * num_leaves - 2, []))]
-    closed: list[_Group] = []
-    labels: dict[int, np.ndarray] = {}
-    for size in sorted(set(sizes)):
-        while open_groups and len(open_groups) + len(closed) < size:
-            _, group = heapq.heappop(open_groups)
-            if group.core < num_leaves:
-                closed.append(group)
-                continue
-            small, large = children_T2[group.core - num_leaves].tolist()
-            if mass[small] >= mass[large]:
-                small, large = large, small
-            if mass[large] < smallest:
-                closed.append(group)
-                continue
-            if mass[small] < smallest:
-                group.riders.append(small)
-            else:
-                heapq.heappush(open_groups, (-small, _Group(small, [])))
-            group.core = large
-            heapq.heappush(open_groups, (-large, group))
-        now = [group for _, group in open_groups] + closed
-        now.sort(key=lambda group: start_V[group.core])
-        place_group_K = np.empty(num_leaves, dtype=np.int32)
-        for number, group in enumerate(now):
-            for node in (group.core, *group.riders):
-                place_group_K[start_V[node] : start_V[node] + count_V[node]] = number
-        labels[int(size)] = place_group_K[start_V[:num_leaves]]
-    return labels
-
-
-@dataclass(frozen=True)
-class LevelStatistics:
-    """How even a level's groups are, and how tight."""
-
-    num_groups: int
-    size_cv: float
-    """Standard deviation of the group sizes over their mean."""
-    size_max_over_mean: float
-    num_over_4x_mean: int
-    """Groups of more than four times the mean size."""
-    smallest: float
-    """Rows of the smallest group."""
-    sse: float
-    """Sum of squared errors of all rows around the means of their groups."""
-
-
-def level_statistics(
-    label_K: np.ndarray, weights_K: np.ndarray, centers_KD: np.ndarray, sse_K: np.ndarray | None = None
-) -> LevelStatistics:
-    """Return the statistics of one level, from the leaves alone.
-
-    SSE = sum_leaf SSE_leaf + sum_leaf w_leaf |c_leaf - m_group|^2, in float64.
-
-    Args:
-        label_K: (K,) group of each leaf, 0 to G-1.
-        weights_K: (K,) rows of each leaf; not all zero.
-        centers_KD: (K, D) center of each leaf.
-        sse_K: (K,) sum of squared errors inside each leaf; zero by default.
-
-    Returns:
-        The statistics; sizes are rows.
-
-    Raises:
-        ValueError: lengths disagree, or nothing has weight.
-    """
-    label_K, weights_K = np.asarray(label_K), np.asarray(weights_K, dtype=np.float64)
-    center_KD = np.asarray(centers_KD, dtype=np.float64)
-    if not len(label_K) == len(weights_K) == len(center_KD):
-        raise ValueError(f"{len(label_K)} labels, {len(weights_K)} weights and {len(center_KD)} centers do not match")
-    if not weights_K.sum() > 0:
-        raise ValueError("nothing has weight")
-    center_KD = center_KD - np.average(center_KD, axis=0, weights=weights_K)
-    rows_G = np.bincount(label_K, weights=weights_K)
-    mean_GD = np.zeros((len(rows_G), center_KD.shape[1]))
-    np.add.at(mean_GD, label_K, weights_K[:, None] * center_KD)
-    mean_GD /= np.where(rows_G > 0, rows_G, 1)[:, None]
-    step_KD = center_KD - mean_GD[label_K]
-    inside = 0.0 if sse_K is None else float(np.asarray(sse_K, dtype=np.float64).sum())
-    return LevelStatistics(
-        num_groups=len(rows_G),
-        size_cv=float(rows_G.std() / rows_G.mean()),
-        size_max_over_mean=float(rows_G.max() / rows_G.mean()),
-        num_over_4x_mean=int((rows_G > 4 * rows_G.mean()).sum()),
-        smallest=float(rows_G.min()),
-        sse=inside + float((weights_K * np.einsum("kd,kd->k", step_KD, step_KD)).sum()),
-    )
+    num_groups = min(num_groups, num_leaves)
+    start_V, count_V = leaf_places(children_T2)
+    node_P = _top_nodes(children_T2, num_groups, start_V)
+    name_V = np.full(2 * num_leaves - 1, -1)
+    name_V[node_P] = np.arange(num_groups)
+    kept = slice(num_leaves - num_groups, num_leaves - 1)
+    name_V[num_leaves + np.arange(num_leaves - 1)[kept]] = num_groups + np.arange(num_groups - 1)
+    merges = np.array(Z, dtype=np.float64)[kept]
+    merges[:, :2] = name_V[children_T2[kept]]
+    merges[:, 3] = leaf_counts(merges[:, :2].astype(np.int64))[num_groups:]
+    return TopOfTree(merges, node_P, count_V[node_P])
 
 
 def node_table(
@@ -346,7 +295,7 @@ def merge_sse(children_T2: np.ndarray, weights_K: np.ndarray, centers_KD: np.nda
     weight_K = weights_K.copy()
     row_V = np.arange(2 * num_leaves - 1)  # A merge takes over the row of its left child.
     rise_T = np.zeros(len(children_T2))
-    for merges in _generations(children_T2):
+    for merges in generations(children_T2):
         left, right = row_V[children_T2[merges, 0]], row_V[children_T2[merges, 1]]
         row_V[num_leaves + merges] = left
         total = weight_K[left] + weight_K[right]
@@ -390,7 +339,7 @@ def central_leaves(
     row_V = np.arange(2 * num_leaves - 1)  # A merge takes over the row of its left child.
     central_V = np.full(2 * num_leaves - 1, -1, dtype=np.int64)
     central_V[:num_leaves] = np.where(allowed_K, np.arange(num_leaves), -1)
-    for merges in _generations(children_T2):
+    for merges in generations(children_T2):
         left, right = row_V[children_T2[merges, 0]], row_V[children_T2[merges, 1]]
         row_V[num_leaves + merges] = left
         total = weight_K[left] + weight_K[right]
@@ -402,134 +351,3 @@ def central_leaves(
         squared_M2 = np.where(leaf_M2 >= 0, np.einsum("msd,msd->ms", step_M2D, step_M2D), np.inf)
         central_V[num_leaves + merges] = leaf_M2[np.arange(len(merges)), squared_M2.argmin(axis=1)]
     return central_V
-
-
-def dendrogram_purity(Z: np.ndarray, table_KC: Any) -> float:
-    """Return the mean, over all pairs of rows of one class, of that class's share in their lowest common ancestor.
-
-    From counts alone: a leaf adds sum_c n_c (n_c - 1) / 2 * n_c / n, a merge of a and b adds
-    sum_c n_ac n_bc (n_ac + n_bc) / (n_a + n_b); divided by the number of pairs. All in float64. O(K C), with memory for
-    some of the classes at a time.
-
-    Args:
-        Z: (K-1, 4) linkage matrix.
-        table_KC: (K, C) rows of each class in each leaf, an array or a sparse array of SciPy.
-
-    Returns:
-        A share from 0 to 1.
-
-    Raises:
-        ValueError: Z is not a linkage matrix, the table has another number of rows or a negative entry, or no two rows
-            share a class.
-
-    Source: Heller, Ghahramani, "Bayesian hierarchical clustering", ICML 2005 (definition); the sum over leaves and
-    merges is the same number.
-    """
-    import scipy.sparse
-
-    children_T2 = checked_children(Z)
-    num_leaves = len(children_T2) + 1
-    shape = table_KC.shape if scipy.sparse.issparse(table_KC) else np.shape(table_KC)
-    table = scipy.sparse.csc_array(table_KC, dtype=np.float64) if len(shape) == 2 else None
-    if table is None or shape[0] != num_leaves or (table.data < 0).any():
-        raise ValueError(f"the table must be ({num_leaves}, C) counts, got shape {shape}")
-    class_C = table.sum(axis=0)
-    num_pairs = float((class_C * (class_C - 1) / 2).sum())
-    if num_pairs <= 0:
-        raise ValueError("no two rows share a class: dendrogram purity has no meaning")
-    generations = list(_generations(children_T2))
-    rows_V = np.concatenate([table.sum(axis=1), np.zeros(num_leaves - 1)])
-    for merges in generations:
-        rows_V[num_leaves + merges] = rows_V[children_T2[merges]].sum(axis=1)
-    width = max(1, _PURITY_CELLS // num_leaves)
-    blocks = (table[:, first : first + width].toarray() for first in range(0, shape[1], width))
-    return sum(_pure_pairs(children_T2, generations, count_KC, rows_V) for count_KC in blocks) / num_pairs
-
-
-def _pure_pairs(
-    children_T2: np.ndarray, generations: list[np.ndarray], count_KC: np.ndarray, rows_V: np.ndarray
-) -> float:
-    """Return the sum, over the pairs of these classes, of the class's share where they meet; the counts are used up."""
-
-    def shares(pure_M: np.ndarray, rows_M: np.ndarray) -> float:
-        return float(np.divide(pure_M, rows_M, out=np.zeros(len(rows_M)), where=rows_M > 0).sum())
-
-    num_leaves = len(count_KC)
-    total = shares((count_KC * (count_KC - 1) / 2 * count_KC).sum(axis=1), rows_V[:num_leaves])
-    row_V = np.arange(2 * num_leaves - 1)  # A merge takes over the row of its left child.
-    for merges in generations:
-        left, right = row_V[children_T2[merges, 0]], row_V[children_T2[merges, 1]]
-        row_V[num_leaves + merges] = left
-        met_MC = count_KC[left] * count_KC[right]
-        count_KC[left] += count_KC[right]
-        total += shares((met_MC * count_KC[left]).sum(axis=1), rows_V[num_leaves + merges])
-    return total
-
-
-@dataclass(frozen=True)
-class TopOfTree:
-    """The highest merges of a tree, as a tree of its own whose leaves are groups."""
-
-    merges: np.ndarray
-    """(P-1, 4) float64 linkage matrix over the groups, which are numbered as cut numbers them."""
-    nodes: np.ndarray
-    """(P,) int64 node of the full tree that each group is."""
-    num_leaves: np.ndarray
-    """(P,) int64 leaves of the full tree under each group."""
-
-
-def truncate(Z: np.ndarray, num_groups: int) -> TopOfTree:
-    """Return the tree above the num_groups groups of a cut, for drawing.
-
-    Args:
-        Z: (K-1, 4) linkage matrix.
-        num_groups: groups to keep; a tree with fewer leaves is returned whole.
-
-    Returns:
-        The last merges, renumbered.
-
-    Raises:
-        ValueError: Z is not a linkage matrix, or num_groups is under 1.
-    """
-    children_T2 = checked_children(Z)
-    num_leaves = len(children_T2) + 1
-    num_groups = min(num_groups, num_leaves)
-    start_V, count_V = _starts(children_T2)
-    node_P = _top_nodes(children_T2, num_groups, start_V)
-    name_V = np.full(2 * num_leaves - 1, -1)
-    name_V[node_P] = np.arange(num_groups)
-    kept = slice(num_leaves - num_groups, num_leaves - 1)
-    name_V[num_leaves + np.arange(num_leaves - 1)[kept]] = num_groups + np.arange(num_groups - 1)
-    merges = np.array(Z, dtype=np.float64)[kept]
-    merges[:, :2] = name_V[children_T2[kept]]
-    merges[:, 3] = leaf_counts(merges[:, :2].astype(np.int64))[num_groups:]
-    return TopOfTree(merges, node_P, count_V[node_P])
-
-
-def heavier_left(Z: np.ndarray, weights_K: np.ndarray) -> np.ndarray:
-    """Return the same tree with the heavier child of each merge on the left.
-
-    So the leaf order says something (largest branch first, at every node), and does not hang on how the leaves were
-    numbered: a fit that differs by rounding alone gets the same order. Children of equal weight stay as they are.
-
-    Args:
-        Z: (K-1, 4) linkage matrix.
-        weights_K: (K,) weight of each leaf.
-
-    Returns:
-        (K-1, 4) float64.
-
-    Raises:
-        ValueError: Z is not a linkage matrix, or there is not one weight per leaf.
-    """
-    children_T2 = checked_children(Z)
-    if len(weights_K) != len(children_T2) + 1:
-        raise ValueError(f"{len(weights_K)} weights for a tree of {len(children_T2) + 1} leaves")
-    mass = np.asarray(weights_K, dtype=np.float64).tolist()
-    for left, right in children_T2.tolist():
-        mass.append(mass[left] + mass[right])
-    turned = np.array(Z, dtype=np.float64)
-    mass_T2 = np.array(mass)[children_T2]
-    swap_T = mass_T2[:, 1] > mass_T2[:, 0]
-    turned[swap_T, :2] = turned[swap_T, 1::-1]
-    return turned

@@ -17,7 +17,7 @@ def rows(num: int, offset: float = 0.0, seed: int = 0) -> np.ndarray:
 
 
 def test_moments_by_hand():
-    m = Moments.of(np.array([[1.0, 0.0], [3.0, 0.0]]))
+    m = Moments.from_rows(np.array([[1.0, 0.0], [3.0, 0.0]]))
     assert m.num_rows == 2
     assert m.mean_D.tolist() == [2, 0]
     assert m.variance_D.tolist() == [1, 0]
@@ -30,7 +30,7 @@ def test_moments_of_blocks_merge_to_those_of_the_whole(sizes, offset):
     x = rows(sum(sizes), offset)
     merged = Moments(0, np.zeros(4), np.zeros(4))
     for block in np.split(x, np.cumsum(sizes)[:-1]):
-        merged = merged.merge(Moments.of(block))
+        merged = merged.merge(Moments.from_rows(block))
     assert merged.num_rows == len(x)
     if len(x):
         exact = x.astype(np.float64)
@@ -39,7 +39,7 @@ def test_moments_of_blocks_merge_to_those_of_the_whole(sizes, offset):
 
 
 def test_moments_of_float16_rows_do_not_overflow():
-    m = Moments.of(np.full((100_000, 1), 60_000, np.float16))
+    m = Moments.from_rows(np.full((100_000, 1), 60_000, np.float16))
     assert m.mean_D[0] == np.float16(60_000)
     assert m.variance_D[0] == 0
 
@@ -67,21 +67,21 @@ def test_weights_scale_each_column_after_the_rest():
 def test_standardize_is_scikit_learns():
     x = rows(200, offset=5)
     x[:, 3] = 7
-    ours = Preprocess.fit("standardize", WHOLE, Moments.of(x))(torch.from_numpy(x)).numpy()
+    ours = Preprocess.fit("standardize", WHOLE, Moments.from_rows(x))(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(ours, StandardScaler().fit_transform(x), atol=2e-6)
     assert np.abs(ours[:, 3]).max() == 0
 
 
 def test_scale_makes_the_mean_square_one():
     x = rows(200, offset=5)
-    y = Preprocess.fit("scale", WHOLE, Moments.of(x))(torch.from_numpy(x))
+    y = Preprocess.fit("scale", WHOLE, Moments.from_rows(x))(torch.from_numpy(x))
     assert float((y**2).mean()) == pytest.approx(1, rel=1e-5)
-    fixed = Preprocess.fit("scale", WHOLE, Moments.of(x), factor=0.5)
+    fixed = Preprocess.fit("scale", WHOLE, Moments.from_rows(x), factor=0.5)
     assert torch.equal(fixed(torch.from_numpy(x)), torch.from_numpy(x) * 0.5)
 
 
 def test_scale_of_zeros_is_refused_unless_the_factor_is_given():
-    zeros = Moments.of(np.zeros((3, 4)))
+    zeros = Moments.from_rows(np.zeros((3, 4)))
     with pytest.raises(ValueError, match="every sampled row is zero, so there is no scale"):
         Preprocess.fit("scale", WHOLE, zeros)
     assert Preprocess.fit("scale", WHOLE, zeros, factor=2.0).scale_D is not None
@@ -89,13 +89,13 @@ def test_scale_of_zeros_is_refused_unless_the_factor_is_given():
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="unknown preprocess method 'whiten'"):
-        Preprocess.fit("whiten", WHOLE, Moments.of(rows(3)))
+        Preprocess.fit("whiten", WHOLE, Moments.from_rows(rows(3)))
 
 
 @pytest.mark.parametrize("method", ["none", "l2", "standardize", "scale"])
 def test_a_row_is_mapped_alike_alone_and_in_company(method):
     x = rows(50, offset=2)
-    map_ = Preprocess.fit(method, [(0, 3, 1.5), (3, 4, 1.0)], Moments.of(x))
+    map_ = Preprocess.fit(method, [(0, 3, 1.5), (3, 4, 1.0)], Moments.from_rows(x))
     together = map_(torch.from_numpy(x))
     alone = torch.cat([map_(row[None]) for row in torch.from_numpy(x)])
     assert torch.equal(together, alone)

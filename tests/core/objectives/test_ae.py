@@ -29,7 +29,7 @@ def test_the_loss_and_its_gradients_are_those_computed_by_hand_in_float64(code_l
     net = network()
     x, w = torch.randn(20, 6, generator=generator), torch.rand(20, generator=generator)
     centers = torch.randn(4, 3, generator=generator)
-    ae = Ae(net.encoder, net.decoder, centers, Kernel(), code_loss=code_loss, beta=0.7)
+    ae = Ae(net, centers, Kernel(), code_loss=code_loss, beta=0.7)
     ours = ae(minibatch(x, w))["loss"]
     encoder, decoder = weights_of(net.encoder), weights_of(net.decoder)
     c = centers.double().requires_grad_()
@@ -54,7 +54,7 @@ def test_the_distance_to_the_nearest_center_passes_finite_differences():
 
 def test_a_weightless_code_loss_is_plain_reconstruction():
     net, x, w = network(), torch.randn(16, 6), torch.rand(16)
-    ae = Ae(net.encoder, net.decoder, torch.randn(4, 3), Kernel(), code_loss="l2", beta=0.0)
+    ae = Ae(net, torch.randn(4, 3), Kernel(), code_loss="l2", beta=0.0)
     ours, plain = ae(minibatch(x, w))["loss"], Reconstruction(net)(x, w, x)["loss"]
     assert float(ours.detach()) == float(plain.detach())
     for a, b in zip(*(torch.autograd.grad(v, list(net.parameters())) for v in (ours, plain)), strict=True):
@@ -62,7 +62,7 @@ def test_a_weightless_code_loss_is_plain_reconstruction():
 
 
 def test_a_fit_without_code_loss_is_exactly_the_autoencoder_baseline():
-    ours = run_ranks(1, fit_blobs, settings(beta=0.0))[0]
+    ours = run_ranks(1, fit_blobs, settings(code_weight=0.0))[0]
     plain = run_ranks(1, fit_blobs, with_objective("autoencoder"))[0]
     np.testing.assert_array_equal(ours["centers"], plain["centers"])
     for name, weights in plain["encoder"].items():
@@ -70,7 +70,7 @@ def test_a_fit_without_code_loss_is_exactly_the_autoencoder_baseline():
 
 
 def test_a_penalty_shrinks_the_code_and_k_means_finds_its_leaves_again():
-    result = run_ranks(1, fit_blobs, settings(code_loss="l2", beta=5.0, num_epochs=4))[0]
+    result = run_ranks(1, fit_blobs, settings(code_loss="l2", code_weight=5.0, num_epochs=4))[0]
     before = np.linalg.norm(result["baselines"]["autoencoder_kmeans"], axis=1).mean()
     assert np.linalg.norm(result["centers"], axis=1).mean() < before
     assert (result["weights"] > 0).all()

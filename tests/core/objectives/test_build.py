@@ -25,7 +25,7 @@ def variant(objective, *, layerwise=False, **refine):
 
 VARIANTS = {
     "layerwise": variant("autoencoder", layerwise=True),
-    "ae": variant("ae", beta=1.0),
+    "ae": variant("ae", code_weight=1.0),
     "dcn": variant("dcn", recluster_epochs=2),
     "dcn counted": variant("dcn", centroid_update="counts", recluster_epochs=2),
     "dec with sizes": variant("dec", size_prior="kmeans", frequency_exponent=0.7, target_exponent=2.5),

@@ -19,7 +19,9 @@ def settings(**changes):
 
 def plain_dcn(centers, **changes):
     """Return a DCN whose code is the row itself."""
-    return Dcn(torch.nn.Identity(), torch.nn.Identity(), centers, Kernel(), replace(SETTINGS.refine, **changes))
+    net = network()
+    net.encoder, net.decoder = torch.nn.Identity(), torch.nn.Identity()
+    return Dcn(net, centers, Kernel(), replace(SETTINGS.refine, **changes))
 
 
 def test_the_loss_and_its_gradients_are_those_computed_by_hand_in_float64():
@@ -27,7 +29,7 @@ def test_the_loss_and_its_gradients_are_those_computed_by_hand_in_float64():
     net = network()
     x, w = torch.randn(20, 6, generator=generator), torch.rand(20, generator=generator)
     centers = torch.randn(4, 3, generator=generator)
-    dcn = Dcn(net.encoder, net.decoder, centers, Kernel(), replace(SETTINGS.refine, distance_weight=0.3))
+    dcn = Dcn(net, centers, Kernel(), replace(SETTINGS.refine, distance_weight=0.3))
     ours = dcn(minibatch(x, w))
     encoder, decoder = weights_of(net.encoder), weights_of(net.decoder)
     z = forward_by_hand(x.double(), encoder)

@@ -88,9 +88,7 @@ def test_the_gradient_of_the_divergence_is_the_closed_form():
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_the_summed_divergence_in_blocks_is_that_of_the_whole_batch(monkeypatch, offset):
-    monkeypatch.setattr("raydc.core.objectives.dec._BLOCK_NUMBERS", 100)
-    monkeypatch.setattr("raydc.core.objectives.dec._LEAST_BLOCK_ROWS", 3)
+def test_the_summed_divergence_in_blocks_is_that_of_the_whole_batch(offset):
     generator = torch.Generator().manual_seed(4)
     z = torch.randn(50, 6, generator=generator) + offset
     c = torch.randn(9, 6, generator=generator) + offset
@@ -103,7 +101,7 @@ def test_the_summed_divergence_in_blocks_is_that_of_the_whole_batch(monkeypatch,
         return log_p[rows].float()
 
     ours_z, ours_c = z.clone().requires_grad_(), c.clone().requires_grad_()
-    ours = summed_divergence(ours_z, ours_c, weights, KERNEL, log_p_of)
+    ours = summed_divergence(ours_z, ours_c, weights, KERNEL, log_p_of, block_rows=11)
     (3.0 * ours).backward()
     assert len(asked) == 5
     z, c = z.double().requires_grad_(), c.double().requires_grad_()
@@ -140,7 +138,7 @@ def test_the_losses_and_their_gradients_are_those_computed_by_hand_in_float64():
     kl = (w.double()[:, None] * p * (p / q).log()).sum()
     reconstruction = (w.double() * ((forward_by_hand(z, decoder) - x.double()) ** 2).mean(1)).sum()
     dec = Dec(net.encoder, centers, KERNEL)
-    idec = Idec(net.encoder, net.decoder, centers, KERNEL, gamma=0.3)
+    idec = Idec(net, centers, KERNEL, gamma=0.3)
     for model, expected, layers in ((dec, kl, encoder), (idec, reconstruction + 0.3 * kl, encoder + decoder)):
         ours = model.loss(x, w, p.log().float().__getitem__)["loss"]
         assert float(ours.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -165,7 +163,7 @@ def test_idec_with_gamma_zero_is_the_autoencoder():
     autoencoder = Autoencoder(12, (16,), 3)
     x = torch.from_numpy(blobs(64)[0])
     weights = torch.rand(64)
-    idec = Idec(autoencoder.encoder, autoencoder.decoder, torch.randn(4, 3), KERNEL, gamma=0.0)
+    idec = Idec(autoencoder, torch.randn(4, 3), KERNEL, gamma=0.0)
     log_p = torch.log_softmax(torch.randn(64, 4), dim=1)
     ours = idec.loss(x, weights, log_p.__getitem__)
     gradients = torch.autograd.grad(ours["loss"], list(autoencoder.parameters()) + [idec.centers])
@@ -182,9 +180,7 @@ def test_gamma_multiplies_the_divergence_only():
     autoencoder = Autoencoder(12, (16,), 3)
     x, weights = torch.from_numpy(blobs(64)[0]), torch.ones(64)
     centers, log_p = torch.randn(4, 3), torch.log_softmax(torch.randn(64, 4), dim=1)
-    sums = Idec(autoencoder.encoder, autoencoder.decoder, centers, KERNEL, gamma=0.3).loss(
-        x, weights, log_p.__getitem__
-    )
+    sums = Idec(autoencoder, centers, KERNEL, gamma=0.3).loss(x, weights, log_p.__getitem__)
     assert float(sums["loss"].detach()) == pytest.approx(float(sums["reconstruction"]) + 0.3 * float(sums["kl"]))
     assert float(sums["kl"]) == pytest.approx(
         float(Dec(autoencoder.encoder, centers, KERNEL).loss(x, weights, log_p.__getitem__)["kl"])

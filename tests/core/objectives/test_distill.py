@@ -134,7 +134,7 @@ def test_a_pass_moves_each_prototype_to_the_mean_direction_of_its_rows():
     x = torch.rand(200, 6)
     with torch.no_grad():
         z = model.encoder(x)
-        model.start(z)
+        model.initialize(z)
         u = torch.nn.functional.normalize(z - z.mean(0), dim=1)
     before = nearest(u, model.points.detach())[0][:, 0]
     batch = Minibatch(torch.arange(200), x, torch.ones(200), torch.arange(200), seed=0)
@@ -144,7 +144,7 @@ def test_a_pass_moves_each_prototype_to_the_mean_direction_of_its_rows():
         np.testing.assert_allclose(model.points[c].detach(), expected, atol=1e-5)
     assert seen["changed"] == 1.0 and seen["empty"] == 0
     # The ids that teach are those of the moved prototypes.
-    assert torch.equal(model.taught.ids(batch), nearest(u, model.points.detach())[0][:, 0])
+    assert torch.equal(model.class_source.ids(batch), nearest(u, model.points.detach())[0][:, 0])
     assert not model.points.requires_grad
     model.settings = replace(model.settings, num_reclusterings=1)
     points = model.points.detach().clone()
@@ -182,6 +182,40 @@ def test_a_resumed_fit_ends_like_an_unbroken_one(tmp_path, stop_after, on_one_ra
     changed = [[h["changed"] for h in r["history"] if "changed" in h] for r in (resumed, on_one_rank)]
     assert changed[0] == changed[1]
     np.testing.assert_array_equal(resumed["centers"], on_one_rank["centers"])
+
+
+def test_the_changed_share_of_a_pass_is_of_the_weight_not_of_the_rows():
+    model = small(metric="euclidean")
+    x, weights = torch.rand(4, 6), torch.tensor([5.0, 1.0, 1.0, 1.0])
+    batch = Minibatch(torch.arange(4), x, weights, None, seed=0)
+    assert run_pass(model.refresh(0, 0, 1), [batch], lambda sums: sums)["changed"] == 1.0
+    # The source of the ids answers by the row: row 0, of weight 5, is another one now.
+    model.settings = replace(model.settings, num_reclusterings=0)
+    source = model.class_source
+    known = source.ids(batch)
+    prototypes = model.prototypes()
+    moved = prototypes.points_ML.clone()
+    others = [int(i) for i in known.unique() if i != known[0]] or [(int(known[0]) + 1) % 4]
+    with torch.no_grad():
+        moved[others[0]] = model.encoder(x[:1])[0]
+        model.points.copy_(moved)
+    now = nearest(model.encoder(x).detach(), moved)[0][:, 0]
+    expected = float((weights * (now != known)).sum() / weights.sum())
+    assert now[0] != known[0] and expected >= 5 / 8
+    seen = run_pass(model.refresh(1, 0, 1), [batch], lambda sums: sums)
+    assert seen["changed"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_prototypes_start_alike_from_a_row_of_weight_two_and_from_two_rows(metric):
+    sample = torch.randn(80, 3, generator=torch.Generator().manual_seed(1))
+    weights = torch.ones(80)
+    weights[:30] = 2.0
+    weighted, repeated = small(metric=metric), small(metric=metric)
+    weighted.initialize(sample, weights)
+    repeated.initialize(torch.cat([sample, sample[:30]]))
+    for name in ("points", "shift", "width"):
+        torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-5)
 
 
 def test_an_id_means_the_same_cluster_in_every_epoch():

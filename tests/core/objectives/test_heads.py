@@ -12,17 +12,17 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.heads import log_marginal
 from raydc.core.objectives.icon import Icon, log_debiased, log_lift, negative_loss
 from raydc.core.objectives.kernel import Kernel
-from raydc.core.objectives.objective import Minibatch, Parts
+from raydc.core.objectives.objective import Minibatch, ObjectiveInputs, run_pass
 from raydc.core.objectives.temi import Temi, pair_loss, pair_weight
 from raydc.core.search.knn import Neighbors, Shard, prepare, search
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import fit
-from raydc.core.training.neighbor_pairs import NeighborPartners
+from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.training.settings import HeadSettings
 from tests.core.ranks import SETTINGS, PlainContext, blobs, run_ranks, shard
 
-HEAD = HeadSettings((), "kmeans", "auto", 5e-3, 0.9, 1, 0.6, 0.9, 0.6, 32)
+HEAD = HeadSettings(learning_rate=5e-3, teacher_momentum=0.9, num_negatives=32)
 
 
 def settings(objective, *, num_epochs=3, **changes):
@@ -35,9 +35,17 @@ def probabilities(num, leaves, seed):
     return p, torch.from_numpy(np.log(p))
 
 
-def parts(objective, dim=5, leaves=4, **changes):
+def inputs(objective, dim=5, leaves=4, **changes):
     centers = torch.from_numpy(np.random.default_rng(0).normal(size=(leaves, dim)).astype(np.float32))
-    return Parts(None, centers, Kernel(), settings(objective, **changes), "float32", 100, dim)
+    return ObjectiveInputs(
+        autoencoder=None,
+        centers_KL=centers,
+        kernel=Kernel(),
+        settings=settings(objective, **changes),
+        arithmetic="float32",
+        num_rows=100,
+        dim=dim,
+    )
 
 
 def minibatch(num=7, dim=5, seed=1):
@@ -45,7 +53,7 @@ def minibatch(num=7, dim=5, seed=1):
     weights = torch.rand(num, generator=generator) + 0.5
     x, x2 = torch.randn(num, dim, generator=generator), torch.randn(num, dim, generator=generator)
     second = Minibatch(torch.arange(num) + 50, x2, weights, None, 0)
-    return Minibatch(torch.arange(num), x, weights, None, 0, partners=second)
+    return Minibatch(torch.arange(num), x, weights, None, 0, positives=second)
 
 
 def test_the_pair_loss_of_temi_is_the_formula_of_the_paper():
@@ -80,15 +88,15 @@ def test_the_losses_of_icon_are_the_divergence_of_the_paper_up_to_a_constant():
 
 
 def test_without_debiasing_icon_is_temi_with_beta_one_and_a_teacher_that_is_the_student():
-    icon, temi = Icon(parts("icon", alpha=0.0)), Temi(parts("temi", beta=1.0))
+    icon, temi = Icon(inputs("icon", debiasing=0.0)), Temi(inputs("temi", pair_exponent=1.0))
     sample = torch.randn(50, 5, generator=torch.Generator().manual_seed(2))
-    icon.start(sample)
-    temi.start(sample)
+    icon.initialize(sample)
+    temi.initialize(sample)
     batch = minibatch()
     ours, theirs = icon(batch)["loss"], temi(batch)["loss"]
     # TEMI weighs each pair by how surely the teacher joins it; I-Con weighs all alike.
     with torch.no_grad():
-        weight = pair_weight(temi.teachers[0](batch.x_ND), temi.teachers[0](batch.partners.x_ND))
+        weight = pair_weight(temi.teachers[0](batch.x_ND), temi.teachers[0](batch.positives.x_ND))
     again = replace(batch, weights_N=batch.weights_N / weight)
     torch.testing.assert_close(ours, temi(again)["loss"])
     assert not torch.allclose(ours, theirs)
@@ -100,17 +108,17 @@ def test_without_debiasing_icon_is_temi_with_beta_one_and_a_teacher_that_is_the_
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(Temi, {}), (Temi, {"num_heads": 3}), (Icon, {}), (Icon, {"alpha": 0.0})]
+    ("kind", "options"), [(Temi, {}), (Temi, {"num_heads": 3}), (Icon, {}), (Icon, {"debiasing": 0.0})]
 )
 @pytest.mark.parametrize("hidden", [(), (6, 4)])
 def test_gradients_are_those_of_finite_differences(kind, options, hidden):
     name = kind.__name__.lower()
-    objective = kind(parts(name, hidden_dims=hidden, start="random" if hidden else "kmeans", **options))
-    objective.start(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
+    objective = kind(inputs(name, hidden_dims=hidden, start="random" if hidden else "kmeans", **options))
+    objective.initialize(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
     objective = objective.double()
     batch = minibatch()
-    pair = replace(batch.partners, x_ND=batch.partners.x_ND.double(), weights_N=batch.weights_N.double())
-    batch = replace(batch, x_ND=batch.x_ND.double(), weights_N=batch.weights_N.double(), partners=pair)
+    pair = replace(batch.positives, x_ND=batch.positives.x_ND.double(), weights_N=batch.weights_N.double())
+    batch = replace(batch, x_ND=batch.x_ND.double(), weights_N=batch.weights_N.double(), positives=pair)
     objective(batch)["loss"].backward()
     for parameter in [p for p in objective.parameters() if p.requires_grad]:
         flat, gradient = parameter.data.view(-1), parameter.grad.reshape(-1)
@@ -135,8 +143,8 @@ def test_a_dead_leaf_and_a_sure_row_keep_the_loss_and_its_gradient_finite():
 
 def test_a_rank_without_rows_returns_zero_and_zero_gradients():
     for kind, name in ((Temi, "temi"), (Icon, "icon")):
-        objective = kind(parts(name))
-        objective.start(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
+        objective = kind(inputs(name))
+        objective.initialize(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
         nobody = minibatch(0)
         loss = objective(nobody)["loss"]
         loss.backward()
@@ -147,18 +155,74 @@ def test_a_rank_without_rows_returns_zero_and_zero_gradients():
 
 
 def test_the_marginals_follow_the_steps_and_the_best_head_has_the_least_loss():
-    objective = Temi(parts("temi", num_heads=2, marginal_momentum=0.5))
-    objective.start(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
+    objective = Temi(inputs("temi", num_heads=2, marginal_momentum=0.5))
+    objective.initialize(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
     before, batch = objective.marginals.clone(), minibatch()
     objective(batch)
     w = batch.weights_N.double()
     with torch.no_grad():
-        means = [w @ t(batch.x_ND).exp().double() / w.sum() for t in objective.judges()]
+        means = [w @ t(batch.x_ND).exp().double() / w.sum() for t in objective.labeling_heads()]
     objective.after_step(objective.step_sums(batch))
     torch.testing.assert_close(objective.marginals, 0.5 * before + 0.5 * torch.stack(means))
     for losses, best in ((torch.tensor([3.0, 2.0, 1.0]), 1), (torch.tensor([1.0, 2.0, 1.0]), 0)):
         objective.losses.copy_(losses)
-        torch.testing.assert_close(objective.predictor().head.prototypes, objective.judges()[best].prototypes.data)
+        torch.testing.assert_close(
+            objective.predictor().head.prototypes, objective.labeling_heads()[best].prototypes.data
+        )
+
+
+def by_hand(kind):
+    """Return an objective of two leaves, toward (2, 1) and (-2, -1), and sharp probabilities."""
+    objective = kind(inputs(kind.__name__.lower(), dim=2, leaves=2, debiasing=0.0))
+    for head in (objective.labeling_heads()[0], objective.last_best):
+        head.start_at_centers(torch.zeros(2), 0.01, torch.tensor([[2.0, 1.0], [-2.0, -1.0]]))
+    return objective
+
+
+@pytest.mark.parametrize("kind", [Temi, Icon])
+def test_the_numbers_of_a_pass_are_shares_of_the_weight_not_of_the_rows(kind):
+    objective = by_hand(kind)
+    x, weights = torch.tensor([[0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]]), torch.tensor([3.0, 1.0, 0.5])
+    first = run_pass(objective.refresh(0, 0, 1), [Minibatch(torch.arange(3), x, weights, None, 0)], lambda sums: sums)
+    # Rows 0 and 2 share a leaf: 3.5 of 4.5.
+    assert first["changed"] == 1.0 and first["empty"] == 0
+    assert first["largest_share"] == pytest.approx(3.5 / 4.5) and first["top_q"] == pytest.approx(1.0)
+    np.testing.assert_allclose(objective.marginals[0], [3.5 / 4.5, 1.0 / 4.5], atol=1e-12)
+    # The leaves turn to (2, -1) and (-2, 1): row 0 alone goes to the other one, 3 of 4.5 by weight, one row of three.
+    objective.labeling_heads()[0].start_at_centers(torch.zeros(2), 0.01, torch.tensor([[2.0, -1.0], [-2.0, 1.0]]))
+    second = run_pass(objective.refresh(1, 0, 1), [Minibatch(torch.arange(3), x, weights, None, 0)], lambda sums: sums)
+    assert second["changed"] == pytest.approx(3.0 / 4.5)
+    assert second["largest_share"] == pytest.approx(4.0 / 4.5)
+
+
+def test_a_leaf_whose_rows_weigh_nothing_is_empty():
+    objective = by_hand(Icon)
+    x, weights = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([1.0, 0.0])
+    numbers = run_pass(objective.refresh(0, 0, 1), [Minibatch(torch.arange(2), x, weights, None, 0)], lambda s: s)
+    assert numbers["empty"] == 1 and numbers["largest_share"] == 1.0
+
+
+def test_a_negative_of_weight_two_counts_as_two_rows():
+    (phi, _), (others, _) = probabilities(5, 3, 1), probabilities(4, 3, 2)
+    phi, others, pk = torch.from_numpy(phi), torch.from_numpy(others), torch.full((3,), 1 / 3, dtype=torch.float64)
+    weights = torch.tensor([2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    weighted = negative_loss(phi, others, pk, 0.6, weights)
+    torch.testing.assert_close(weighted, negative_loss(phi, torch.cat([others, others[:1]]), pk, 0.6))
+
+
+@pytest.mark.parametrize("kind", [Temi, Icon])
+def test_heads_start_alike_from_a_row_of_weight_two_and_from_two_rows(kind):
+    sample = torch.randn(60, 5, generator=torch.Generator().manual_seed(2))
+    weights = torch.ones(60)
+    weights[:20] = 2.0
+    weighted, repeated = (kind(inputs(kind.__name__.lower())) for _ in range(2))
+    weighted.initialize(sample, weights)
+    repeated.initialize(torch.cat([sample, sample[:20]]))
+    torch.testing.assert_close(weighted.heads[0].mean, repeated.heads[0].mean)
+    torch.testing.assert_close(weighted.heads[0].temperature, repeated.heads[0].temperature, rtol=1e-4, atol=0)
+    plain = kind(inputs(kind.__name__.lower()))
+    plain.initialize(sample)
+    assert not torch.allclose(weighted.heads[0].mean, plain.heads[0].mean, atol=1e-3)
 
 
 def test_the_temperature_is_calibrated_to_the_mean_largest_probability():
@@ -181,7 +245,7 @@ def test_a_predictor_labels_a_row_alike_in_any_company_and_survives_saving(hidde
     np.testing.assert_allclose(top, expected.topk(2, dim=1).values.exp(), rtol=1e-4)
     alone = torch.cat([predictor.best(x[i : i + 1], 2)[0] for i in range(200)])
     np.testing.assert_array_equal(alone, leaves)
-    again = HeadPredictor.of({name: t.clone() for name, t in predictor.tensors().items()})
+    again = HeadPredictor.from_tensors({name: t.clone() for name, t in predictor.tensors().items()})
     np.testing.assert_array_equal(again.best(x, 2)[0], leaves)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
     np.testing.assert_array_equal(order[predictor.reordered(order).best(x, 2)[0]], leaves)
@@ -198,7 +262,7 @@ def test_equal_prototypes_give_the_lower_leaf():
 def graph(x, num=5):
     """Return the keys of the neighbors of each row, the rows' keys being their numbers."""
     keys, rows = np.arange(len(x)), prepare(x, "cosine")
-    return search(keys, rows, Shard.of(keys, rows), Neighbors.none(len(x), num), metric="cosine").keys_QM
+    return search(keys, rows, Shard.from_rows(keys, rows), Neighbors.none(len(x), num), metric="cosine").keys_QM
 
 
 def paired_rows(ranks, x):
@@ -215,7 +279,7 @@ def fit_pairs(ranks, wanted, folder=None, stop_after=None):
     rows = paired_rows(ranks, blobs()[0])
     context = PlainContext(ranks.rank, ranks.world_size, folder, stop_after)
     try:
-        fitted = fit(rows, Preprocess("l2", [(0, 12, 1.0)]), wanted, context, NeighborPartners(rows, ranks))
+        fitted = fit(rows, Preprocess("l2", [(0, 12, 1.0)]), wanted, context, NeighborPairs(rows, ranks))
     except KeyboardInterrupt:
         return None
     refine = [h for h in fitted.history if h["phase"] == "refine"]
@@ -267,30 +331,30 @@ def test_leaves_are_those_of_the_blobs(on_one_rank):
         assert (np.sort(result["weights"]) > 100).all()
 
 
-def partners_of(ranks, seed):
+def positives_of(ranks, seed):
     rows = paired_rows(ranks, blobs()[0])
-    partners = NeighborPartners(rows, ranks)
+    pairs = NeighborPairs(rows, ranks)
     found = {}
     for step in rows.steps(64, 3):
-        second = partners(step.batch, seed)
+        second = pairs(step.batch, seed)
         found |= dict(zip(step.batch.keys_N.tolist(), zip(second.keys_N.tolist(), second.x_ND.tolist(), strict=True)))
     return found
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_partner_is_a_neighbor_and_the_same_one_on_any_number_of_ranks(world_size):
+def test_a_positive_is_a_neighbor_and_the_same_one_on_any_number_of_ranks(world_size):
     x = blobs()[0]
-    alone = partners_of(Ranks(), 9)
+    alone = positives_of(Ranks(), 9)
     assert len(alone) == 1000
     neighbors = graph(x)
     for key, (second, values) in alone.items():
         assert second in neighbors[key]
         np.testing.assert_array_equal(np.float32(values), x[second])
     together = {}
-    for part in run_ranks(world_size, partners_of, 9):
+    for part in run_ranks(world_size, positives_of, 9):
         together |= part
     assert together == alone
-    other = partners_of(Ranks(), 10)
+    other = positives_of(Ranks(), 10)
     assert 0.1 < np.mean([other[k][0] == alone[k][0] for k in alone]) < 0.3  # one of five neighbors
 
 
@@ -299,7 +363,7 @@ def with_a_stranger(ranks):
     rows.neighbors_NM[:] = 5000
     try:
         for step in rows.steps(64, 3):
-            NeighborPartners(rows, ranks)(step.batch, 0)
+            NeighborPairs(rows, ranks)(step.batch, 0)
     except ValueError as error:
         return str(error)
 
@@ -313,7 +377,7 @@ def test_a_neighbor_that_is_no_row_is_refused_on_all_ranks(world_size):
 def test_rows_without_neighbors_are_refused():
     rows = ResidentRows(torch.ones(3, 2), torch.arange(3), torch.ones(3), Ranks())
     with pytest.raises(ValueError, match="without their neighbors"):
-        NeighborPartners(rows, Ranks())
+        NeighborPairs(rows, Ranks())
 
 
 def test_rows_keep_their_neighbors_when_chunks_interleave():
@@ -328,7 +392,7 @@ def test_rows_keep_their_neighbors_when_chunks_interleave():
 
 
 def test_heads_after_the_first_start_elsewhere():
-    objective = Temi(parts("temi", num_heads=3))
-    objective.start(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
+    objective = Temi(inputs("temi", num_heads=3))
+    objective.initialize(torch.randn(60, 5, generator=torch.Generator().manual_seed(2)))
     first, *others = (copy.deepcopy(h.prototypes.data) for h in objective.heads)
     assert all(not torch.allclose(first, other) for other in others)

@@ -21,7 +21,7 @@ def over_shards(x, keys, num, metric, num_shards):
     """Search every row among all rows, shard by shard."""
     found = Neighbors.none(len(x), num)
     for part in np.array_split(np.arange(len(x)), num_shards):
-        found = search(keys, x, Shard.of(keys[part], x[part]), found, metric=metric)
+        found = search(keys, x, Shard.from_rows(keys[part], x[part]), found, metric=metric)
     return found
 
 
@@ -46,7 +46,7 @@ def test_a_row_is_left_out_by_its_key_and_not_by_its_place():
     x, keys = some_rows("cosine")
     # The queries lie elsewhere in the shard than in the query block, and one of them is not in the shard at all.
     queries, own = x[[250, 7, 120, 9]], np.concatenate([keys[[250, 7, 120]], [10_000]])
-    found = search(own, queries, Shard.of(keys, x), Neighbors.none(4, 3), metric="cosine")
+    found = search(own, queries, Shard.from_rows(keys, x), Neighbors.none(4, 3), metric="cosine")
     expected, _ = brute_force(x, keys, 3, "cosine")
     np.testing.assert_array_equal(found.keys_QM[:3], expected[[250, 7, 120]])
     assert found.keys_QM[3, 0] == keys[9] and found.scores_QM[3, 0] == pytest.approx(1.0)
@@ -73,7 +73,7 @@ def test_a_common_offset_costs_no_digits():
 
 def test_two_rows_have_one_neighbor_and_a_gap():
     x = prepare(np.eye(2), "cosine")
-    found = search(np.arange(2), x, Shard.of(np.arange(2), x), Neighbors.none(2, 2), metric="cosine")
+    found = search(np.arange(2), x, Shard.from_rows(np.arange(2), x), Neighbors.none(2, 2), metric="cosine")
     np.testing.assert_array_equal(found.keys_QM, [[1, -1], [0, -1]])
     assert found.missing_Q.all()
 
@@ -81,7 +81,7 @@ def test_two_rows_have_one_neighbor_and_a_gap():
 def test_all_cells_together_are_the_exact_search():
     x, keys = some_rows("cosine")
     centers = cell_centers(x, 9, seed=0)
-    shard = Shard.of(keys, x).in_cells(centers, "cosine")
+    shard = Shard.from_rows(keys, x).in_cells(centers, "cosine")
     assert sorted(shard.keys_N.tolist()) == sorted(keys.tolist()) and shard.bounds[-1] == len(keys)
     probes = nearest_cells(x, centers, 9, "cosine")
     found = search(keys, x, shard, Neighbors.none(300, 5), metric="cosine", probes_QP=probes)
@@ -91,7 +91,7 @@ def test_all_cells_together_are_the_exact_search():
 def test_fewer_cells_miss_neighbors_and_the_recall_says_how_many():
     x, keys = some_rows("cosine")
     centers = cell_centers(x, 9, seed=0)
-    shard = Shard.of(keys, x).in_cells(centers, "cosine")
+    shard = Shard.from_rows(keys, x).in_cells(centers, "cosine")
     exact = over_shards(x, keys, 5, "cosine", 1)
     hits = []
     for num_probes in (1, 3, 9):
@@ -106,4 +106,4 @@ def test_fewer_cells_miss_neighbors_and_the_recall_says_how_many():
 def test_rows_of_another_width_are_refused():
     x, keys = some_rows("cosine")
     with pytest.raises(ValueError, match="queries have 8 dimensions, rows 16"):
-        search(keys, x[:, :8], Shard.of(keys, x), Neighbors.none(300, 5), metric="cosine")
+        search(keys, x[:, :8], Shard.from_rows(keys, x), Neighbors.none(300, 5), metric="cosine")

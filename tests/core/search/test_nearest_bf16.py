@@ -52,7 +52,7 @@ def test_the_nearest_center_is_that_of_float64_differences(kind):
 @needs_setting
 def test_the_bound_holds_for_every_pair():
     z, centers = rows_and_centers("decaying", n=512)
-    screen = nearest_bf16._Screen(centers)
+    screen = nearest_bf16.Screen(centers)
 
     row, center = (torch.from_numpy(ids) for ids in screen.pairs(z))
 
@@ -67,10 +67,10 @@ def test_the_bound_holds_for_every_pair():
 def test_the_norms_of_the_centers_come_out_of_the_product_whole():
     """Three numbers of eight digits each are one of twenty-four; what the product adds to them is taken off again."""
     _, centers = rows_and_centers("lopsided")
-    screen = nearest_bf16._Screen(centers)
+    screen = nearest_bf16.Screen(centers)
     shifted = (centers - centers.mean(dim=0)).double()
     screen.pairs(centers.mean(dim=0).expand(2, -1).contiguous())
-    half_BK = screen._room_BK[:2].double()
+    half_BK = screen.half_BK[:2].double()
     torch.testing.assert_close(half_BK[0, :300], 0.5 * shifted.square().sum(dim=1), rtol=1e-6, atol=0)
     assert torch.isinf(half_BK[:, 300:]).all()
 
@@ -82,7 +82,7 @@ def test_of_equal_centers_the_lower_id_is_taken_and_many_of_them_are_searched_by
     assert (nearest_bf16.screened_nearest(z, twice)[0] < len(centers)).all()
 
     same = centers[:1].expand(300, -1).contiguous()
-    assert nearest_bf16._Screen(same).pairs(z[:512]) is None
+    assert nearest_bf16.Screen(same).pairs(z[:512]) is None
     ids, squared = nearest_bf16.screened_nearest(z, same)
     assert ((ids >= 0) & (ids < 300)).all()
     torch.testing.assert_close(squared.double(), exact(z, same)[:, 0], rtol=1e-4, atol=0)
@@ -103,7 +103,7 @@ def test_a_row_that_is_not_finite_gets_what_faiss_gives_and_harms_no_other():
 @needs_setting
 def test_products_have_their_precision_back_afterward():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.raises(ZeroDivisionError), nearest_bf16._products_in_bf16():
+    with pytest.raises(ZeroDivisionError), nearest_bf16.products_in_bf16():
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         raise ZeroDivisionError
     assert torch.backends.mkldnn.matmul.fp32_precision == before

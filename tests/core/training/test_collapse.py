@@ -10,7 +10,7 @@ from raydc.core.training.collapse import SpaceWatch, WatchSettings, effective_ra
 from raydc.core.training.collectives import Ranks
 from tests.core.ranks import fit_blobs, run_ranks
 
-SETTINGS = WatchSettings(1.5, 0.3, 0.2, 0.5)
+SETTINGS = WatchSettings(min_effective_rank=1.5, min_rank_share=0.3, max_empty_share=0.2, max_largest_share=0.5)
 
 
 def sums_of(z):

@@ -11,6 +11,7 @@ from raydc.core.metrics import scores
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import fit
+from raydc.core.training.settings import AutoencoderSettings
 from tests.core.ranks import SETTINGS, PlainContext, make_rows, with_objective
 
 
@@ -29,8 +30,7 @@ def test_digits_are_clustered_about_as_well_as_by_the_autoencoder_at_least(objec
     x = (x / 16.0).astype(np.float32)
     settings = with_objective(
         objective,
-        hidden_dims=(128, 256),
-        latent_dim=10,
+        autoencoder=AutoencoderSettings(hidden_dims=(128, 256), latent_dim=10),
         pretrain=replace(SETTINGS.pretrain, num_epochs=30, corruption=0.0, learning_rate=2e-3),
         cluster=replace(SETTINGS.cluster, num_leaves=10, num_restarts=10),
         refine=replace(SETTINGS.refine, num_epochs=15, max_grad_norm=None),

@@ -23,12 +23,12 @@ def codes(num_rows=400, width=4):
 def whiten_on(ranks, z, weights):
     """Return the directions of all rows by those that this rank has."""
     mine = shard(ranks, len(z))
-    return Directions.of([(z[mine], weights[mine])], z.shape[1], ranks)(z)
+    return Directions.from_blocks([(z[mine], weights[mine])], z.shape[1], ranks)(z)
 
 
 def test_directions_are_the_whitened_codes_at_unit_length():
     z, weights = codes()
-    found = Directions.of(zip(z.split(100), weights.split(100), strict=True), 4, Ranks())
+    found = Directions.from_blocks(zip(z.split(100), weights.split(100), strict=True), 4, Ranks())
 
     whitened = ((z - found.mean_L) @ found.whiten_LL).double().numpy()
     np.testing.assert_allclose(np.average(whitened, axis=0, weights=weights), 0.0, atol=1e-5)
@@ -47,7 +47,7 @@ def test_they_are_the_same_on_any_number_of_ranks():
 def test_an_axis_that_holds_only_rounding_is_left_out():
     z, weights = codes()
     flat = torch.cat([z, z[:, :1] * 1e-4], dim=1)
-    found = Directions.of([(flat, weights)], 5, Ranks())
+    found = Directions.from_blocks([(flat, weights)], 5, Ranks())
     assert torch.linalg.matrix_rank(found.whiten_LL, rtol=1e-5) == 4
     assert torch.isfinite(found(flat)).all()
 

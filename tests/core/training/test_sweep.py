@@ -14,7 +14,14 @@ from tests.core.ranks import SETTINGS, PlainContext, blobs, make_rows, run_ranks
 # Stability is the mean of a few pairs of clusterings, of which one may meet a poor start; with this seed none does.
 CHOSEN = replace(SETTINGS, seed=4)
 
-PLAN = SweepSettings((3, 5, 6, 8, 10), 1000, 3, 500, 5, 500)
+PLAN = SweepSettings(
+    num_leaves=(3, 5, 6, 8, 10),
+    stability_rows=1000,
+    num_repeats=3,
+    neighbor_rows=500,
+    num_neighbors=5,
+    neighbor_queries=500,
+)
 
 
 def swept(ranks, folder=None, stop_after=None, numbers=PLAN.num_leaves):

@@ -9,6 +9,7 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import fit
 from raydc.core.training.kmeans_on_codes import start_rows
+from raydc.core.training.settings import ClusterSettings
 from tests.core.ranks import (
     SETTINGS,
     PlainContext,
@@ -85,5 +86,5 @@ def test_a_baseline_of_more_leaves_than_baseline_rows_takes_more_rows():
 
 
 def test_a_start_samples_twenty_rows_for_each_leaf_at_least():
-    assert start_rows(1_000_000, 1000) == 1_000_000
-    assert start_rows(1_000_000, 100_000) == 2_000_000
+    assert start_rows(ClusterSettings(num_leaves=1000)) == 1_000_000
+    assert start_rows(ClusterSettings(num_leaves=100_000)) == 2_000_000

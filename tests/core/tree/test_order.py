@@ -11,6 +11,8 @@ from scipy.cluster.hierarchy import fcluster, is_valid_linkage, leaves_list, lin
 from scipy.sparse import csr_array
 
 from raydc.core.tree import order
+from raydc.core.tree.levels import level_statistics, levels
+from raydc.core.tree.purity import dendrogram_purity
 
 # Two pairs and a single: ((0, 3), (1, 2)), 4.
 BY_HAND = np.array([[0, 3, 1.0, 2], [1, 2, 2.0, 2], [5, 6, 3.0, 4], [4, 7, 9.0, 5]])
@@ -87,20 +89,20 @@ def test_a_cut_is_exact_where_heights_tie():
 
 def test_levels_are_plain_cuts_without_a_minimum():
     Z = random_tree(50)
-    found = order.levels(Z, [20, 5], np.ones(50))
+    found = levels(Z, [20, 5], np.ones(50))
     assert list(found) == [5, 20]
     for size, label_K in found.items():
         assert np.array_equal(label_K, order.cut(Z, size))
-        assert np.array_equal(label_K, order.levels(Z, [size], np.ones(50), 0.0)[size])
+        assert np.array_equal(label_K, levels(Z, [size], np.ones(50), 0.0)[size])
 
 
 def test_small_groups_ride_with_the_heavier_side_by_hand():
     # Leaf 4 joins last and weighs 1 of 100: the split that counts is (0, 3) against (1, 2), and the second is heavier.
     weights_K = np.array([20.0, 30.0, 30.0, 19.0, 1.0])
-    assert order.levels(BY_HAND, [2], weights_K, 0.05)[2].tolist() == [0, 1, 1, 0, 1]
-    assert order.levels(BY_HAND, [4], weights_K, 0.05)[4].tolist() == [0, 2, 3, 1, 2]
+    assert levels(BY_HAND, [2], weights_K, 0.05)[2].tolist() == [0, 1, 1, 0, 1]
+    assert levels(BY_HAND, [4], weights_K, 0.05)[4].tolist() == [0, 2, 3, 1, 2]
     # No more than three sides hold 25 %.
-    assert order.levels(BY_HAND, [5], weights_K, 0.25)[5].tolist() == [0, 1, 2, 0, 1]
+    assert levels(BY_HAND, [5], weights_K, 0.25)[5].tolist() == [0, 1, 2, 0, 1]
 
 
 @given(st.integers(2, 80), st.integers(0, 1000), st.floats(0, 0.3))
@@ -109,7 +111,7 @@ def test_levels_hold_the_minimum_and_nest(num_leaves, seed, share):
     Z = random_tree(num_leaves, seed)
     weights_K = np.random.default_rng(seed).lognormal(0, 1.5, num_leaves)
     sizes = sorted({1, min(3, num_leaves), min(10, num_leaves), num_leaves})
-    found = order.levels(Z, sizes, weights_K, share)
+    found = levels(Z, sizes, weights_K, share)
     for label_K in found.values():
         mass_G = np.bincount(label_K, weights=weights_K)
         assert (mass_G >= share * weights_K.sum() * (1 - 1e-9)).all()
@@ -119,7 +121,7 @@ def test_levels_hold_the_minimum_and_nest(num_leaves, seed, share):
 
 def test_level_statistics_by_hand():
     center_KD = np.array([[0.0], [2.0], [10.0], [11.0]])
-    found = order.level_statistics(np.array([0, 0, 1, 2]), np.array([1.0, 1.0, 3.0, 1.0]), center_KD, np.full(4, 0.5))
+    found = level_statistics(np.array([0, 0, 1, 2]), np.array([1.0, 1.0, 3.0, 1.0]), center_KD, np.full(4, 0.5))
     assert (found.num_groups, found.smallest, found.num_over_4x_mean) == (3, 1.0, 0)
     assert found.size_max_over_mean == pytest.approx(1.5)
     assert found.size_cv == pytest.approx(np.std([2, 3, 1]) / 2)
@@ -133,7 +135,7 @@ def test_level_statistics_agree_with_the_node_table():
     table = order.node_table(Z, weights_K, None, center_KD)
     for size in (1, 7, 60):
         nodes = order.truncate(Z, size).nodes
-        found = order.level_statistics(order.cut(Z, size), weights_K, center_KD)
+        found = level_statistics(order.cut(Z, size), weights_K, center_KD)
         assert found.sse == pytest.approx(table["sse"][nodes].sum(), abs=1e-9)
         assert found.smallest == pytest.approx(table["rows"][nodes].min())
 
@@ -187,33 +189,30 @@ def test_dendrogram_purity_is_the_mean_over_all_pairs(seed):
     table_KC = np.zeros((13, 4), dtype=np.int32)
     np.add.at(table_KC, (leaf_N, class_N), 1)
     for Z in (random_tree(13, seed), chain(13)):
-        assert order.dendrogram_purity(Z, table_KC) == pytest.approx(
-            purity_by_definition(Z, leaf_N, class_N), rel=1e-12
-        )
+        assert dendrogram_purity(Z, table_KC) == pytest.approx(purity_by_definition(Z, leaf_N, class_N), rel=1e-12)
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])
-def test_dendrogram_purity_of_some_classes_at_a_time_is_that_of_all(monkeypatch, width):
+def test_dendrogram_purity_of_some_classes_at_a_time_is_that_of_all(width):
     table_KC = np.random.default_rng(0).poisson(0.5, (40, 7))
     for Z in (random_tree(40), chain(40)):
-        at_once = order.dendrogram_purity(Z, table_KC)
-        with monkeypatch.context() as patch:
-            patch.setattr(order, "_PURITY_CELLS", 40 * width)
-            assert order.dendrogram_purity(Z, csr_array(table_KC)) == pytest.approx(at_once, rel=1e-12)
+        at_once = dendrogram_purity(Z, table_KC)
+        in_parts = dendrogram_purity(Z, csr_array(table_KC), block_cells=40 * width)
+        assert in_parts == pytest.approx(at_once, rel=1e-12)
 
 
 def test_dendrogram_purity_by_hand():
-    assert order.dendrogram_purity(BY_HAND, np.diag([2, 3, 4, 5, 6])) == 1.0
-    assert order.dendrogram_purity(NO_MERGES, [[1, 3]]) == pytest.approx(3 / 4)
+    assert dendrogram_purity(BY_HAND, np.diag([2, 3, 4, 5, 6])) == 1.0
+    assert dendrogram_purity(NO_MERGES, [[1, 3]]) == pytest.approx(3 / 4)
     # One class in leaves 0 and 4 only, one row each: they meet at the root, where it has 2 rows of 5.
-    assert order.dendrogram_purity(BY_HAND, [[1, 0], [0, 1], [0, 0], [0, 2], [1, 0]]) == pytest.approx(
+    assert dendrogram_purity(BY_HAND, [[1, 0], [0, 1], [0, 0], [0, 2], [1, 0]]) == pytest.approx(
         (2 / 5 + 1 + 2 * 3 / 3 * 1 * 3 / 4) / 4
     )
 
 
 def test_dendrogram_purity_does_not_overflow():
     table_KC = np.array([[2_000_000_000, 0], [0, 2_000_000_000]], dtype=np.int32)
-    assert order.dendrogram_purity(np.array([[0, 1, 1.0, 2]]), table_KC) == 1.0
+    assert dendrogram_purity(np.array([[0, 1, 1.0, 2]]), table_KC) == 1.0
 
 
 def test_truncated_tree_by_hand():
@@ -241,9 +240,9 @@ def test_a_chain_of_a_hundred_thousand_is_fine():
     assert sorted(order_K[:2].tolist() + order_K[-2:].tolist())
     assert order.leaf_order(order.relabel(Z, order_K))[-1] == 99_999
     assert len(set(order.cut(Z, 1000).tolist())) == 1000
-    assert order.levels(Z, [10], np.ones(100_000), 0.01)[10].max() < 10
+    assert levels(Z, [10], np.ones(100_000), 0.01)[10].max() < 10
     assert order.node_table(Z, np.ones(100_000), None, np.arange(100_000.0)[:, None])["rows"][-1] == 100_000
-    assert order.dendrogram_purity(Z, np.ones((100_000, 1))) == pytest.approx(1.0)
+    assert dendrogram_purity(Z, np.ones((100_000, 1))) == pytest.approx(1.0)
     assert len(order.truncate(Z, 50).merges) == 49
 
 
@@ -251,7 +250,7 @@ def test_dendrogram_purity_needs_only_the_table():
     table_KC = np.random.default_rng(0).integers(0, 9, (4000, 50)).astype(np.float64)
     Z = random_tree(4000)
     tracemalloc.start()
-    order.dendrogram_purity(Z, table_KC)
+    dendrogram_purity(Z, table_KC)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 * table_KC.nbytes
@@ -271,9 +270,9 @@ def test_refusals_say_what_is_wrong():
     with pytest.raises(ValueError, match="permutation"):
         order.relabel(BY_HAND, np.array([0, 1, 2, 3, 3]))
     with pytest.raises(ValueError, match="share from 0 to 1"):
-        order.levels(BY_HAND, [2], np.ones(5), 1.5)
+        levels(BY_HAND, [2], np.ones(5), 1.5)
     with pytest.raises(ValueError, match="share a class"):
-        order.dendrogram_purity(BY_HAND, np.eye(5))
+        dendrogram_purity(BY_HAND, np.eye(5))
     with pytest.raises(ValueError, match="weights"):
         order.node_table(BY_HAND, np.ones(4))
 

@@ -1,0 +1,134 @@
+"""What labeling has counted: additive over slices, and stored as arrays, never as Python objects."""
+
+import io
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydc.core.metrics.partition_stats import Tally
+from raydc.errors import DataError
+
+_TABLES = ("exemplars", "map_rows", "near_rows")
+
+# What reading statistics that are damaged, or were never ours, may end in.
+_DAMAGE = (
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    OSError,
+    EOFError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pa.ArrowException,
+)
+
+
+@dataclass(kw_only=True)
+class Statistics:
+    """What labeling has counted; additive over slices."""
+
+    rows: int = 0
+    """Rows read, good and bad."""
+
+    labels: int = 0
+    rejects: int = 0
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """`leaf`, `level_<k>`, and on the sample `learned` and each baseline."""
+
+    exemplars: pa.Table | None = None
+    """The nearest rows of each leaf."""
+
+    map_rows: pa.Table | None = None
+    """The rows of the report's map."""
+
+    near_rows: pa.Table | None = None
+    """key, preprocessed row and the leaf by each method, on the sample among which neighbors are looked up."""
+
+    def merge(self, other: "Statistics", num_exemplars: int) -> None:
+        """Add the rows of another slice."""
+        self.rows += other.rows
+        self.labels += other.labels
+        self.rejects += other.rejects
+        for name, tally in other.tallies.items():
+            if name in self.tallies:
+                self.tallies[name].merge(tally)
+            else:
+                self.tallies[name] = tally
+        self.exemplars = nearest_rows(stacked(self.exemplars, other.exemplars), num_exemplars)
+        self.map_rows = stacked(self.map_rows, other.map_rows)
+        self.near_rows = stacked(self.near_rows, other.near_rows)
+
+    def without_rows(self) -> "Statistics":
+        """Return the counts alone."""
+        return Statistics(rows=self.rows, labels=self.labels, rejects=self.rejects, tallies=self.tallies)
+
+    def to_bytes(self) -> bytes:
+        """Return the statistics as npz, without pickle."""
+        arrays: dict[str, Any] = {"counts": np.array([self.rows, self.labels, self.rejects], np.int64)}
+        arrays["tallies"] = np.array(list(self.tallies), dtype=np.str_)
+        for name, tally in self.tallies.items():
+            arrays |= tally.to_arrays(name)
+        for name in _TABLES:
+            table = getattr(self, name)
+            if table is not None:
+                arrays[name] = np.frombuffer(_to_ipc(table), np.uint8)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Statistics":
+        """Return what `to_bytes` gave.
+
+        Raises:
+            DataError: these are no statistics, or not whole; Python objects in them are refused unread.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+                arrays = dict(stored)
+            rows, labels, rejects = arrays["counts"].tolist()
+            tables = {n: _from_ipc(arrays[n].tobytes()) if n in arrays else None for n in _TABLES}
+            tallies = {name: Tally.from_arrays(name, arrays) for name in arrays["tallies"].tolist()}
+        except _DAMAGE as error:
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"statistics of the labels: damaged ({type(error).__name__}: {reason}). Delete slices/, statistics.npz "
+                "and stages/assign.json of the run, and run it again."
+            ) from None
+        return cls(rows=rows, labels=labels, rejects=rejects, tallies=tallies, **tables)
+
+
+def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:
+    """Return the `num` nearest rows of each leaf, by (leaf, distance, key)."""
+    if table is None:
+        return None
+    table = table.sort_by([("leaf", "ascending"), ("distance", "ascending"), ("key", "ascending")])
+    leaf = table["leaf"].to_numpy()
+    first = np.searchsorted(leaf, leaf, side="left")
+    return table.filter(pa.array(np.arange(len(leaf)) - first < num))
+
+
+def stacked(first: pa.Table | None, second: pa.Table | None) -> pa.Table | None:
+    """Return the rows of both tables; a column that one of them lacks is null there."""
+    if first is None or second is None:
+        return first if second is None else second
+    return pa.concat_tables([first, second], promote_options="permissive")
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_ipc(data: bytes) -> pa.Table:
+    with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
+        return reader.read_all()
