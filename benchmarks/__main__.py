@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from benchmarks import device, faults, heads, linkage, methods, scale, speed
+from benchmarks import device, faults, heads, linkage, methods, scale, speed, starts
 
 NAMES = {
     "device": device.main,
@@ -13,6 +13,7 @@ NAMES = {
     "methods": methods.main,
     "scale": scale.main,
     "speed": speed.main,
+    "starts": starts.main,
 }
 
 
@@ -25,8 +26,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*methods.METHODS, *heads.METHODS], help="methods, heads: some")
     parser.add_argument("--data", nargs="+", choices=["digits", "mnist", "planted"], help="methods, heads: some")
     parser.add_argument("--imbalance", action="store_true", help="methods: on classes of unequal size instead")
-    rows = [*linkage.ROWS, *speed.ROWS]
-    parser.add_argument("--rows", nargs="+", choices=rows, help="rows of linkage or speed; all by default")
+    rows = [*linkage.ROWS, *speed.ROWS, *starts.DATA]
+    parser.add_argument("--rows", nargs="+", choices=rows, help="rows of linkage, speed or starts; all by default")
     parser.add_argument("--repeats", type=int, default=3, help="speed: runs of each side of a row")
     parser.add_argument("--num-rows", type=int, default=1_280_000, help="speed: rows of the largest input; device")
     parser.add_argument(
