@@ -17,7 +17,7 @@ _FAISS_ITERATIONS = 25
 
 _SAME_INERTIA = 1e-6
 
-# Share of the sum of squares below which an inertia is float32's rounding: (2^-24)^2 is 4e-15.
+_BLOCK_ROWS = 16384
 
 
 @dataclass(frozen=True)
