@@ -38,6 +38,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def denormals():
+    """Numbers below 1e-38 count again after a test that has prepared its process for training, as a command does."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
 def _a_cluster_is_marked(request):
     """A test that starts Ray says so by its fixture or marker; otherwise it would slow down `make quick` unseen."""
     yield
