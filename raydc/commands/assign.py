@@ -73,7 +73,7 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
         with (
             session.connected(config),
             stoppable(lease, give_back),
-            bounded("assign", config, folder, folder.tell) as bound,
+            bounded("assign", config, folder, folder.tell, stall_seconds=config.assign.stall_seconds) as bound,
         ):
             total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, folder)
     return total.rows, total.labels, total.rejects

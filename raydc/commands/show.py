@@ -9,7 +9,8 @@ from typing import Any
 
 from raydc.config import LeaseConfig
 from raydc.config.stages import STAGE_NAMES, StageName
-from raydc.data.records import Method, Metrics, StageMarker
+from raydc.data.metrics import Method, Metrics
+from raydc.data.records import StageMarker
 from raydc.report.results import baseline_of
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir

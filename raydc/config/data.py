@@ -79,7 +79,7 @@ class EmbeddingColumn(Section):
     def _leave_out_what_is_not_set(self, handler: Any) -> dict[str, Any]:
         # So that settings which came later change no fingerprint of a run that does not use them.
         found = handler(self)
-        unset = {"scale": 1.0, "prefix": None, "columns": [], "npy": None}
+        unset: dict[str, Any] = {"scale": 1.0, "prefix": None, "columns": [], "npy": None}
         return {k: v for k, v in found.items() if k not in unset or v != unset[k]}
 
 

@@ -60,7 +60,7 @@ def vectors_from_parts(table: pa.Table, names: tuple[str, ...], reasons: npt.NDA
     x = np.empty((len(table), len(names)), np.float64)
     for number, name in enumerate(names):
         x[:, number] = _numbers(_one_array(table[name]), "float64").astype(np.float64)
-    mark(reasons, np.isnan(x).all(axis=1), "missing")
+    mark(reasons, np.asarray(np.isnan(x).all(axis=1)), "missing")
     x[reasons == "missing"] = 0
     return x
 

@@ -19,13 +19,13 @@ class Profile:
     spec: InputSpec
     slices: list[Slice]
     fingerprint: str
-    """Of every file's name, size, counts and statistics."""
+    """Digest of every file's name, size, counts and statistics."""
 
     bad_files: list[BadFile] = field(default_factory=list)
     """Files left out under on_bad_files=quarantine."""
 
     moments: Moments | None = None
-    """Of the sample; None before it was read."""
+    """Mean and spread of the sample; None before it was read."""
 
     sample_rejects: dict[str, int] = field(default_factory=dict)
     """Bad rows in the sample, by reason."""

@@ -4,7 +4,7 @@ A slice's label file stands 1:1 beside its input and is published whole; the sta
 the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -66,8 +66,13 @@ class Labeling:
         return Place(self.lake, self.output)
 
 
-def label_slice(job: Labeling, part: Slice) -> bytes:
+def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambda: None) -> bytes:
     """Label one slice and return its `Statistics` as they are stored; a slice that is complete is not done again.
+
+    Args:
+        job: the same for all slices.
+        part: the slice.
+        progress: called after each block of rows.
 
     Raises:
         DataError: a bad row or unreadable bytes that the settings do not let pass, or damaged statistics.
@@ -109,6 +114,7 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
             candidates = _exemplars(job, batch, found, classes)
             statistics.exemplars = nearest_rows(stacked(statistics.exemplars, candidates), job.num_exemplars)
             statistics.labels += len(found.leaf)
+            progress()
     if rejects:
         table = pa.concat_tables(rejects)
         statistics.rejects = len(table)

@@ -144,7 +144,7 @@ def launch(
         name: of the step, for messages.
 
     Raises:
-        DataError, StageError: the loop told of a failure, or the workers failed too often.
+        DataError, StageError: the loop returned a failure, or the workers failed too often.
     """
     file_system, path = run.lake.arrow_file_system(artifacts.CHECKPOINTS.uri(run))
     trainer = _Trainer(

@@ -13,18 +13,8 @@ from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.tree.order import central_leaves
 from raydc.core.tree.purity import dendrogram_purity
-from raydc.data.records import (
-    EvaluateMetrics,
-    External,
-    Internal,
-    InternalOfTree,
-    Measured,
-    Method,
-    Metrics,
-    Quality,
-    Scores,
-    StageMarker,
-)
+from raydc.data.metrics import External, Internal, InternalOfTree, Measured, Method, Metrics, Quality, Scores
+from raydc.data.records import EvaluateMetrics, StageMarker
 from raydc.data.schema import level_column
 from raydc.data.statistics import Statistics, nearest_rows
 from raydc.model import Model

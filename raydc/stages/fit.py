@@ -18,7 +18,7 @@ from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import ResidentRows, Rows
 from raydc.core.training.state import Clustering
-from raydc.data.records import Epoch, FitMetrics, Resize
+from raydc.data.metrics import Epoch, FitMetrics, Resize
 from raydc.model import Model
 from raydc.runfolder import artifacts
 from raydc.runfolder.artifacts import Leaves

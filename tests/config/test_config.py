@@ -59,7 +59,10 @@ def test_an_unknown_section_is_refused_with_the_nearest_one():
 
 def test_an_unknown_key_like_no_other_lists_those_that_exist():
     text = refusal(LEAST | {"assign": {"zzz": 1}})
-    assert text == "assign.zzz: unknown setting. Known keys: block_rows, cpus_per_actor, num_actors, use_gpu."
+    assert (
+        text
+        == "assign.zzz: unknown setting. Known keys: block_rows, cpus_per_actor, num_actors, stall_seconds, use_gpu."
+    )
 
 
 def test_an_unknown_key_of_an_optional_section_is_compared_with_those_of_that_section():

@@ -36,8 +36,8 @@ def test_no_reader_outlives_a_labeling_that_fails(ray_cluster, tmp_path):
     def load() -> Labeling:
         return shards.corner_labeling(Lake(), str(tmp_path / "out"), profile.spec)
 
-    # Slices enough for more than a minute are left when the error comes.
-    slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(3), tell=lambda line: None)
+    # Slices enough for twenty seconds are left when the error comes.
+    slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(1), tell=lambda line: None)
     with (
         watched("assign") as board,
         pytest.raises(DataError, match=r"part-01\.parquet") as caught,
