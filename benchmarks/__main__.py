@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from benchmarks import device, faults, heads, linkage, methods, speed, starts
+from benchmarks import device, faults, heads, linkage, methods, scale, speed, starts
 
 NAMES = {
     "device": device.main,
@@ -11,6 +11,7 @@ NAMES = {
     "heads": heads.main,
     "linkage": linkage.main,
     "methods": methods.main,
+    "scale": scale.main,
     "speed": speed.main,
     "starts": starts.main,
 }
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="device: cuda, or cpu to see that it runs")
     parser.add_argument("--only", nargs="+", metavar="FAULT/STAGE", help="faults: these, * stands for anything")
     parser.add_argument("--afresh", action="store_true", help="faults: forget the injections that are in the table")
+    parser.add_argument("--autoscaler", action="store_true", help="scale: an autoscaled cluster, its only part")
     parser.add_argument("--folder", help="faults: work here, and keep the unbroken runs for the next time")
     parser.add_argument("--lock", metavar="FILE", help="faults: hold a lock on this file, to share a machine")
     parser.add_argument("--turn-seconds", type=float, default=300.0, help="faults: give the lock back after these")

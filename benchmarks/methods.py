@@ -31,8 +31,9 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.rows import Batch, ResidentRows
 from raydc.core.training.state import Clustering
-from raydc.data.slices import class_names, read_slice
-from raydc.stages.profile import profile_input
+from raydc.data.columns import class_names
+from raydc.data.reader import read_slice
+from raydc.data.sample import profile_input
 from raydc.storage.lake import Lake
 
 BUILD = ROOT / "build" / "benchmarks" / "methods"

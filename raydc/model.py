@@ -5,6 +5,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,9 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.process import block_rows as rows_at_once
 from raydc.core.search.nearest import SquaredDistances, cache_rows
+from raydc.data.arrays import refuse_bad_rows, rows_of
 from raydc.data.schema import MODEL_FOLDER, MODEL_FORMAT_VERSION
+from raydc.data.slices import Column
 from raydc.errors import DataError
 from raydc.storage.lake import Lake, join
 
@@ -65,6 +68,10 @@ class Prediction:
 
     second_leaf: npt.NDArray[np.int32]
     second_distance: npt.NDArray[np.float32]
+
+    def beyond_float32(self) -> npt.NDArray[np.int64]:
+        """Return the rows whose distances float32 could not hold, though the rows themselves were good."""
+        return np.flatnonzero(~(np.isfinite(self.distance) & np.isfinite(self.confidence)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +129,32 @@ class Model:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty((0, self.centers_KL.shape[1]), device=device)
 
-    def predict(self, x: npt.ArrayLike | Tensor, *, block_rows: int = 8192) -> Prediction:
-        """Return the labels of raw rows; see `encode` for the arguments and errors."""
-        return self.label(self.encode(x, block_rows=block_rows), block_rows=block_rows)
+    def predict(self, x: Any, *, block_rows: int = 8192) -> Prediction:
+        """Return the labels of raw rows, refusing those that a run would refuse.
+
+        Args:
+            x: (N, D) numpy array, tensor or nested lists; a column of lists, or a table with the model's columns, of
+                pandas, polars or Arrow. Nothing is normalized beforehand.
+            block_rows: most rows at once, see `encode`.
+
+        Raises:
+            ValueError: x is not two-dimensional or not D wide, or rows are missing, not finite, without a direction
+                (under l2) or too large for float32.
+        """
+        if isinstance(x, Tensor):
+            values = x.detach().float().cpu().numpy()
+        else:
+            columns = self.details.get("columns", [])
+            known = [Column.from_record(c) for c in columns]
+            x = values = rows_of(x, self.dim, known)
+        if values.ndim == 2 and values.shape[1] == self.dim:
+            refuse_bad_rows(values, self.preprocess.guard(self.dim))
+        elif values.ndim == 1 and values.shape[0] == self.dim:
+            raise ValueError(f"expected rows of shape (N, {self.dim}), got one row: give x[None, :]")
+        found = self.label(self.encode(x, block_rows=block_rows), block_rows=block_rows)
+        if len(lost := found.beyond_float32()):
+            raise ValueError(f"row {lost[0]} of x leaves the range of float32 on its way through the network.")
+        return found
 
     @torch.no_grad()
     def label(self, z_NL: Tensor, *, block_rows: int = 8192) -> Prediction:
@@ -218,14 +248,14 @@ class Model:
         )
 
     @classmethod
-    def load(cls, uri: str, lake: Lake | None = None) -> "Model":
+    def load(cls, uri: str | os.PathLike[str], lake: Lake | None = None) -> "Model":
         """Return the model of a folder: a run's `model/`, or the run folder itself.
 
         Raises:
             DataError: there is no model, or one of another format.
         """
         lake = lake or Lake()
-        uri = cls.folder(uri, lake)
+        uri = cls.folder(os.fspath(uri), lake)
         try:
             head = json.loads(lake.read_bytes(join(uri, HEAD)))
         except (FileNotFoundError, ValueError, RecursionError):

@@ -9,7 +9,8 @@ from typing import Any
 
 from raydc.config import LeaseConfig
 from raydc.config.stages import STAGE_NAMES, StageName
-from raydc.data.records import Method, Metrics, StageMarker
+from raydc.data.metrics import Method, Metrics
+from raydc.data.records import StageMarker
 from raydc.report.results import baseline_of
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
@@ -33,6 +34,9 @@ def lines(run: RunDir) -> list[str]:
     metrics = artifacts.METRICS.read_if_there(run)
     if metrics is not None:
         text += _results(metrics, markers)
+    elif markers["profile"] is not None:
+        # The metrics have them among their warnings.
+        text += [f"note        {note}" for note in markers["profile"].get("metrics", {}).get("notes", [])]
     text.append("")
     text.append("stages      " + ", ".join(_stage(name, marker) for name, marker in markers.items()))
     written = {file.path.partition("/")[0]: file for file in _TOLD}

@@ -125,7 +125,7 @@ class Pretrained:
     """D."""
 
     tensors: dict[str, Tensor]
-    """Of the state after pretraining, by name."""
+    """The state after pretraining: tensors by name."""
 
     values: dict[str, Any]
     """The rest of the state, as JSON values."""

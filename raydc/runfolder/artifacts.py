@@ -16,17 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config.stages import StageName
-from raydc.data.records import (
-    AgreementRecord,
-    Header,
-    LevelRecord,
-    Manifest,
-    Metrics,
-    NeighborFacts,
-    ProfileRecord,
-    StageMarker,
-    SweepRecord,
-)
+from raydc.data.metrics import AgreementRecord, Metrics, NeighborFacts
+from raydc.data.records import Header, LevelRecord, Manifest, ProfileRecord, StageMarker, SweepRecord
 from raydc.data.schema import MODEL_FOLDER, level_column
 from raydc.runfolder.formats import Artifact, BytesFile, Folder, JsonFile, Place, TableFile
 from raydc.storage.lake import join

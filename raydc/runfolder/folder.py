@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 from raydc.config import Config, difference, digest
-from raydc.data.records import FitMetrics, Header, MergeMetrics, NeighborsMetrics, ProfileMetrics, StageMarker
+from raydc.data.metrics import FitMetrics, NeighborsMetrics
+from raydc.data.records import Header, MergeMetrics, ProfileMetrics, StageMarker
 from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import ConfigError, StageError
 from raydc.runfolder import artifacts

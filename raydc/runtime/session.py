@@ -30,9 +30,7 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
         _quiet_data()
         yield lambda: None
         return
-    address = config.ray.address
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(config)
     try:
         if address == "local":
             _start_local(config)
@@ -57,6 +55,19 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
             _leave()
         else:
             leaving.join()
+
+
+def can_grow(config: Config) -> bool:
+    """Return whether nodes may join while a run works: it has joined a cluster, which may have an autoscaler.
+
+    Whether there is one, and how far it goes, Ray does not tell; a cluster of this process alone never grows.
+    """
+    return _address(config) != "local"
+
+
+def _address(config: Config) -> str:
+    address = config.ray.address
+    return os.environ.get("RAY_ADDRESS") or "local" if address == "auto" else address
 
 
 def _leave() -> None:

@@ -144,10 +144,10 @@ def launch(
         name: of the step, for messages.
 
     Raises:
-        DataError, StageError: the loop told of a failure, or the workers failed too often.
+        DataError, StageError: the loop returned a failure, or the workers failed too often.
     """
     file_system, path = run.lake.arrow_file_system(artifacts.CHECKPOINTS.uri(run))
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         loop,  # type: ignore[arg-type]
         train_loop_config=loop_config,
         scaling_config=_scaling(config),
@@ -168,6 +168,13 @@ def launch(
     if isinstance(outcome, Failure):
         raise (DataError if outcome.kind == DataError.__name__ else StageError)(f"{name}: {outcome.text}")
     return outcome
+
+
+class _Trainer(TorchTrainer):
+    """Ctrl-C stays Python's own: Train's handler would end the process with exit code 1 and without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def failed(name: str, error: ray.train.TrainingFailedError, num_attempts: int) -> str:

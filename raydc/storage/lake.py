@@ -4,7 +4,7 @@ Writes are whole or not there: a local file is on the disk before it is renamed 
 upload is complete. Requests to S3 are tried again as raydc/storage/s3.py says; for other stores their libraries decide.
 """
 
-import errno
+import glob
 import io
 import json
 import os
@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +27,13 @@ import pyarrow.fs
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from raydc.errors import DataError, StageError
-from raydc.storage.secrets import masked, refuse_credentials
+from raydc.errors import DataError
+from raydc.storage import listing
+from raydc.storage.listing import PassedOver, passed_over_text
+from raydc.storage.local import MORE_ROOM, WholeFiles, check_writable, create_local, renamed_into, told
+from raydc.storage.secrets import refuse_credentials
 
 _S3 = ("s3", "s3a", "s3n")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MORE_ROOM = "Free space there, or use another output"
-_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 _CREATE_TRIES = 4
 
@@ -48,6 +48,17 @@ class StoredFile:
     uri: str
     size: int
     """Bytes."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of an input, and what else lies there."""
+
+    files: list[StoredFile]
+    passed_over: dict[str, PassedOver]
+    """By kind."""
+
+    notes: list[str]
 
 
 class Lake:
@@ -93,51 +104,44 @@ class Lake:
     def arrow_file_system(self, uri: str) -> tuple[pa.fs.FileSystem, str]:
         """Return the same as a pyarrow file system, for libraries that take one."""
         fs, path = self.file_system(uri)
-        handler = _WholeFiles(fs) if isinstance(fs, LocalFileSystem) else pa.fs.FSSpecHandler(fs)
+        handler = WholeFiles(fs) if isinstance(fs, LocalFileSystem) else pa.fs.FSSpecHandler(fs)
         return pa.fs.PyFileSystem(handler), path
 
     def list_parquet(self, uris: str | list[str]) -> list[StoredFile]:
-        """Return the Parquet files of folders, globs and files, sorted by URI, each once.
+        """Return the Parquet files of folders, globs and files; see `find_parquet`."""
+        return self.find_parquet(uris).files
 
-        Names that begin with `_` or `.` are passed over, as other readers do, unless they or a folder above them are
-        named in the entry. Links to files count as files; links to folders are not followed.
+    def find_parquet(self, uris: str | list[str]) -> Listing:
+        """Return the Parquet files of folders, globs and files, sorted by URI, each once, and what was passed over.
+
+        See raydc.storage.listing for what counts as one.
 
         Raises:
-            DataError: an entry names nothing.
+            DataError: an entry names nothing, or a file could not be looked at.
         """
-        found: dict[str, StoredFile] = {}
+        files: dict[str, StoredFile] = {}
+        passed_over: dict[str, PassedOver] = {}
+        notes: list[str] = []
         for uri in [uris] if isinstance(uris, str) else uris:
-            files = self._expand(uri)
-            if not files:
-                raise DataError(f"input.path={uri}: no Parquet file there. Check the path and the access rights.")
-            found.update({f.uri: f for f in files})
-        return [found[key] for key in sorted(found)]
-
-    def _expand(self, uri: str) -> list[StoredFile]:
-        fs, path = self.file_system(uri)
-        fs.invalidate_cache()
-        if any(c in path for c in "*?["):
-            details = fs.glob(path, detail=True)
-            root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
-            if _is_visible(path[len(root) :]):
-                details = {p: d for p, d in details.items() if _is_visible(p[len(root) :])}
-            found = {_with_scheme(uri, p): (p, d) for p, d in details.items()}
-        elif fs.isdir(path):
-            root = path.rstrip("/")
-            found = {
-                _below(uri, root, p): (p, d)
-                for p, d in fs.find(path, detail=True).items()
-                if p.endswith(".parquet") and _is_visible(p[len(root) :])
-            }
-        elif fs.exists(path):
-            found = {absolute(uri): (path, fs.info(path))}
-        else:
-            found = {}
-        return [
-            StoredFile(name, d["size"])
-            for name, (p, d) in found.items()
-            if d["type"] == "file" or (d.get("islink") and not fs.isdir(p))
-        ]
+            fs, path = self.file_system(uri)
+            fs.invalidate_cache()
+            try:
+                found = listing.find_parquet(fs, path)
+            except PermissionError as error:
+                raise DataError(f"input.path={uri}: {error}. Check the access rights.") from None
+            if not found.files:
+                passed = passed_over_text(found.passed_over)
+                raise DataError(
+                    f"input.path={uri}: no Parquet file there{f' ({passed})' if passed else ''}. "
+                    "Check the path and the access rights."
+                )
+            named = ((_with_scheme(uri, path), details["size"]) for path, details in found.files.items())
+            files.update({name: StoredFile(name, size) for name, size in named})
+            for kind, some in found.passed_over.items():
+                known = passed_over.setdefault(kind, PassedOver(example=some.example))
+                known.count += some.count
+            notes += found.notes
+        return Listing([files[name] for name in sorted(files)], passed_over, notes)
 
     @contextmanager
     def open_parquet(self, uri: str) -> Iterator[pa.NativeFile]:
@@ -165,6 +169,11 @@ class Lake:
         """Return a whole file."""
         fs, path = self.file_system(uri)
         return fs.cat_file(path)
+
+    def read_range(self, uri: str, start: int, stop: int) -> bytes:
+        """Return the bytes of a file from `start` to before `stop`, fewer where it ends earlier."""
+        fs, path = self.file_system(uri)
+        return fs.cat_file(path, start=start, end=stop)
 
     def read_json(self, uri: str) -> Any:
         """Return a JSON document.
@@ -237,8 +246,8 @@ class Lake:
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            with _told(Path(path).parent, _MORE_ROOM):
-                return _create_local(Path(path), data)
+            with told(Path(path).parent, MORE_ROOM):
+                return create_local(Path(path), data)
         # A server that ignores the condition would let a second writer replace the file of the first.
         fs.invalidate_cache()
         if fs.exists(path):
@@ -271,11 +280,11 @@ class Lake:
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            with _told(Path(path).parent, _MORE_ROOM):
-                yield from _renamed_into(Path(path))
+            with told(Path(path).parent, MORE_ROOM):
+                yield from renamed_into(Path(path))
         else:
             with (
-                _told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
+                told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
                 tempfile.TemporaryDirectory(prefix="raydc-") as folder,
             ):
                 staged = Path(folder) / posixpath.basename(path)
@@ -303,57 +312,23 @@ class Lake:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.read_bytes(stored.uri))
 
+    def check_writable(self, uri: str) -> None:
+        """Return if a local folder is there to write in or can be made; a store tells when it is written to.
+
+        Raises:
+            StageError: a file is in the way, or the rights are missing.
+        """
+        fs, path = self.file_system(uri)
+        if isinstance(fs, LocalFileSystem):
+            check_writable(Path(path))
+
     def remove(self, uri: str) -> None:
         """Remove a file or a folder with all below it, if it is there."""
         fs, path = self.file_system(uri)
         fs.invalidate_cache()
         if fs.exists(path):
-            fs.rm(path, recursive=True)
-
-
-class _WholeFiles(pa.fs.FSSpecHandler):
-    """Local files for pyarrow: one appears when it is closed, and what was there stays after a write that failed.
-
-    Ray Train replaces its list of checkpoints after each of them, and cannot go on from one that was cut off.
-    """
-
-    def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:
-        """Return a stream whose file is there once it is closed."""
-        return pa.PythonFile(_WholeFile(Path(path)), mode="w")
-
-
-class _WholeFile:
-    """The file below a stream of pyarrow; one that is dropped unclosed is not published."""
-
-    def __init__(self, target: Path) -> None:
-        self._publication = _renamed_into(target)
-        # Unbuffered: pyarrow hands over what it holds in one piece, and nothing is left that a close could still write.
-        self._handle = next(self._publication).open("wb", buffering=0)
-
-    @property
-    def closed(self) -> bool:
-        return self._handle.closed
-
-    def write(self, data: bytes) -> int:
-        rest = memoryview(data)
-        try:
-            while len(rest):
-                rest = rest[self._handle.write(rest) :]
-        except OSError:
-            self._publication.close()
-            raise
-        return len(data)
-
-    def tell(self) -> int:
-        return self._handle.tell()
-
-    def flush(self) -> None:
-        self._handle.flush()
-
-    def close(self) -> None:
-        self._handle.close()
-        # Ended already where a write failed: nothing is published then.
-        next(self._publication, None)
+            # Stores read brackets in the path as a pattern here, and would remove another folder.
+            fs.rm(path if isinstance(fs, LocalFileSystem) else glob.escape(path), recursive=True)
 
 
 def join(uri: str, *names: str) -> str:
@@ -395,59 +370,6 @@ def _with_scheme(uri: str, path: str) -> str:
     return f"{scheme}://{path.lstrip('/')}" if separator and "://" not in path else absolute(path)
 
 
-def _is_visible(path: str) -> bool:
-    return not any(part.startswith(("_", ".")) for part in path.split("/") if part)
-
-
-def _renamed_into(target: Path) -> Generator[Path, None, None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = _beside(target)
-    try:
-        yield staged
-        _flush(staged)
-        os.replace(staged, target)
-        _flush(target.parent)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _create_local(target: Path, data: bytes) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = _beside(target)
-    try:
-        staged.write_bytes(data)
-        _flush(staged)
-        try:
-            os.link(staged, target)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            try:
-                with target.open("xb") as handle:
-                    handle.write(data)
-            except FileExistsError:
-                return False
-        _flush(target.parent)
-        return True
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _beside(target: Path) -> Path:
-    return target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: a rename may reach it before the contents do."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -461,23 +383,3 @@ def _uploaded(upload: Callable[[], Any]) -> None:
             raise
         # The answer to the end of a multipart upload was lost, and the second request found it ended.
         upload()
-
-
-@contextmanager
-def _told(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn the errors of a full disk and of missing rights into one that names the folder and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise StageError(
-                f"storage {folder}: no space left to write ({masked(str(error))}). {remedy}; then the same command "
-                "continues."
-            ) from error
-        # The block may read elsewhere; only what names this folder is about writing here.
-        if error.errno in _NO_RIGHT and str(folder) in str(error):
-            raise StageError(
-                f"storage {folder}: may not be written ({masked(str(error))}). Give this user the right to write "
-                "there, or use another output."
-            ) from error
-        raise

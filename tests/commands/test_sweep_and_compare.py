@@ -10,7 +10,7 @@ import yaml
 from raydc.cli import main
 from raydc.commands.sweep import parse_numbers
 from raydc.data import json_schema
-from tests.test_pipeline import settings
+from tests.small_job import settings
 
 
 def write_config(digits, folder, **sections):
@@ -77,4 +77,4 @@ def test_an_unknown_classical_method_is_refused(digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compare", write_config(digits, tmp_path), "--classical", "kmaens"])
     assert stop.value.code == 2
-    assert "--classical kmaens: not known. Choose of kmeans," in capsys.readouterr().err
+    assert "--classical kmaens: not known. Choose from kmeans," in capsys.readouterr().err

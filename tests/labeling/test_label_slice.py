@@ -13,13 +13,14 @@ import torch
 
 from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
+from raydc.data.columns import class_names
+from raydc.data.sample import profile_input
 from raydc.data.schema import labels_schema, rejects_schema
-from raydc.data.slices import Column, InputSpec, Slice, class_names
+from raydc.data.slices import Column, InputSpec, Slice
 from raydc.data.statistics import Statistics, nearest_rows
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling, label_slice
 from raydc.runfolder import artifacts
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 from tests import shards
 from tests.data.test_slices import damage_page

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers
+from raydc.data.footers import read_footers
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.errors import DataError
 from raydc.model import Model
 from raydc.storage.lake import Lake, absolute, is_staged, join

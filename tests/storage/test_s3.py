@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers, read_slice
+from raydc.data.footers import read_footers
+from raydc.data.reader import read_slice
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.storage import s3
 from raydc.storage.lake import Lake
@@ -234,23 +236,15 @@ def test_a_large_file_goes_up_in_parts_and_only_whole(faulty, lake, bucket, tmp_
     assert not s3_client.list_multipart_uploads(Bucket=name).get("Uploads")
 
 
-def test_objects_that_could_not_be_removed_are_asked_for_again_or_told(lake, bucket, monkeypatch):
-    from s3fs import S3FileSystem
-
+def test_objects_that_could_not_be_removed_are_asked_for_again_or_told(lake, faulty, bucket):
     lake.write_bytes(f"{bucket}/d/a", b"1")
-    answers = [[{"Key": "d/a", "Code": "SlowDown", "Message": "m"}], []]
-    plain = S3FileSystem._call_s3
-
-    async def call(self, method, *args, **kwargs):
-        found = await plain(self, method, *args, **kwargs)
-        return found | {"Errors": answers.pop(0)} if method == "delete_objects" else found
-
-    monkeypatch.setattr(S3FileSystem, "_call_s3", call)
+    faulty.burst("kept", requests=1, methods=("POST",), part="?delete")
     lake.remove(f"{bucket}/d")
-    assert answers == []
+    assert faulty.faults == {"kept": 1}
+    assert not lake.exists(f"{bucket}/d/a")
     lake.write_bytes(f"{bucket}/d/a", b"1")
-    answers = [[{"Key": "d/a", "Code": "AccessDenied", "Message": "m"}]]
-    with pytest.raises(StageError, match="delete_objects: m .AccessDenied"):
+    faulty.burst("kept_denied", requests=1, methods=("POST",), part="?delete")
+    with pytest.raises(StageError, match="delete_objects: it is still there .AccessDenied"):
         lake.remove(f"{bucket}/d")
 
 

@@ -15,7 +15,7 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.settings import WatchSettings
 
 _WATCHED_STEPS = 64
-"""Of an epoch, at least, where it has as many."""
+"""Fewest steps of an epoch that are watched, where it has as many."""
 
 
 class SpaceWatch:

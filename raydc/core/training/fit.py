@@ -18,6 +18,7 @@ from raydc.core.objectives.build import build, check_inputs
 from raydc.core.objectives.objective import Objective, ObjectiveInputs, run_pass
 from raydc.core.process import release_memory
 from raydc.core.search.kmeans import LeafSums, leaf_sums
+from raydc.core.search.nearest import nearest
 from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.context import Context, Recorder
@@ -57,7 +58,7 @@ class Fitted:
     """One entry for each epoch, and one for the k-means between them."""
 
     decoder: nn.Module | None = None
-    """Of the autoencoder, where there is one."""
+    """The decoder of the autoencoder, where there is one."""
 
 
 def fit(
@@ -202,6 +203,11 @@ class _Fit:
         num_rows = max(self.settings.baseline_rows, _BASELINE_ROWS_PER_LEAF * self.settings.cluster.num_leaves)
         sample = sample_latents(self.trainer, None, num_rows)
         centers = start_centers(self.trainer, sample, stream_seed(self.settings.seed, 3), whole=True)
+        # An empty center is no group, and would be every row's next one in the silhouette.
+        held = torch.zeros(len(centers), dtype=torch.int64)
+        if self.trainer.ranks.rank == 0:
+            held = torch.bincount(nearest(sample.z_NL, centers)[0][:, 0], minlength=len(centers))
+        centers = centers[self.trainer.ranks.broadcast(held) > 0]
         return Clustering(None, centers, calibrated(self.trainer, sample, centers)[0])
 
     def refinement(self) -> Refinement:

@@ -275,7 +275,7 @@ def cluster(
 
 
 _LEAST_VARIANCE = 1e-6
-"""Of an axis, as a share of the largest, below which it is left out: it holds rounding."""
+"""Least variance of an axis, as a share of the largest. Below it an axis holds rounding and is left out."""
 
 
 @dataclass(frozen=True)
