@@ -150,12 +150,14 @@ def run(config: Config, run_id: str) -> RunDir:
     return folder
 
 
-def _done(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]]) -> list[bool]:
+def _done(config: Config, folder: RunDir, settings: dict[StageName, dict[str, Any]]) -> list[bool]:
     """Return which stages are done; StageError where one was started with other settings."""
     return [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
 
 
-def _run_stages(config: Config, folder: RunDir, settings: dict[str, dict[str, Any]], leave: Callable[[], None]) -> None:
+def _run_stages(
+    config: Config, folder: RunDir, settings: dict[StageName, dict[str, Any]], leave: Callable[[], None]
+) -> None:
     for stage in stages_of(config):
         if not stage.on_cluster:
             leave()
