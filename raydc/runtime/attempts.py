@@ -53,7 +53,7 @@ class Attempts:
         return f"was lost with its node {self.losses} times"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Work:
     piece: str
     worker: str
@@ -93,7 +93,7 @@ class Ledger:
         former = self._work.get(task)
         if former is not None and former.worker != worker:
             line = self._charge(former)
-        self._work[task] = _Work(piece, worker, node, now, actor)
+        self._work[task] = _Work(piece=piece, worker=worker, node=node, seen=now, actor=actor)
         return self._attempts.get(piece, Attempts()), line
 
     def done(self, task: str, worker: str) -> None:
