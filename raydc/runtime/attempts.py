@@ -53,7 +53,7 @@ class Attempts:
         return f"was lost with its node {_times(self.losses)}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Work:
     piece: str
     worker: str
@@ -101,7 +101,7 @@ class Ledger:
             if before != task and before in self._work:
                 self._work[before].actor = None
             self._task_of[hash(actor)] = task
-        self._work[task] = _Work(piece, worker, node, now, actor)
+        self._work[task] = _Work(piece=piece, worker=worker, node=node, seen=now, actor=actor)
         return self._attempts.get(piece, Attempts()), line
 
     def done(self, task: str, worker: str) -> None:
