@@ -88,7 +88,7 @@ def _mark_at(reasons_N: npt.NDArray[np.str_], rows: npt.NDArray[np.int64], reaso
 
 
 def _squares(x_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    return np.einsum("ij,ij->i", x_ND, x_ND, dtype=np.float32, casting="unsafe")
+    return np.asarray(np.einsum("ij,ij->i", x_ND, x_ND, dtype=np.float32, casting="unsafe"))
 
 
 def _mark_norms(x_ND: npt.NDArray[Any], squares_N: npt.NDArray[np.float32], reasons_N: npt.NDArray[np.str_]) -> None:

@@ -99,7 +99,9 @@ def summed_divergence(
     if block_rows is None:
         numbers = _BLOCK_NUMBERS if z_NL.device.type == "cpu" else _DEVICE_BLOCK_NUMBERS
         block_rows = max(_LEAST_BLOCK_ROWS, numbers // len(centers_KL))
-    total: Tensor = _SummedDivergence.apply(z_NL, centers_KL, weights_N, kernel, log_p_of, block_rows)
+    total: Tensor = _SummedDivergence.apply(  # type: ignore[no-untyped-call]
+        z_NL, centers_KL, weights_N, kernel, log_p_of, block_rows
+    )
     return total
 
 
