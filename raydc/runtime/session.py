@@ -23,8 +23,8 @@ _READERS = ("iter_threaded", "StreamingExecutor")
 def connected(config: Config) -> Iterator[Callable[[], None]]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine for as long as the block lasts.
 
-    Yields what may be called when nothing in the block needs the cluster any more: it is left, which takes a second,
-    beside what follows. A process that is connected already stays as it is.
+    Yields a function that leaves the cluster early, in the background. Call it when nothing in the block needs the
+    cluster any more: leaving takes a second. A process that is connected already stays connected.
     """
     if ray.is_initialized():
         _quiet_data()

@@ -439,7 +439,7 @@ def test_a_store_that_always_breaks_off_is_said_to_be_unavailable(monkeypatch):
 
     def broken():
         tries.append(1)
-        raise common.BrokenOff("Error getting list response body")
+        raise common.AnswerLost("Error getting list response body")
 
     with pytest.raises(StorageUnavailable, match=r"the table: Error getting list.* command continues"):
         common.with_retries("the table", broken, sleep=lambda seconds: None)
