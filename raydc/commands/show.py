@@ -79,7 +79,7 @@ def _driver(found: Holder, stale_seconds: float) -> tuple[str, bool]:
     if found.is_free:
         return f"{found.owner}, dead; last heartbeat at {found.beat.time}", False
     then = datetime.datetime.strptime(found.beat.time, "%Y-%m-%dT%H:%M:%S%z")
-    # Two clocks are compared, so the age is shown but decides nothing.
+    # Two clocks are compared, so what follows is only shown; the lease itself decides by counters.
     age = max(0, round((datetime.datetime.now(datetime.UTC) - then).total_seconds()))
     if age <= stale_seconds:
         return f"{found.owner}, heartbeat {age} s ago", True

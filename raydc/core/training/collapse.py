@@ -88,7 +88,8 @@ def effective_rank(sums: Tensor) -> float:
     Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
     """
     mean, covariance = mean_and_covariance(sums)
-    # Codes that all lie in one point have a covariance of rounding errors alone. Codes that are not finite have no rank.
+    # Codes that all lie in one point have a covariance of rounding errors alone. Codes that are not finite have no
+    # rank either.
     if not torch.isfinite(covariance).all() or covariance.trace() <= 1e-12 * float(mean @ mean):
         return 0.0
     values = torch.linalg.eigvalsh(covariance.cpu()).clamp_min(0.0)
