@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 help:
 	@echo "make demo         cluster scikit-learn's digits, end to end, into runs/demo"
 	@echo "make test         run the tests"
-	@echo "make quick        run those that start no cluster and no S3 server, and are not slow: under two minutes"
+	@echo "make quick        run those that start no cluster and no S3 server, and are not slow"
 	@echo "make check        lint, format and types"
 	@echo "make bench        speed and quality beside other systems"
 	@echo "make schemas      rewrite the JSON schemas in docs/ from the types in raydc/data/records.py"

@@ -52,6 +52,7 @@ def test_a_sweep_writes_its_table_and_figure_and_is_not_done_twice(ray_cluster, 
     assert "sweep: done earlier, skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_comparison_tells_methods_rows_seeds_and_noise(digits, tmp_path, capsys):
     config = write_config(digits, tmp_path, cluster={"num_restarts": 2})
     main(["compare", config, "--seeds", "0,1", "--objectives", "autoencoder,dec", "--rows", "600",
