@@ -211,32 +211,10 @@ class Model:
 
         Where leaves are decided by more than the nearest center, predictor.safetensors too.
         """
-        weights = {} if self.encoder is None else dict(self.encoder.state_dict())
-        statistics = {"mean": self.preprocess.mean_D, "scale": self.preprocess.scale_D}
-        weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
-        centroids = {"centers": self.centers_KL}
-        centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in self.levels.items()}
-        files = {WEIGHTS: weights, CENTROIDS: centroids}
-        if self.predictor is not None:
-            files[PREDICTOR] = self.predictor.tensors()
-        for name, tensors in files.items():
+        for name, tensors in _files(self).items():
             body = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
             lake.write_bytes(join(uri, name), body)
-        lake.write_json(
-            join(uri, HEAD),
-            {
-                "format": "raydc-model",
-                "format_version": MODEL_FORMAT_VERSION,
-                "num_leaves": self.num_leaves,
-                "levels": list(self.levels),
-                "widths": list(self.widths),
-                "encoder": "perceptron" if self.encoder is not None else None,
-                "kernel": {"alpha": self.kernel.alpha, "scale": self.kernel.scale},
-                "predictor": self.predictor.kind if self.predictor is not None else None,
-                "preprocess": {"method": self.preprocess.method, "blocks": [list(b) for b in self.preprocess.blocks]},
-                "details": self.details,
-            },
-        )
+        lake.write_json(join(uri, HEAD), _head(self))
 
     @classmethod
     def load(cls, uri: str | os.PathLike[str], lake: Lake | None = None) -> "Model":
@@ -275,6 +253,35 @@ class Model:
         x = self.preprocess(x_BD)
         # float32 whatever the training precision: a label must not depend on the machine that assigns it.
         return x if self.encoder is None else self.encoder(x)
+
+
+def _head(model: Model) -> dict[str, Any]:
+    """Return what the head of a saved model says."""
+    return {
+        "format": "raydc-model",
+        "format_version": MODEL_FORMAT_VERSION,
+        "num_leaves": model.num_leaves,
+        "levels": list(model.levels),
+        "widths": list(model.widths),
+        "encoder": "perceptron" if model.encoder is not None else None,
+        "kernel": {"alpha": model.kernel.alpha, "scale": model.kernel.scale},
+        "predictor": model.predictor.kind if model.predictor is not None else None,
+        "preprocess": {"method": model.preprocess.method, "blocks": [list(b) for b in model.preprocess.blocks]},
+        "details": model.details,
+    }
+
+
+def _files(model: Model) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file of a saved model."""
+    weights = {} if model.encoder is None else dict(model.encoder.state_dict())
+    statistics = {"mean": model.preprocess.mean_D, "scale": model.preprocess.scale_D}
+    weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
+    centroids = {"centers": model.centers_KL}
+    centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in model.levels.items()}
+    files = {WEIGHTS: weights, CENTROIDS: centroids}
+    if model.predictor is not None:
+        files[PREDICTOR] = model.predictor.tensors()
+    return files
 
 
 def _read(uri: str, lake: Lake, head: dict[str, Any]) -> Model:

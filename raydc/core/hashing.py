@@ -23,7 +23,7 @@ def stream_seed(*parts: int) -> int:
 
 
 def hash_keys(keys: Tensor, seed: int) -> Tensor:
-    """Return a 64-bit hash of each int64 key, of the same shape and device."""
+    """Return a 64-bit hash of each key: int64 of any shape in, the same shape and device out."""
     state = keys * _GAMMA + seed
     state = (state ^ _shift_right(state, 30)) * _MIX_1
     state = (state ^ _shift_right(state, 27)) * _MIX_2
@@ -31,7 +31,7 @@ def hash_keys(keys: Tensor, seed: int) -> Tensor:
 
 
 def uniform(keys: Tensor, seed: int) -> Tensor:
-    """Return a float64 number in [0, 1) for each int64 key."""
+    """Return a float64 number in [0, 1) for each int64 key, in the shape of the keys."""
     return _shift_right(hash_keys(keys, seed), 11).double() * 2.0**-53
 
 
@@ -67,7 +67,8 @@ def permuted(keys: Tensor, size: int, seed: int) -> Tensor:
 def normal(keys: Tensor, seed: int) -> Tensor:
     """Return a float32 standard normal number for each int64 key, by the inverse of its distribution function."""
     inside = uniform(keys, seed).clamp(2.0**-53, 1.0 - 2.0**-53)
-    return (torch.erfinv(2.0 * inside - 1.0) * 2.0**0.5).float()
+    drawn: Tensor = torch.erfinv(2.0 * inside - 1.0) * 2.0**0.5
+    return drawn.float()
 
 
 def sample_mask(keys: npt.NDArray[np.int64], seed: int, fraction: float) -> npt.NDArray[np.bool_]:

@@ -72,14 +72,14 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     if general or not embeddings.columns or id_type is None:
         return None, general, settings
     spec = InputSpec(
-        tuple(embeddings.columns),
-        section.id_column,
-        id_type,
-        section.label_column,
-        section.weight_column,
-        tuple(section.carry_columns),
-        others.carry_as_text,
-        config.preprocess.method == "l2",
+        columns=tuple(embeddings.columns),
+        id_column=section.id_column,
+        id_type=id_type,
+        label_column=section.label_column,
+        weight_column=section.weight_column,
+        carry_columns=tuple(section.carry_columns),
+        carry_as_text=others.carry_as_text,
+        refuse_zero_norm=config.preprocess.method == "l2",
         on_bad_rows=section.on_bad_rows,
         on_bad_files=section.on_bad_files,
     )

@@ -50,6 +50,15 @@ class Epoch(TypedDict, total=False):
     effective_rank: float
     inertia: float
     iterations: int
+    reseeded: int
+    """Empty leaves that k-means gave new centers."""
+
+    moves: int
+    """Merges and splits of k-means that were kept."""
+
+    move_rounds: int
+    """Rounds of them that were tried."""
+
     alpha: float
     scale: float
     target_top_q: float

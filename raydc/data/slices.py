@@ -47,7 +47,7 @@ class Column:
         return self.scale == 1.0 and (self.dtype == "float16" or is_whole(self.dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InputSpec:
     """What profile found out about the input: all that a reader needs to know."""
 

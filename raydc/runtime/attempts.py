@@ -49,11 +49,11 @@ class Attempts:
 
     def __str__(self) -> str:
         if self.deaths or not self.losses:
-            return f"killed its process {self.deaths} times"
-        return f"was lost with its node {self.losses} times"
+            return f"killed its process {_times(self.deaths)}"
+        return f"was lost with its node {_times(self.losses)}"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Work:
     piece: str
     worker: str
@@ -72,6 +72,8 @@ class Ledger:
         self._attempts = dict(known)
         self._is_gone = is_gone
         self._work: dict[str, _Work] = {}
+        # By the hash of the handle: a handle that is kept would keep its actor from being given back.
+        self._task_of: dict[int, str] = {}
 
     def begin(
         self, piece: str, task: str, worker: str, node: str, *, now: float = 0.0, actor: Any = None
@@ -93,7 +95,13 @@ class Ledger:
         former = self._work.get(task)
         if former is not None and former.worker != worker:
             line = self._charge(former)
-        self._work[task] = _Work(piece, worker, node, now, actor)
+        if actor is not None:
+            # An actor that begins something does not hang at what it was at before, in a process that died.
+            before = self._task_of.get(hash(actor), task)
+            if before != task and before in self._work:
+                self._work[before].actor = None
+            self._task_of[hash(actor)] = task
+        self._work[task] = _Work(piece=piece, worker=worker, node=node, seen=now, actor=actor)
         return self._attempts.get(piece, Attempts()), line
 
     def done(self, task: str, worker: str) -> None:
@@ -124,10 +132,10 @@ class Ledger:
         before = self._attempts.get(work.piece, Attempts())
         if self._is_gone(work.node):
             after = replace(before, losses=before.losses + 1)
-            line = f"{work.piece}: its node was lost, {after.losses} times by now; it is tried again"
+            line = f"{work.piece}: its node was lost ({after.losses} by now)"
         else:
             after = replace(before, deaths=before.deaths + 1)
-            line = f"{work.piece}: its process died, {after.deaths} times by now, and nothing says why"
+            line = f"{work.piece}: its process died without a word ({after.deaths} by now)"
         self._attempts[work.piece] = after
         return line
 
@@ -249,6 +257,10 @@ def known_attempts(lake: Lake, folder: str) -> dict[str, Attempts]:
         body = lake.read_json(stored.uri)
         found[body["piece"]] = Attempts(body["deaths"], body["losses"], body["left_out"])
     return found
+
+
+def _times(number: int) -> str:
+    return f"{number} time{'' if number == 1 else 's'}"
 
 
 def _share(piece: str) -> float:

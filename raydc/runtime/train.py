@@ -261,8 +261,9 @@ def progress_line(metrics: dict[str, Any]) -> str:
         short = metrics["top_q"] < 0.99 * metrics["target_top_q"]
         target = f", below the {metrics['target_top_q']:.2f} asked for: set refine.alpha=auto" if short else ""
         return (
-            f"k-means      {metrics['iterations']} iterations, inertia {metrics['inertia']:.5g}; kernel alpha "
-            f"{metrics['alpha']:.4g}, scale {metrics['scale']:.4g}, mean top q {metrics['top_q']:.2f}{target}"
+            f"k-means      {metrics['moves']} moves, {metrics['iterations']} iterations, inertia "
+            f"{metrics['inertia']:.5g}; kernel alpha {metrics['alpha']:.4g}, scale {metrics['scale']:.4g}, "
+            f"mean top q {metrics['top_q']:.2f}{target}"
         )
     done, total = metrics["epoch"] + 1, metrics["num_epochs"]
     parts = [f"{metrics['phase']:8s} epoch {done}/{total}"]

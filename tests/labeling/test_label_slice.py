@@ -26,7 +26,9 @@ from tests import shards
 from tests.data.test_shapes import IDS
 from tests.data.test_slices import damage_page
 
-SPEC = InputSpec((Column("embedding", 2, "float32"),), "id", "int64", on_bad_rows="quarantine")
+SPEC = InputSpec(
+    columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64", on_bad_rows="quarantine"
+)
 
 
 def job(output: Path, **changes: Any) -> Labeling:

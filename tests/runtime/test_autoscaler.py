@@ -5,6 +5,7 @@ import pytest
 from benchmarks import scale
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_grows_from_zero_nodes_to_all_loses_one_and_leaves_none(tmp_path):

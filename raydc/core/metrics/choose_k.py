@@ -53,7 +53,7 @@ def calinski_harabasz(tally: Tally, centers_KL: npt.NDArray[np.floating]) -> flo
         return None
     middle = rows @ centers / n
     between = float(rows @ ((centers - middle) ** 2).sum(axis=1))
-    return (between / (k - 1)) / (within / (n - k))
+    return float((between / (k - 1)) / (within / (n - k)))
 
 
 @dataclass(frozen=True)

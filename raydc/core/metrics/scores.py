@@ -116,8 +116,9 @@ def _matched(table: Any) -> int:
     weights.data += 1
     num = weights.shape[0]
     weights = scipy.sparse.hstack([weights, scipy.sparse.eye_array(num)], format="csr")
-    found = scipy.sparse.csgraph.min_weight_full_bipartite_matching(weights, maximize=True)
-    return int(weights[found].sum()) - num
+    matching = scipy.sparse.csgraph.min_weight_full_bipartite_matching(weights, maximize=True)
+    matched: int = int(weights[matching].sum()) - num
+    return matched
 
 
 def _mutual_information(table: Any, total: int) -> tuple[float, float]:

@@ -39,9 +39,9 @@ class Perceptron(nn.Sequential):
     def forward(self, x_ND: Tensor) -> Tensor:
         """Return the (N, L) answer of the last layer."""
         missing = -len(x_ND) % _TILE_ROWS if x_ND.device.type == "cpu" and torch.is_autocast_enabled("cpu") else 0
-        if not missing:
-            return super().forward(x_ND)
-        return super().forward(nn.functional.pad(x_ND, (0, 0, 0, missing)))[: len(x_ND)]
+        padded = nn.functional.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
+        z: Tensor = super().forward(padded)  # type: ignore[no-untyped-call]
+        return z[: len(x_ND)] if missing else z
 
 
 def perceptron(widths: Sequence[int]) -> Perceptron:

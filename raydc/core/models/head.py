@@ -105,7 +105,7 @@ def calibrated_temperature(
         top_N = torch.softmax(cosines / middle, dim=1).max(dim=1).values
         top = float(top_N.mean() if weights is None else top_N @ weights / weights.sum())
         low, high = (middle, high) if top > target_top_p else (low, middle)
-    return (low * high) ** 0.5
+    return float((low * high) ** 0.5)
 
 
 class HeadPredictor:

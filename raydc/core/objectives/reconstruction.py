@@ -10,7 +10,8 @@ from raydc.core.models.autoencoder import Autoencoder
 def squared_error(x_ND: Tensor, reconstructed_ND: Tensor) -> Tensor:
     """Return |x_i - y_i|^2 / D of each row as (N,) float32: the mean over elements, so widths compare."""
     difference = reconstructed_ND.float() - x_ND
-    return torch.linalg.vecdot(difference, difference) / x_ND.shape[1]
+    squared: Tensor = torch.linalg.vecdot(difference, difference)
+    return squared / x_ND.shape[1]
 
 
 def corrupt(x_ND: Tensor, keys_N: Tensor, *, share: float, seed: int) -> Tensor:
@@ -28,8 +29,6 @@ def corrupt(x_ND: Tensor, keys_N: Tensor, *, share: float, seed: int) -> Tensor:
 
 class Reconstruction(nn.Module):
     """Mean squared error between a row and the decoder's answer to its (corrupted) self."""
-
-    needs_decoder = True
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()

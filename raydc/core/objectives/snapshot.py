@@ -71,7 +71,8 @@ def encode(encoder: nn.Module | None, x_ND: Tensor, arithmetic: str) -> Tensor:
     if encoder is None:
         return x_ND
     with precision(x_ND.device, arithmetic):
-        return encoder(x_ND).float()
+        z: Tensor = encoder(x_ND)
+        return z.float()
 
 
 def compact(z_NL: Tensor) -> Tensor:

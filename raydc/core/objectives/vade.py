@@ -204,7 +204,8 @@ class Vade(Objective):
 
     def reconstruct(self, x_ND: Tensor) -> Tensor:
         """Return the decoder's answer to the mean of z."""
-        return self.decoder(self.encoder(x_ND).float()).float()
+        y: Tensor = self.decoder(self.encoder(x_ND).float())
+        return y.float()
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Return the network, and the mixture with its own rate."""

@@ -18,7 +18,7 @@ from raydc.core.tree.search import in_threads
 import faiss  # isort: skip
 
 _ITERATIONS = 8
-"""Of either level. More of them move the fine leaves' means little, and their tree not at all."""
+"""Both levels make as many. More of them move the fine leaves' means little, and their tree not at all."""
 
 _ROWS_PER_CELL = 256
 """Rows of the sample from which the cells are made; all rows of the sample then go to their cell."""

@@ -7,7 +7,7 @@ into shards nor on blocks or threads, and a row never finds itself: it is left o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,14 @@ import torch  # noqa: F401  isort: skip
 import faiss  # isort: skip
 
 Metric = Literal["cosine", "l2"]
-Floats = npt.NDArray[np.floating]
+Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 
 _MARGIN = 8
 """Candidates that the search proposes beyond those asked for; with some to spare, a second look is rare."""
 
 _BLOCK_BYTES = 64 * 2**20
+"""Bytes of the largest temporary of a search."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Neighbors:
         """Which queries have fewer than M neighbors."""
         return self.keys_QM[:, -1] < 0
 
-    def take(self, queries: npt.NDArray) -> "Neighbors":
+    def take(self, queries: npt.NDArray[Any]) -> "Neighbors":
         """Return those of some queries."""
         return Neighbors(self.keys_QM[queries], self.scores_QM[queries])
 
@@ -206,18 +207,19 @@ def _slack(q_QD: npt.NDArray[np.float32], x_ND: npt.NDArray[np.float32], metric:
     """Return how far a float32 score of each query may be from the true one: D rounding errors of 2^-24, doubled."""
     unit = 2.0**-23 * (q_QD.shape[1] + 4)
     largest = float(np.einsum("nd,nd->n", x_ND, x_ND).max())
-    own = np.einsum("qd,qd->q", q_QD, q_QD).astype(np.float64)
-    if metric == "cosine":
-        return unit * np.sqrt(own * largest)
-    return 2.0 * unit * (own + largest)
+    own: npt.NDArray[np.float64] = np.einsum("qd,qd->q", q_QD, q_QD).astype(np.float64)
+    slack: npt.NDArray[np.float64]
+    slack = unit * np.sqrt(own * largest) if metric == "cosine" else 2.0 * unit * (own + largest)
+    return slack
 
 
 def _rough_scores(q_QD: npt.NDArray[np.float32], x_ND: npt.NDArray[np.float32], metric: Metric) -> Floats:
-    products = q_QD @ x_ND.T
+    products: Floats = q_QD @ x_ND.T
     if metric == "cosine":
         return products
     squares = np.einsum("nd,nd->n", x_ND, x_ND)
-    return 2.0 * products - squares - np.einsum("qd,qd->q", q_QD, q_QD)[:, None]
+    negative: Floats = 2.0 * products - squares - np.einsum("qd,qd->q", q_QD, q_QD)[:, None]
+    return negative
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,8 @@ class _Pairs:
     @classmethod
     def scored(
         cls,
-        query_P: npt.NDArray,
-        row_P: npt.NDArray,
+        query_P: npt.NDArray[Any],
+        row_P: npt.NDArray[Any],
         query_keys_Q: Ints,
         queries_QD: npt.NDArray[np.float32],
         keys_N: Ints,

@@ -136,7 +136,8 @@ class _From:
 def _entries(last: Path | None) -> list[dict[str, Any]]:
     if last is None or not (last / _RESULTS).exists():
         return []
-    return json.loads((last / _RESULTS).read_text())
+    entries: list[dict[str, Any]] = json.loads((last / _RESULTS).read_text())
+    return entries
 
 
 def _settings_of(settings: FitSettings, num_leaves: int) -> FitSettings:

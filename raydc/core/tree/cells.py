@@ -118,7 +118,8 @@ def outside_floor(state: CellState, cell: int, options: SearchOptions, trail: Tr
     row, place = np.nonzero(slot_NL >= 0)
     np.minimum.at(floor_N, row, rounded(pair_delta(clusters, member_N[row], slot_NL[row, place])))
     noise = rounding_noise(clusters)
-    return np.maximum(floor_N - rounding_slack(clusters, member_N, floor_N, noise), 0.0)
+    outside_N: np.ndarray = np.maximum(floor_N - rounding_slack(clusters, member_N, floor_N, noise), 0.0)
+    return outside_N
 
 
 Runner = Callable[[Callable[..., CellMerges], CellState, Sequence[int]], Iterable[CellMerges]]
@@ -170,25 +171,13 @@ def merge_by_cells(
     cost = CellCost()
     alive_K = np.ones(len(clusters.weight_M), dtype=bool)
     merge_duplicates(clusters, trail, np.full(len(alive_K), np.inf), alive_K)
+    step = partial(merge_cell, eps=eps, options=options)
     while (num_alive := int(alive_K.sum())) > max(top_size, cell_size):
-        leaf_M = np.flatnonzero(alive_K)
-        cell_M = coarse_cells(
-            clusters.center_MD[leaf_M], clusters.weight_M[leaf_M], cell_size, seed=seed + cost.num_cell_rounds
-        )
-        order_M = np.argsort(cell_M, kind="stable")
-        slot_M = leaf_M[order_M]
-        state = CellState(
-            clusters.kind,
-            clusters.center_MD[slot_M],
-            clusters.weight_M[slot_M],
-            clusters.spread_M[slot_M],
-            slot_M,
-            np.concatenate([[0], np.cumsum(np.bincount(cell_M))]),
-        )
+        state = _cut_into_cells(clusters, np.flatnonzero(alive_K), cell_size, seed=seed + cost.num_cell_rounds)
         num_cells = len(state.first_C) - 1
-        made = list(run_cells(partial(merge_cell, eps=eps, options=options), state, range(num_cells)))
+        made = list(run_cells(step, state, range(num_cells)))
         left_P, right_P, delta_P = (
-            np.concatenate([getattr(one, name) for one in made]) for name in ("left_P", "right_P", "delta_P")
+            np.concatenate([getattr(cell, name) for cell in made]) for name in ("left_P", "right_P", "delta_P")
         )
         if np.isinf(eps):
             num_kept = max(int(KEEP_SHARE * num_alive), min(top_size, num_alive // 2))
@@ -197,21 +186,42 @@ def merge_by_cells(
         replay(clusters, left_P, right_P)
         alive_K[right_P] = False
         trail.add(left_P, right_P, delta_P)
-        trail.num_rounds += max(one.num_rounds for one in made)
-        for name in ("num_pairs", "num_searches", "num_exact_searches"):
-            setattr(trail, name, getattr(trail, name) + sum(getattr(one, name) for one in made))
-        cost.num_cells += num_cells
-        cost.num_cell_rounds += 1
-        cost.num_cell_merges += len(left_P)
+        _add_up(trail, cost, made, num_merges=len(left_P))
         log.info("merge: %d clusters in %d cells, %d merges", num_alive, num_cells, len(left_P))
         if len(left_P) < LEAST_PROGRESS * num_alive:
             break
-    leaf_M = np.flatnonzero(alive_K)
-    rest = Clusters(
+    merge_all(_taken(clusters, np.flatnonzero(alive_K)), trail, options=options)
+    return cost
+
+
+def _cut_into_cells(clusters: Clusters, leaf_M: np.ndarray, cell_size: int, *, seed: int) -> CellState:
+    """Return the clusters of these leaves, (M,) int64, sorted by coarse cell."""
+    cell_M = coarse_cells(clusters.center_MD[leaf_M], clusters.weight_M[leaf_M], cell_size, seed=seed)
+    slot_M = leaf_M[np.argsort(cell_M, kind="stable")]
+    return CellState(
+        clusters.kind,
+        clusters.center_MD[slot_M],
+        clusters.weight_M[slot_M],
+        clusters.spread_M[slot_M],
+        slot_M,
+        np.concatenate([[0], np.cumsum(np.bincount(cell_M))]),
+    )
+
+
+def _add_up(trail: Trail, cost: CellCost, made: Sequence[CellMerges], *, num_merges: int) -> None:
+    """Count what a round of cells has cost, and the merges that were kept of it."""
+    trail.num_rounds += max(cell.num_rounds for cell in made)
+    for name in ("num_pairs", "num_searches", "num_exact_searches"):
+        setattr(trail, name, getattr(trail, name) + sum(getattr(cell, name) for cell in made))
+    cost.num_cells += len(made)
+    cost.num_cell_rounds += 1
+    cost.num_cell_merges += num_merges
+
+
+def _taken(clusters: Clusters, leaf_M: np.ndarray) -> Clusters:
+    return Clusters(
         clusters.kind, clusters.center_MD[leaf_M], clusters.weight_M[leaf_M], clusters.spread_M[leaf_M], leaf_M
     )
-    merge_all(rest, trail, options=options)
-    return cost
 
 
 def _lowest(left_P: np.ndarray, right_P: np.ndarray, delta_P: np.ndarray, num: int, num_leaves: int) -> np.ndarray:
@@ -222,7 +232,8 @@ def _lowest(left_P: np.ndarray, right_P: np.ndarray, delta_P: np.ndarray, num: i
         height_K[left] = height_P[merge] = max(delta, height_K[left], height_K[right])
     if num >= len(height_P):
         return np.ones(len(height_P), dtype=bool)
-    return height_P <= np.partition(height_P, num - 1)[num - 1]
+    low_P: np.ndarray = height_P <= np.partition(height_P, num - 1)[num - 1]
+    return low_P
 
 
 def replay(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> None:

@@ -6,7 +6,7 @@ import heapq
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -29,7 +29,8 @@ def _names(names_K: Sequence[str] | None, num_leaves: int) -> Sequence[str]:
 
 
 def _heights(Z: np.ndarray, num_leaves: int) -> list[float]:
-    return [0.0] * num_leaves + np.asarray(Z, dtype=np.float64)[:, 2].tolist()
+    merged: list[float] = np.asarray(Z, dtype=np.float64)[:, 2].tolist()
+    return [0.0] * num_leaves + merged
 
 
 def write_newick(Z: np.ndarray, out: TextIO, names_K: Sequence[str] | None = None) -> None:
@@ -157,7 +158,7 @@ def edges(Z: np.ndarray) -> Iterator[tuple[int, int, dict[str, float]]]:
 
 def topics_table(
     Z: np.ndarray, weights_K: np.ndarray, names_K: Sequence[str] | None = None, *, num_words: int = 5
-) -> dict[str, list]:
+) -> dict[str, list[Any]]:
     """Return the merges as users of BERTopic's hierarchical_topics know them, the root first.
 
     pandas.DataFrame(topics_table(...)) has its columns: Parent_ID, Parent_Name, Topics, Child_Left_ID, Child_Left_Name,
@@ -228,26 +229,36 @@ def condensed_tree(Z: np.ndarray, weights_K: np.ndarray, min_rows: float) -> dic
     leaves their rows, so a leaf can be a cluster.
     """
     children_T2 = checked_children(Z)
-    num_leaves = len(children_T2) + 1
     rows_V, _ = _rows_and_heaviest(children_T2, weights_K)
-    height_V = _heights(Z, num_leaves)
-    children = children_T2.tolist()
-    found: list[tuple[int, int, float, float]] = []
-    num_clusters = 1
+    height_V = _heights(Z, len(children_T2) + 1)
+    parent, child, lambda_val, size = zip(*_condensed(children_T2.tolist(), rows_V, height_V, min_rows), strict=True)
+    return {
+        "parent": np.array(parent, dtype=np.int64),
+        "child": np.array(child, dtype=np.int64),
+        "lambda_val": np.array(lambda_val, dtype=np.float64),
+        "child_size": np.array(size, dtype=np.float64),
+    }
+
+
+def _condensed(
+    children: list[list[int]], rows_V: list[float], height_V: list[float], min_rows: float
+) -> Iterator[tuple[int, int, float, float]]:
+    """Yield (parent, child, lambda, rows) of the condensed tree."""
+    num_leaves, num_clusters = len(children) + 1, 1
     # Nodes that carry a cluster, highest first.
     carrying = [(-(2 * num_leaves - 2), num_leaves)]
     while carrying:
         negative, cluster = heapq.heappop(carrying)
         node = -negative
         if node < num_leaves:
-            found.append((cluster, node, np.inf, rows_V[node]))
+            yield cluster, node, np.inf, rows_V[node]
             continue
         pair = children[node - num_leaves]
         at = 1 / height_V[node] if height_V[node] > 0 else np.inf
         large = [child for child in pair if rows_V[child] >= min_rows]
         if len(large) == 2:
             for child in pair:
-                found.append((cluster, num_leaves + num_clusters, at, rows_V[child]))
+                yield cluster, num_leaves + num_clusters, at, rows_V[child]
                 heapq.heappush(carrying, (-child, num_leaves + num_clusters))
                 num_clusters += 1
             continue
@@ -257,13 +268,6 @@ def condensed_tree(Z: np.ndarray, weights_K: np.ndarray, min_rows: float) -> dic
         while falling:
             child = falling.pop()
             if child < num_leaves:
-                found.append((cluster, child, at, rows_V[child]))
+                yield cluster, child, at, rows_V[child]
             else:
                 falling += children[child - num_leaves]
-    parent, child, lambda_val, size = zip(*found, strict=True)
-    return {
-        "parent": np.array(parent, dtype=np.int64),
-        "child": np.array(child, dtype=np.int64),
-        "lambda_val": np.array(lambda_val, dtype=np.float64),
-        "child_size": np.array(size, dtype=np.float64),
-    }

@@ -24,6 +24,44 @@ class _Group:
     riders: list[int]
 
 
+class _Splits:
+    """The tree split from the top, in the order of its merges; a split counts where both sides hold enough."""
+
+    def __init__(self, children_T2: np.ndarray, weights_K: np.ndarray, min_population: float) -> None:
+        self._children, self._num_leaves = children_T2, len(weights_K)
+        self._mass = weights_K.tolist()
+        for left, right in children_T2.tolist():
+            self._mass.append(self._mass[left] + self._mass[right])
+        self._smallest = min_population * self._mass[-1] * (1 - 1e-12)
+        # A heap of groups by their core's merge: later merges are higher. Leaves and stuck groups leave the heap.
+        root = 2 * self._num_leaves - 2
+        self._open = [(-root, _Group(root, []))]
+        self._closed: list[_Group] = []
+
+    def down_to(self, num_groups: int) -> list[_Group]:
+        """Split on until there are so many groups, or no split counts any more; return the groups."""
+        while self._open and len(self._open) + len(self._closed) < num_groups:
+            self._split(heapq.heappop(self._open)[1])
+        return [group for _, group in self._open] + self._closed
+
+    def _split(self, group: _Group) -> None:
+        if group.core < self._num_leaves:
+            self._closed.append(group)
+            return
+        small, large = self._children[group.core - self._num_leaves].tolist()
+        if self._mass[small] >= self._mass[large]:
+            small, large = large, small
+        if self._mass[large] < self._smallest:
+            self._closed.append(group)
+            return
+        if self._mass[small] < self._smallest:
+            group.riders.append(small)
+        else:
+            heapq.heappush(self._open, (-small, _Group(small, [])))
+        group.core = large
+        heapq.heappush(self._open, (-large, group))
+
+
 def levels(
     Z: np.ndarray, sizes: Sequence[int], weights_K: np.ndarray, min_population: float | None = None
 ) -> dict[int, np.ndarray]:
@@ -31,7 +69,7 @@ def levels(
 
     Without min_population a level is the plain cut. With it, the tree is split from the top in the order of its
     merges, and a split counts only if both sides hold at least that share of the total weight. Otherwise the smaller
-    side makes no group of its own: it stays in its group, the larger side is split further in its place, and at the
+    side makes no group of its own: it stays in its group, and the larger side is split further in its place. At the
     next split that counts, what was taken along goes with the heavier side (the left one, if they weigh the same). So
     every group of every level holds at least the share, levels nest, and a far outlier does not keep the rest of the
     tree from being split. A tree may not have enough such splits: then a level holds as many groups as there are.
@@ -60,45 +98,23 @@ def levels(
         raise ValueError(f"min_population is a share from 0 to 1, got {min_population}")
     if sizes and not 1 <= min(sizes) <= max(sizes) <= num_leaves:
         raise ValueError(f"cannot cut a tree of {num_leaves} leaves into {list(sizes)} groups")
-    start_V, count_V = leaf_places(children_T2)
-    mass = weights_K.tolist()
-    for left, right in children_T2.tolist():
-        mass.append(mass[left] + mass[right])
-    smallest = min_population * mass[-1] * (1 - 1e-12)
-
-    # A heap of groups by their core's merge: later merges are higher. Leaves and stuck groups leave the heap.
-    open_groups = [(-(2 * num_leaves - 2), _Group(2 * num_leaves - 2, []))]
-    closed: list[_Group] = []
-    labels: dict[int, np.ndarray] = {}
-    for size in sorted(set(sizes)):
-        while open_groups and len(open_groups) + len(closed) < size:
-            _, group = heapq.heappop(open_groups)
-            if group.core < num_leaves:
-                closed.append(group)
-                continue
-            small, large = children_T2[group.core - num_leaves].tolist()
-            if mass[small] >= mass[large]:
-                small, large = large, small
-            if mass[large] < smallest:
-                closed.append(group)
-                continue
-            if mass[small] < smallest:
-                group.riders.append(small)
-            else:
-                heapq.heappush(open_groups, (-small, _Group(small, [])))
-            group.core = large
-            heapq.heappush(open_groups, (-large, group))
-        now = [group for _, group in open_groups] + closed
-        now.sort(key=lambda group: start_V[group.core])
-        place_group_K = np.empty(num_leaves, dtype=np.int32)
-        for number, group in enumerate(now):
-            for node in (group.core, *group.riders):
-                place_group_K[start_V[node] : start_V[node] + count_V[node]] = number
-        labels[int(size)] = place_group_K[start_V[:num_leaves]]
-    return labels
+    places = leaf_places(children_T2)
+    splits = _Splits(children_T2, weights_K, min_population)
+    return {int(size): _labels(splits.down_to(size), places, num_leaves) for size in sorted(set(sizes))}
 
 
-@dataclass(frozen=True)
+def _labels(groups: list[_Group], places: tuple[np.ndarray, np.ndarray], num_leaves: int) -> np.ndarray:
+    """Return the (K,) int32 group of each leaf, numbered from left to right by the cores."""
+    start_V, count_V = places
+    of_place_K = np.empty(num_leaves, dtype=np.int32)
+    for number, group in enumerate(sorted(groups, key=lambda group: int(start_V[group.core]))):
+        for node in (group.core, *group.riders):
+            of_place_K[start_V[node] : start_V[node] + count_V[node]] = number
+    group_K: np.ndarray = of_place_K[start_V[:num_leaves]]
+    return group_K
+
+
+@dataclass(frozen=True, kw_only=True)
 class LevelStatistics:
     """How even a level's groups are, and how tight."""
 

@@ -1,14 +1,25 @@
 """Merge trees over weighted centroids: Ward and its relatives, exact, certified or by mini-batches, in O(K D) memory.
 
 `ward` is the exact tree on plain arrays. `agglomerate` chooses linkage, metric and method. The work is done by
-linkage_rounds (reciprocal nearest neighbors), linkage_search (who is nearest) and linkage_cells (cell by cell).
+reciprocal (reciprocal nearest neighbors), search (who is nearest) and cells (cell by cell).
+
+Linkages. ward: height sqrt(2 delta). average: the mean squared Euclidean distance between the rows of two clusters;
+under cosine and pearson the mean of 1 - cosine. With sse, average linkage counts the spread inside the leaves. single
+and complete: by scipy on all distances between centroids, for at most MAX_PAIRWISE_LEAVES leaves.
+
+Metrics. cosine scales each centroid to length 1; pearson subtracts the mean of each centroid first. For the means of
+unit rows, which are shorter than 1, use euclidean with their sse: average linkage then is twice the mean of 1 - cosine.
+
+Methods. exact. certified: by cells with eps = 0, equal to exact merge for merge; with eps > 0 a merge in a cell may be
+up to 1 + eps times farther than what lies outside, and is reported as relaxed. minibatch: eps infinite. auto: the first
+of exact, certified, minibatch that `choose_method` expects to stay within the budget.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +38,7 @@ Metric = Literal["euclidean", "cosine", "pearson"]
 Method = Literal["auto", "exact", "certified", "minibatch"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Linkage:
     """A merge tree over the leaves that carry weight."""
 
@@ -123,25 +134,13 @@ def agglomerate(
 ) -> Linkage:
     """Return the merge tree of weighted centroids under a linkage, a metric and a method.
 
-    Linkages: ward, height sqrt(2 delta). average, the mean squared Euclidean distance between the rows of two clusters;
-    under cosine and pearson the mean of 1 - cosine. With sse, average linkage counts the spread inside the leaves.
-    single and complete, by scipy on all distances between centroids, for at most MAX_PAIRWISE_LEAVES leaves.
-
-    Metrics: cosine scales each centroid to length 1; pearson takes the mean off each centroid first. For the means of
-    unit rows, which are shorter than 1, use euclidean with their sse: average linkage then is twice the mean of 1 -
-    cosine.
-
-    Methods: exact. certified, by cells with eps = 0, equal to exact merge for merge. certified with eps > 0: a merge
-    in a cell may be up to 1 + eps times farther than what lies outside; reported as relaxed. minibatch: eps infinite.
-    auto: the first of exact, certified, minibatch that choose_method expects to stay within the budget.
+    The head of this module says what the choices mean.
 
     Args:
         centers_KD: (K, D) finite; float64 is kept, anything else is cast to it.
         weights_K: (K,) masses; one each by default. Leaves of weight 0 are left out.
         sse_K: (K,) sum of squared errors inside each leaf; zero by default. For metric euclidean only.
-        linkage: see above.
-        metric: see above.
-        method: see above.
+        linkage, metric, method: the choices.
         eps: for method certified.
         cell_size: clusters per cell, on average, at most twice as many. Changes the tree unless eps is 0.
         top_size: this many clusters or fewer are merged exactly. Changes the tree unless eps is 0.
@@ -159,61 +158,88 @@ def agglomerate(
             direction under cosine or pearson, or too many leaves for single or complete linkage.
     """
     _check_choices(linkage, metric, method, eps, cell_size, top_size)
+    leaves = _leaves(centers_KD, weights_K, sse_K, metric)
+    if linkage in ("single", "complete"):
+        return _pairwise(leaves, linkage, metric)
+    reason = "as asked"
+    if method == "auto":
+        method, reason = choose_method(
+            *leaves.center_KD.shape, budget_seconds=budget_seconds, cell_size=cell_size, num_parallel=num_parallel
+        )
+    clusters, trail, cost = _clusters(leaves, linkage), Trail(), CellCost()
+    if method == "exact":
+        merge_all(clusters, trail, options=options)
+    else:
+        eps = np.inf if method == "minibatch" else eps
+        sizes = {"cell_size": cell_size, "top_size": top_size, "seed": seed}
+        cost = merge_by_cells(clusters, trail, eps=eps, run_cells=run_cells, options=options, **sizes)
+    used = "relaxed" if method == "certified" and eps > 0 else method
+    return _linkage(leaves, trail, cost, linkage=linkage, metric=metric, method=used, reason=reason)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Leaves:
+    """The leaves that carry weight, in the space of the metric."""
+
+    center_KD: np.ndarray
+    weight_K: np.ndarray
+    sse_K: np.ndarray
+    leaves: np.ndarray
+    """(K,) int64 row of the input that is leaf i."""
+
+    left_out: np.ndarray
+    """int64 rows of the input that weigh nothing."""
+
+
+def _leaves(centers_KD: np.ndarray, weights_K: np.ndarray | None, sse_K: np.ndarray | None, metric: Metric) -> _Leaves:
     centers_KD, weights_K, sse_K = _checked(centers_KD, weights_K, sse_K)
-    leaves = np.flatnonzero(weights_K > 0)
-    left_out = np.flatnonzero(weights_K == 0)
+    leaves, left_out = np.flatnonzero(weights_K > 0), np.flatnonzero(weights_K == 0)
     if len(left_out):
         log.warning(
             "linkage: %d of %d leaves weigh nothing and are left out of the tree", len(left_out), len(weights_K)
         )
-    weight_K, sse_K = weights_K[leaves], sse_K[leaves]
     center_KD = _prepared(centers_KD[leaves], metric)
+    sse_K = sse_K[leaves]
     if metric != "euclidean" and sse_K.any():
         raise ValueError(f"sse is Euclidean, metric is {metric}: normalize the rows, then use euclidean")
-    if linkage in ("single", "complete"):
-        return _pairwise(center_KD, weight_K, sse_K, leaves, left_out, linkage, metric)
+    return _Leaves(center_KD=center_KD, weight_K=weights_K[leaves], sse_K=sse_K, leaves=leaves, left_out=left_out)
 
-    center_KD = center_KD - np.average(center_KD, axis=0, weights=weight_K)
+
+def _clusters(leaves: _Leaves, linkage: LinkageName) -> Clusters:
+    """Return the leaves as the clusters to be merged, around the mean of all rows."""
+    weight_K = leaves.weight_K
+    center_KD = _around_mean(leaves)
     with np.errstate(over="ignore"):
         total = float((weight_K * np.einsum("kd,kd->k", center_KD, center_KD)).sum() * weight_K.max())
     if not np.isfinite(total):
         raise ValueError("centers and weights are too large for their squares in float64: scale them down")
-    spread_K = sse_K / weight_K if linkage == "average" else np.zeros(len(weight_K))
+    spread_K = leaves.sse_K / weight_K if linkage == "average" else np.zeros(len(weight_K))
     kind: Kind = "ward" if linkage == "ward" else "average"
-    clusters = Clusters(kind, center_KD.copy(), weight_K.copy(), spread_K, np.arange(len(weight_K)))
-    reason = "as asked"
-    if method == "auto":
-        method, reason = choose_method(
-            *center_KD.shape, budget_seconds=budget_seconds, cell_size=cell_size, num_parallel=num_parallel
-        )
-    trail, cost = Trail(), CellCost()
-    if method == "exact":
-        merge_all(clusters, trail, options=options)
-    else:
-        cost = merge_by_cells(
-            clusters,
-            trail,
-            eps=np.inf if method == "minibatch" else eps,
-            cell_size=cell_size,
-            top_size=top_size,
-            seed=seed,
-            run_cells=run_cells,
-            options=options,
-        )
-    used = "relaxed" if method == "certified" and eps > 0 else method
+    return Clusters(kind, center_KD, weight_K.copy(), spread_K, np.arange(len(weight_K)))
+
+
+def _around_mean(leaves: _Leaves) -> np.ndarray:
+    around: np.ndarray = leaves.center_KD - np.average(leaves.center_KD, axis=0, weights=leaves.weight_K)
+    return around
+
+
+def _linkage(
+    leaves: _Leaves, trail: Trail, cost: CellCost, *, linkage: str, metric: Metric, method: str, reason: str
+) -> Linkage:
+    """Return the linkage matrix of the merges, with what they have cost."""
+    log.info("linkage: %s %s, %s (%s), %d rounds", linkage, metric, method, reason, trail.num_rounds)
     left_T, right_T, delta_T = trail.merges()
-    children_T2, height_T, count_T, num_inversions = number_nodes(left_T, right_T, delta_T, len(weight_K))
+    children_T2, height_T, count_T, num_inversions = number_nodes(left_T, right_T, delta_T, len(leaves.weight_K))
     if linkage == "ward":
         height_T = np.sqrt(2 * height_T)
     elif metric != "euclidean":
         height_T = height_T / 2  # |a - b|^2 = 2 (1 - cosine) for unit rows.
-    log.info("linkage: %s %s, %s (%s), %d rounds", linkage, metric, used, reason, trail.num_rounds)
     return Linkage(
         merges=np.column_stack([children_T2.astype(np.float64), height_T, count_T]),
-        **_masses(children_T2, center_KD, weight_K, sse_K),
-        leaves=leaves,
-        left_out=left_out,
-        method=used,
+        **_masses(children_T2, _around_mean(leaves), leaves.weight_K, leaves.sse_K),
+        leaves=leaves.leaves,
+        left_out=leaves.left_out,
+        method=method,
         reason=reason,
         num_rounds=trail.num_rounds,
         num_pairs=trail.num_pairs,
@@ -226,9 +252,13 @@ def agglomerate(
 
 
 PAIR_SECONDS = 1.2e-9
-"""Per pair and search, besides the product; with the next two, measured on one core of an AMD EPYC with AVX-512."""
+"""Seconds for each pair of a search, beside the product; measured on one core of an AMD EPYC with AVX-512."""
+
 FLOP_SECONDS = 1 / 70e9
+"""Seconds for each operation of the product; measured on the same core."""
+
 SEARCH_SECONDS = 5e-5
+"""Seconds for each full search of one cluster; measured on the same core."""
 
 
 def choose_method(
@@ -309,12 +339,13 @@ def _prepared(center_KD: np.ndarray, metric: Metric) -> np.ndarray:
     norm_K1 = np.linalg.norm(center_KD, axis=1, keepdims=True)
     if (norm_K1 == 0).any():
         raise ValueError(f"{int((norm_K1 == 0).sum())} centers have no direction under metric {metric}")
-    return center_KD / norm_K1
+    unit_KD: np.ndarray = center_KD / norm_K1
+    return unit_KD
 
 
-def _pairwise(center_KD, weight_K, sse_K, leaves, left_out, linkage: str, metric: Metric) -> Linkage:
+def _pairwise(leaves: _Leaves, linkage: str, metric: Metric) -> Linkage:
     """Single or complete linkage of all distances, by scipy. Weights change masses, never the merges."""
-    num_leaves = len(weight_K)
+    num_leaves = len(leaves.weight_K)
     if num_leaves > MAX_PAIRWISE_LEAVES:
         need = num_leaves**2 * 4 / 1e9
         raise ValueError(
@@ -325,15 +356,15 @@ def _pairwise(center_KD, weight_K, sse_K, leaves, left_out, linkage: str, metric
     if num_leaves > 1:
         from scipy.cluster import hierarchy  # It takes half a second, and few trees need it.
 
-        merges = hierarchy.linkage(center_KD, linkage)
+        merges = hierarchy.linkage(leaves.center_KD, linkage)
     if metric != "euclidean":
         merges[:, 2] = merges[:, 2] ** 2 / 2
     children_T2 = merges[:, :2].astype(np.int64)
     return Linkage(
         merges=merges,
-        **_masses(children_T2, center_KD, weight_K, sse_K),
-        leaves=leaves,
-        left_out=left_out,
+        **_masses(children_T2, leaves.center_KD, leaves.weight_K, leaves.sse_K),
+        leaves=leaves.leaves,
+        left_out=leaves.left_out,
         method="pairwise",
         reason=f"{linkage} linkage needs all distances",
         num_rounds=0,
@@ -346,7 +377,7 @@ def _pairwise(center_KD, weight_K, sse_K, leaves, left_out, linkage: str, metric
     )
 
 
-def _masses(children_T2, center_KD, weight_K, sse_K) -> dict[str, np.ndarray]:
+def _masses(children_T2: np.ndarray, center_KD: np.ndarray, weight_K: np.ndarray, sse_K: np.ndarray) -> dict[str, Any]:
     """Return weight and SSE of every node."""
     rise_T = merge_sse(children_T2, weight_K, center_KD)
     mass, sse = weight_K.tolist(), sse_K.tolist()

@@ -194,7 +194,8 @@ def cut(Z: np.ndarray, num_groups: int) -> np.ndarray:
     start_V, count_V = leaf_places(children_T2)
     node_G = _top_nodes(children_T2, num_groups, start_V)
     place_K = start_V[: len(children_T2) + 1]
-    return np.repeat(np.arange(len(node_G), dtype=np.int32), count_V[node_G])[place_K]
+    group_K: np.ndarray = np.repeat(np.arange(len(node_G), dtype=np.int32), count_V[node_G])[place_K]
+    return group_K
 
 
 @dataclass(frozen=True)

@@ -284,12 +284,16 @@ class _Rounds:
         list_AL, floor_A = self.engine.search(columns, self.clusters, slot_A, options=self.options)
         self.floor_M[slot_A] = floor_A
         self._rank(slot_A, list_AL)
-        return slot_A[~self._proven(slot_A)]
+        unproven: np.ndarray = slot_A[~self._proven(slot_A)]
+        return unproven
 
     def _proven(self, slot_A: np.ndarray) -> np.ndarray:
-        """True where the nearest lies under the floor by more than rounding could move either."""
+        """Return where the nearest lies under the floor by more than rounding could move either."""
         floor_A = self.floor_M[slot_A]
-        return self.distance_M[slot_A] < floor_A - rounding_slack(self.clusters, slot_A, floor_A, self.noise)
+        proven_A: np.ndarray = self.distance_M[slot_A] < floor_A - rounding_slack(
+            self.clusters, slot_A, floor_A, self.noise
+        )
+        return proven_A
 
     def _rank(self, slot_A: np.ndarray, list_AL: np.ndarray) -> None:
         """Order the listed neighbors of slots by rounded distance, keep the first ones, set the nearest."""
@@ -324,7 +328,7 @@ class _Rounds:
 
         Threads may do so at the same time: whatever one writes is further along the same way.
         """
-        now_BL = self.now_M[slot_BL]
+        now_BL: np.ndarray = self.now_M[slot_BL]
         while True:
             next_BL = self.now_M[now_BL]
             if np.array_equal(next_BL, now_BL):

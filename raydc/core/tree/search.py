@@ -60,11 +60,13 @@ def pair_delta(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> n
     """
     difference_PD = clusters.center_MD[left_P]
     difference_PD -= clusters.center_MD[right_P]
-    square_P = np.einsum("pd,pd->p", difference_PD, difference_PD)
+    delta_P: np.ndarray = np.einsum("pd,pd->p", difference_PD, difference_PD)
     if clusters.kind == "average":
-        return square_P + (clusters.spread_M[left_P] + clusters.spread_M[right_P])
-    left_weight_P, right_weight_P = clusters.weight_M[left_P], clusters.weight_M[right_P]
-    return left_weight_P * right_weight_P / (left_weight_P + right_weight_P) * square_P
+        delta_P = delta_P + (clusters.spread_M[left_P] + clusters.spread_M[right_P])
+    else:
+        left_weight_P, right_weight_P = clusters.weight_M[left_P], clusters.weight_M[right_P]
+        delta_P = left_weight_P * right_weight_P / (left_weight_P + right_weight_P) * delta_P
+    return delta_P
 
 
 def rounded(delta: np.ndarray) -> np.ndarray:
@@ -95,7 +97,8 @@ def tie_order(clusters: Clusters, left_P: np.ndarray, right_P: np.ndarray) -> np
     hash_P = (np.minimum(a_P, b_P) << np.uint64(32)) + np.maximum(a_P, b_P)
     hash_P = (hash_P ^ (hash_P >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hash_P = (hash_P ^ (hash_P >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hash_P ^ (hash_P >> np.uint64(31))
+    order_P: np.ndarray = hash_P ^ (hash_P >> np.uint64(31))
+    return order_P
 
 
 class Engine(NamedTuple):
@@ -233,7 +236,8 @@ def _write(columns: Columns, clusters: Clusters, slot_B: np.ndarray) -> np.ndarr
     columns.rows_XE[at_B, :-2] = -2.0 * center_BD
     columns.rows_XE[at_B, -1] = square_B
     columns.weight_X[at_B] = clusters.weight_M[slot_B] / columns.weight_unit
-    return np.sqrt(square_B).astype(columns.radius_C.dtype)
+    length_B: np.ndarray = np.sqrt(square_B).astype(columns.radius_C.dtype)
+    return length_B
 
 
 def _scaled(columns: Columns, clusters: Clusters, slot_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -342,12 +346,12 @@ def _search_rows(columns: Columns, clusters: Clusters, query_B: np.ndarray, num:
     return slot_BL, floor_B * columns.length_unit**2 * (columns.weight_unit if ward else 1.0)
 
 
-def _ward_factor(weight, other, slack):
-    """w o / (w + o), rounded down; written with reciprocals, since the weight of padding is infinite."""
-    with np.errstate(
-        divide="ignore", over="ignore"
-    ):  # A weight that float32 cannot hold is 0, and so is its bound: still a bound.
-        return (1 - slack) / (1 / weight + 1 / other)
+def _ward_factor(weight: np.ndarray, other: np.ndarray, slack: float) -> np.ndarray:
+    """Return w o / (w + o), rounded down; written with reciprocals, since the weight of padding is infinite."""
+    # A weight that float32 cannot hold is 0, and so is its bound: still a bound.
+    with np.errstate(divide="ignore", over="ignore"):
+        factor: np.ndarray = (1 - slack) / (1 / weight + 1 / other)
+    return factor
 
 
 def search_exactly(

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from raydc.core.metrics.scores import counted, external
-from raydc.core.search.fine_leaves import fine_leaves, num_fine_leaves
+from raydc.core.search.fine_leaves import FineLeaves, fine_leaves, num_fine_leaves
 from raydc.core.search.kmeans import lloyd, start
 from raydc.core.search.nearest import nearest
 from raydc.core.search.starts import first_centers, sample_kmeans
-from raydc.core.search.tree_start import cut_means, tree_start
+from raydc.core.search.tree_start import MOST_EXACT, cut_means, tree_start
 
 
 def planted(num_rows=6000, num_clusters=100, dim=32, noise=0.6, seed=0, power=0.0):
@@ -142,3 +142,15 @@ def test_three_thousand_leaves_of_eight_rows_each_have_a_tree():
     x = torch.randn(24_000, 4, generator=torch.Generator().manual_seed(0))
     centers = first_centers(x, 3000, seed=0)
     assert len(centers.unique(dim=0)) == 3000 and torch.isfinite(centers).all()
+
+
+def test_above_the_bound_the_tree_is_made_by_cells_and_still_has_every_group(caplog):
+    rng = np.random.default_rng(0)
+    means = 4.0 * np.stack(np.meshgrid(np.arange(60), np.arange(60)), axis=-1).reshape(-1, 2)
+    rows = np.repeat(means, 7, axis=0) + 0.1 * rng.normal(size=(7 * 3600, 2))
+    assert len(rows) > MOST_EXACT
+    with caplog.at_level("INFO"):
+        found = cut_means(FineLeaves(torch.from_numpy(rows), torch.ones(len(rows), dtype=torch.float64)), 3600)
+    assert "(minibatch)" in caplog.text
+    ids, squared = nearest(torch.from_numpy(means).float(), found)
+    assert len(ids.unique()) == 3600 and float(squared.max()) < 0.2
