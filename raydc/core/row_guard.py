@@ -4,6 +4,7 @@ One guard for every door: the reader of a run, the labeling of new data and `Mod
 alone, because the processes that read rows load no torch. Letters: N rows, D width of a row.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ def mark(reasons_N: npt.NDArray[np.str_], flags_N: npt.NDArray[np.bool_], reason
 
 
 def _most_norm_in_float16(x_ND: npt.NDArray[Any]) -> float:
-    return float(np.finfo(np.float16).max) * float(x_ND.shape[1]) ** 0.5
+    return float(np.finfo(np.float16).max) * math.sqrt(x_ND.shape[1])
 
 
 def _mark_at(reasons_N: npt.NDArray[np.str_], rows: npt.NDArray[np.int64], reason: str) -> None:
@@ -97,7 +98,8 @@ def _mark_at(reasons_N: npt.NDArray[np.str_], rows: npt.NDArray[np.int64], reaso
 
 
 def _squares(x_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    return np.einsum("ij,ij->i", x_ND, x_ND, dtype=np.float32, casting="unsafe")
+    squares: npt.NDArray[np.float32] = np.einsum("ij,ij->i", x_ND, x_ND, dtype=np.float32, casting="unsafe")
+    return squares
 
 
 def _mark_norms(x_ND: npt.NDArray[Any], squares_N: npt.NDArray[np.float32], reasons_N: npt.NDArray[np.str_]) -> None:
