@@ -68,28 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other workers, memory, ...")
     resume.set_defaults(command=_resume)
 
-    sweep = commands.add_parser("sweep", help="compare numbers of leaves and recommend one")
-    sweep.add_argument("--config", metavar="FILE", help="YAML settings, as for run")
-    sweep.add_argument("--k", required=True, metavar="NUMBERS", help="FIRST:LAST:STEP, or a list such as 5,8,10")
-    sweep.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as fit.max_rows=20000"
-    )
-    sweep.add_argument("--run-id", help="name of the folder; the same one continues an interrupted sweep")
-    sweep.set_defaults(command=_sweep)
-
-    compare = commands.add_parser("compare", help="objectives and classical methods side by side, on a sample")
-    compare.add_argument("config", metavar="CONFIG", help="YAML settings, as for run")
-    compare.add_argument("--seeds", default="0", metavar="LIST", help="such as 0,1,2 (default: 0)")
-    compare.add_argument("--objectives", default="dec,idec", metavar="LIST", help="default: dec,idec; may be empty")
-    compare.add_argument(
-        "--classical",
-        default="kmeans,minibatch_kmeans,gmm,dbscan,hdbscan,agglomerative,spectral",
-        metavar="LIST",
-        help="default: all of them; may be empty",
-    )
-    compare.add_argument("--rows", type=int, default=5000, metavar="N", help="size of the sample (default: 5000)")
-    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other settings, as for run")
-    compare.set_defaults(command=_compare)
+    _add_comparisons(commands)
 
     assign = commands.add_parser("assign", help="label new data with the model of a finished run")
     assign.add_argument("--model", required=True, metavar="URI", help="a run folder, or its model/")
@@ -124,6 +103,31 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="runs")
     demo.set_defaults(command=_demo)
     return parser
+
+
+def _add_comparisons(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="compare numbers of leaves and recommend one")
+    sweep.add_argument("--config", metavar="FILE", help="YAML settings, as for run")
+    sweep.add_argument("--k", required=True, metavar="NUMBERS", help="FIRST:LAST:STEP, or a list such as 5,8,10")
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as fit.max_rows=20000"
+    )
+    sweep.add_argument("--run-id", help="name of the folder; the same one continues an interrupted sweep")
+    sweep.set_defaults(command=_sweep)
+
+    compare = commands.add_parser("compare", help="objectives and classical methods side by side, on a sample")
+    compare.add_argument("config", metavar="CONFIG", help="YAML settings, as for run")
+    compare.add_argument("--seeds", default="0", metavar="LIST", help="such as 0,1,2 (default: 0)")
+    compare.add_argument("--objectives", default="dec,idec", metavar="LIST", help="default: dec,idec; may be empty")
+    compare.add_argument(
+        "--classical",
+        default="kmeans,minibatch_kmeans,gmm,dbscan,hdbscan,agglomerative,spectral",
+        metavar="LIST",
+        help="default: all of them; may be empty",
+    )
+    compare.add_argument("--rows", type=int, default=5000, metavar="N", help="size of the sample (default: 5000)")
+    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other settings, as for run")
+    compare.set_defaults(command=_compare)
 
 
 def _version() -> str:

@@ -141,16 +141,7 @@ class Model:
             ValueError: x is not two-dimensional or not D wide, or rows are missing, not finite, without a direction
                 (under l2) or too large for float32.
         """
-        if isinstance(x, Tensor):
-            values = x.detach().float().cpu().numpy()
-        else:
-            columns = self.details.get("columns", [])
-            known = [Column.from_record(c) for c in columns]
-            x = values = rows_of(x, self.dim, known)
-        if values.ndim == 2 and values.shape[1] == self.dim:
-            refuse_bad_rows(values, self.preprocess.guard(self.dim))
-        elif values.ndim == 1 and values.shape[0] == self.dim:
-            raise ValueError(f"expected rows of shape (N, {self.dim}), got one row: give x[None, :]")
+        x = _good_rows(self, x)
         found = self.label(self.encode(x, block_rows=block_rows), block_rows=block_rows)
         if len(lost := found.beyond_float32()):
             raise ValueError(f"row {lost[0]} of x leaves the range of float32 on its way through the network.")
@@ -331,3 +322,16 @@ def _read(uri: str, lake: Lake, head: dict[str, Any]) -> Model:
 
 def _num_weights(widths: Sequence[int]) -> int:
     return sum((int(a) + 1) * int(b) for a, b in itertools.pairwise(widths))
+
+
+def _good_rows(model: Model, x: Any) -> npt.NDArray[Any] | Tensor:
+    """Return what holds rows as a matrix or tensor, after refusing the rows that a run would refuse."""
+    if isinstance(x, Tensor):
+        values = x.detach().float().cpu().numpy()
+    else:
+        x = values = rows_of(x, model.dim, [Column.from_record(c) for c in model.details.get("columns", [])])
+    if values.ndim == 2 and values.shape[1] == model.dim:
+        refuse_bad_rows(values, model.preprocess.guard(model.dim))
+    elif values.ndim == 1 and values.shape[0] == model.dim:
+        raise ValueError(f"expected rows of shape (N, {model.dim}), got one row: give x[None, :]")
+    return x

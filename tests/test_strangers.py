@@ -158,7 +158,7 @@ def test_a_crafted_checkpoint_is_refused_and_runs_no_code(tmp_path, how):
         (folder / "state.json").write_text("{")
     else:
         path.unlink()
-    with pytest.raises(ValueError, match="the last checkpoint is damaged .*Restore checkpoints/"):
+    with pytest.raises(ValueError, match="the last checkpoint is damaged"):
         checkpoint.load(folder)
     assert not trap.exists()
 

@@ -36,6 +36,7 @@ from raydc.pipeline import make_lake
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import check_output
 from raydc.runfolder.formats import Place
+from raydc.runtime.remedies import advice
 from raydc.storage.lake import absolute
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ def _fitted(configs: dict[str, Config], sample: _Sample, seed: int) -> list[tupl
                 neighbor_metric=config.neighbors.metric,
             )
         except ValueError as error:
-            raise ConfigError(f"compare: {name}: {error}.") from None
+            raise ConfigError(f"compare: {name}: {advice(str(error))}") from None
         fits.append((name, result.labels, before + time.perf_counter() - started))
     return fits
 

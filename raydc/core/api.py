@@ -1,4 +1,18 @@
-"""Fit an array in this process: no Ray, no files. Letters: N rows, D width of a row, K leaves, L width of the code."""
+"""Fit an array in this process: no Ray, no files. Letters: N rows, D width of a row, K leaves, L width of the code.
+
+>>> import numpy as np
+>>> from raydc.core.api import fit_array
+>>> generator = np.random.default_rng(0)
+>>> centers = 10 * generator.normal(size=(3, 8))
+>>> x = np.repeat(centers, 50, axis=0) + generator.normal(size=(150, 8))
+>>> result = fit_array(x, num_clusters=3, objective="kmeans")
+>>> np.bincount(result.labels).tolist()
+[50, 50, 50]
+>>> result.linkage.shape, result.predict(x[:2]).shape
+((2, 4), (2,))
+>>> sorted(np.bincount(result.levels([2])[2]).tolist())
+[50, 100]
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +32,7 @@ from raydc.core.search.knn import Metric, Neighbors, Shard, prepare, search
 from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.context import LocalContext
-from raydc.core.training.fit import fit, pretrain
+from raydc.core.training.fit import Fitted, fit, pretrain
 from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import ResidentRows
 from raydc.core.training.settings import AutoencoderSettings, FitSettings
@@ -126,7 +140,7 @@ class Pretrained:
     """D."""
 
     tensors: dict[str, Tensor]
-    """The state after pretraining: tensors by name."""
+    """State after pretraining, by name."""
 
     values: dict[str, Any]
     """The rest of the state, as JSON values."""
@@ -160,11 +174,9 @@ def fit_array(
         objective: a name of raydc.core.objectives.table, such as `dec`, `idec`, `icon`, `autoencoder` or `kmeans`.
         seed: of every random choice.
         sample_weight: (N,) row weights, not negative; 1 each by default.
-        keys: (N,) int64 rising names of the rows, of which random choices are a hash; 0..N-1 by default. Give the
-            places in a larger table for a sample of it.
+        keys: (N,) int64 rising names of the rows, whose hash makes random choices; 0..N-1 by default.
         preprocess: `none`, `l2`, `standardize` or `scale`, whose statistics come from x; or a map that is given.
-        settings: everything else, such as epochs and widths of layers; the defaults if None. Its objective, seed and
-            number of leaves are replaced by the arguments.
+        settings: everything else, such as epochs; the defaults if None. The arguments replace what it says of them.
         pretrained: an autoencoder from `pretrain_array`; by default one is trained.
         num_neighbors: neighbors of each row, for temi and icon.
         neighbor_metric: `cosine` or `l2` among the preprocessed rows, for temi and icon.
@@ -177,50 +189,19 @@ def fit_array(
     Raises:
         ValueError: x or sample_weight does not fit, K exceeds N, or a name or setting is unknown.
         FloatingPointError: a loss was not finite; the message names the epoch and the step.
-
-    Example:
-        >>> import numpy as np
-        >>> from raydc.core.api import fit_array
-        >>> generator = np.random.default_rng(0)
-        >>> centers = 10 * generator.normal(size=(3, 8))
-        >>> x = np.repeat(centers, 50, axis=0) + generator.normal(size=(150, 8))
-        >>> result = fit_array(x, num_clusters=3, objective="kmeans")
-        >>> np.bincount(result.labels).tolist()
-        [50, 50, 50]
-        >>> result.linkage.shape, result.predict(x[:2]).shape
-        ((2, 4), (2,))
     """
     settings = _settings(settings, objective, num_clusters, seed)
     x = _matrix(x)
     rows, mapped = _rows(x, sample_weight, keys, preprocess, torch.device(device))
     pairs = None
-    if info(objective).needs_pairs:
+    if settings.needs_pairs:
         rows.neighbors_NM = _neighbors(rows, mapped, num_neighbors, neighbor_metric)
         pairs = NeighborPairs(rows, rows.ranks)
     with tempfile.TemporaryDirectory(prefix="raydc-pretrained-") as folder:
-        start_from = None
-        if pretrained is not None and settings.learns:
-            start_from = Path(folder)
-            _save(pretrained, start_from, settings, rows.dim)
+        start_from = _start(pretrained, Path(folder), settings, rows.dim)
         context = LocalContext(device=rows.ranks.device, start_from=start_from, on_report=on_report)
         fitted = fit(rows, mapped, settings, context, pairs)
-    weights = fitted.leaves.weights_K.cpu().numpy()
-    means = fitted.leaves.means(fitted.clustering.centers_KL)
-    sse = fitted.leaves.sse_around_means(fitted.clustering.centers_KL)
-    tree = agglomerate(means.cpu().numpy(), weights, sse.cpu().numpy(), seed=settings.seed)
-    linkage, places = in_tree_order(tree.merges, weights[tree.leaves])
-    order = tree.leaves[places]
-    unlabeled = ArrayClustering(
-        labels=np.empty(0, np.int64),
-        confidence=np.empty(0, np.float32),
-        centers=fitted.clustering.centers_KL.cpu().numpy()[order],
-        weights=weights[order],
-        linkage=linkage,
-        history=fitted.history,
-        clustering=fitted.clustering.reordered(torch.from_numpy(order)),
-        preprocess=mapped,
-        dim=rows.dim,
-    )
+    unlabeled = _with_tree(fitted, mapped, rows.dim, settings.seed)
     labels, confidence = unlabeled.predict_with_confidence(x)
     return replace(unlabeled, labels=labels, confidence=confidence)
 
@@ -357,10 +338,40 @@ def _neighbors(rows: ResidentRows, preprocess: Preprocess, num: int, metric: Met
     return torch.from_numpy(nearest.keys_QM)
 
 
-def _save(pretrained: Pretrained, folder: Path, settings: FitSettings, dim: int) -> None:
+def _start(pretrained: Pretrained | None, folder: Path, settings: FitSettings, dim: int) -> Path | None:
+    """Return a folder with the pretrained state as a checkpoint; None where the fit pretrains by itself, or not at all.
+
+    Raises:
+        ValueError: it is that of another autoencoder.
+    """
+    if pretrained is None or not settings.learns:
+        return None
     if (pretrained.autoencoder, pretrained.dim) != (settings.autoencoder, dim):
         raise ValueError(
             f"pretrained has rows of {pretrained.dim} numbers and {pretrained.autoencoder}, the fit {dim} and "
             f"{settings.autoencoder}: pretrain with the settings of the fit"
         )
     checkpoint.save(folder, pretrained.tensors, pretrained.values)
+    return folder
+
+
+def _with_tree(fitted: Fitted, preprocess: Preprocess, dim: int, seed: int) -> ArrayClustering:
+    """Return the clustering with its leaves in the order of their tree, and no labels yet."""
+    clustering, leaves = fitted.clustering, fitted.leaves
+    weights, means = leaves.weights_K.cpu().numpy(), leaves.means(clustering.centers_KL).cpu().numpy()
+    sse = leaves.sse_around_means(clustering.centers_KL).cpu().numpy()
+    tree = agglomerate(means, weights, sse, seed=seed)
+    linkage, places = in_tree_order(tree.merges, weights[tree.leaves])
+    order = tree.leaves[places]
+    ordered = clustering.reordered(torch.from_numpy(order))
+    return ArrayClustering(
+        labels=np.empty(0, np.int64),
+        confidence=np.empty(0, np.float32),
+        centers=ordered.centers_KL.cpu().numpy(),
+        weights=weights[order],
+        linkage=linkage,
+        history=fitted.history,
+        clustering=ordered,
+        preprocess=preprocess,
+        dim=dim,
+    )

@@ -4,6 +4,7 @@ One guard for every door: the reader of a run, the labeling of new data and `Mod
 alone, because the processes that read rows load no torch. Letters: N rows, D width of a row.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class RowGuard:
     """Each block is divided by its norm (l2), so it must have one that float32 holds."""
 
     factor: tuple[float, ...] = (1.0,)
-    """Of each dimension in preprocessing, weights included; or one for all."""
+    """Factor of each dimension in preprocessing, weights included; or one for all."""
 
     offset: tuple[float, ...] = ()
     """Subtracted from each dimension before; empty for none."""
@@ -48,6 +49,11 @@ class RowGuard:
             reasons_N: text of at least 16 characters, "" for a good row; changed in place.
         """
         if not len(x_ND):
+            return
+        if x_ND.dtype == np.float16 and not self.by_norm and _most_norm_in_float16(x_ND) <= self.safe_square**0.5:
+            # No float16 row is too large then, and its bits say fastest whether it is finite.
+            exponents = (x_ND.view(np.uint16) & 0x7FFF).max(axis=1)
+            mark(reasons_N, exponents >= 0x7C00, "not_finite")
             return
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             parts = [_squares(x_ND[:, a:b]) for a, b in self.blocks]
@@ -81,6 +87,10 @@ def mark(reasons_N: npt.NDArray[np.str_], flags_N: npt.NDArray[np.bool_], reason
     reasons_N[flags_N & (reasons_N == "")] = reason
 
 
+def _most_norm_in_float16(x_ND: npt.NDArray[Any]) -> float:
+    return float(np.finfo(np.float16).max) * math.sqrt(x_ND.shape[1])
+
+
 def _mark_at(reasons_N: npt.NDArray[np.str_], rows: npt.NDArray[np.int64], reason: str) -> None:
     flags = np.zeros(len(reasons_N), bool)
     flags[rows] = True
@@ -88,7 +98,8 @@ def _mark_at(reasons_N: npt.NDArray[np.str_], rows: npt.NDArray[np.int64], reaso
 
 
 def _squares(x_ND: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    return np.asarray(np.einsum("ij,ij->i", x_ND, x_ND, dtype=np.float32, casting="unsafe"))
+    squares: npt.NDArray[np.float32] = np.einsum("ij,ij->i", x_ND, x_ND, dtype=np.float32, casting="unsafe")
+    return squares
 
 
 def _mark_norms(x_ND: npt.NDArray[Any], squares_N: npt.NDArray[np.float32], reasons_N: npt.NDArray[np.str_]) -> None:

@@ -34,7 +34,7 @@ class Resolved:
 
     columns: list[Column] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
-    """Of a file, by URI."""
+    """Problems of a file, by URI."""
 
     arrays: list[list[Any]] = field(default_factory=list)
     """Size and type of each .npy file, for the input's fingerprint."""

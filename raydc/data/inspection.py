@@ -69,7 +69,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     if not general and num_rows == 0:
         general.append(f"input.path={section.path}: no rows in {len(footers)} files")
     settings = _settings_problems(config, num_rows, sum(c.dim for c in embeddings.columns), id_type)
-    if general or len(embeddings.general) or not embeddings.columns or id_type is None:
+    if general or not embeddings.columns or id_type is None:
         return None, general, settings
     spec = InputSpec(
         columns=tuple(embeddings.columns),

@@ -29,7 +29,7 @@ class Npy:
     num_rows: int
     dim: int
     offset: int
-    """Of the first number in the file, in bytes."""
+    """Place of the first number in the file, in bytes."""
 
 
 def npy_uri(template: str, parquet_uri: str) -> str | None:

@@ -50,7 +50,7 @@ class Profile:
         try:
             return Preprocess.fit(section.method, self.spec.blocks, self.moments, section.factor)
         except ValueError as error:
-            raise DataError(f"profile: {error}") from None
+            raise DataError(f"profile: preprocess.{error}") from None
 
     def trained_fraction(self, config: Config) -> float:
         """Return the share of the rows that the fit is trained on, chosen by hash of the row key."""

@@ -66,7 +66,7 @@ class InputSpec:
     """Under l2 a row of zeros, or one whose norm leaves float32, has no direction and counts as bad."""
 
     factor: tuple[float, ...] = (1.0,)
-    """Of each dimension in preprocessing, or one for all: a row must be fit for float32 after it too."""
+    """Factor of each dimension in preprocessing, or one for all: a row must be fit for float32 after it too."""
 
     offset: tuple[float, ...] = ()
     """Subtracted from each dimension in preprocessing; empty for none."""

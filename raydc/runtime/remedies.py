@@ -23,6 +23,26 @@ LESS_MEMORY: dict[WorkerStage, str] = {
 }
 
 
+_ADVICE: list[tuple[str, str]] = [
+    ("the loss is not finite", "preprocess.method=scale or standardize gives them such a scale."),
+    ("Raise baseline_rows", "It is the setting evaluate.baseline_rows."),
+    ("the last checkpoint is damaged", "Restore checkpoints/, or delete it and stages/fit.json to fit again."),
+    ("the last checkpoint has format", "To fit again, delete checkpoints/ and stages/fit.json."),
+    ("the last checkpoint was made with other settings", "Use a new --run-id."),
+    ("neighbors are no rows of the fit", "Use a new --run-id."),
+    ("vade.likelihood=bernoulli takes", "preprocess.method=scale with a preprocess.factor does that."),
+]
+"""What core's messages say, and what a run adds: core knows neither the settings around it nor the command line."""
+
+
+def advice(text: str) -> str:
+    """Return a message of core with the settings and options of a run that help, if there are any."""
+    for beginning, sentence in _ADVICE:
+        if beginning in text:
+            return f"{text.rstrip('.')}. {sentence}"
+    return text
+
+
 def remedy(stage: WorkerStage, error: BaseException | str) -> str:
     """Return a sentence with a space before it, or nothing where the failure does not tell what would help."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"

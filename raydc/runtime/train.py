@@ -35,7 +35,7 @@ from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost
 from raydc.runfolder.teacher import Teaching
 from raydc.runtime.memory import available_bytes, give_back
-from raydc.runtime.remedies import remedy
+from raydc.runtime.remedies import advice, remedy
 from raydc.runtime.row_dataset import EverySlice
 from raydc.runtime.session import in_one_line, root_cause
 
@@ -166,7 +166,7 @@ def launch(
     except ray.train.TrainingFailedError as error:
         raise StageError(failed(name, error, config.fit.max_failures + 1)) from error
     if isinstance(outcome, Failure):
-        raise (DataError if outcome.kind == DataError.__name__ else StageError)(f"{name}: {outcome.text}")
+        raise (DataError if outcome.kind == DataError.__name__ else StageError)(f"{name}: {advice(outcome.text)}")
     return outcome
 
 

@@ -150,7 +150,7 @@ def test_nothing_is_left_to_pretrain_for_an_objective_without_a_network():
 
 def test_the_example_in_the_documentation_runs():
     outcome = doctest.testmod(raydc.core.api)
-    assert outcome.attempted >= 7 and outcome.failed == 0
+    assert outcome.attempted >= 8 and outcome.failed == 0
 
 
 def test_an_array_is_fitted_without_ray():

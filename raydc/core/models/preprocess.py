@@ -88,7 +88,7 @@ class Preprocess:
             return cls(method, blocks, _tensor(moments.mean_D), _tensor(factor_D))
         if method == "scale":
             if factor is None and moments.mean_square == 0:
-                raise ValueError("preprocess.method=scale: every sampled row is zero, so there is no scale.")
+                raise ValueError("method=scale: every row of the sample is zero, so there is no scale. Give a factor.")
             chosen = moments.mean_square**-0.5 if factor is None else factor
             return cls(method, blocks, None, torch.tensor([chosen], dtype=torch.float32))
         raise ValueError(f"unknown preprocess method {method!r}")

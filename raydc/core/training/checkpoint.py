@@ -33,13 +33,11 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (safetensors.SafetensorError, ValueError, RecursionError, FileNotFoundError) as error:
+        raise ValueError(f"the last checkpoint is damaged ({type(error).__name__}: {error})") from None
+    if (known := values.pop("format", 1)) != FORMAT:
         raise ValueError(
-            f"the last checkpoint is damaged ({type(error).__name__}: {error}). Restore it, or delete it to fit again"
-        ) from None
-    if (known := values.get("format", 1)) != FORMAT:
-        raise ValueError(
-            f"the last checkpoint has format {known}, this version of raydc reads {FORMAT}. Delete it to fit again, or "
-            "finish with the version that wrote it"
+            f"the last checkpoint has format {known}, this version of raydc reads format {FORMAT}: go on with the "
+            "version that wrote it, or fit again"
         )
     return tensors, values
 

@@ -58,7 +58,7 @@ class Fitted:
     """One entry for each epoch, and one for the k-means between them."""
 
     decoder: nn.Module | None = None
-    """The decoder of the autoencoder, where there is one."""
+    """Decoder of the autoencoder, where there is one."""
 
 
 def fit(
@@ -202,7 +202,9 @@ class _Fit:
         # The same start as that of the clusters themselves, so that the comparison is fair.
         num_rows = max(self.settings.baseline_rows, _BASELINE_ROWS_PER_LEAF * self.settings.cluster.num_leaves)
         sample = sample_latents(self.trainer, None, num_rows)
-        centers = start_centers(self.trainer, sample, stream_seed(self.settings.seed, 3), whole=True)
+        centers = start_centers(
+            self.trainer, sample, stream_seed(self.settings.seed, 3), whole=True, sampled_by="baseline_rows"
+        )
         # An empty center is no group, and would be every row's next one in the silhouette.
         held = torch.zeros(len(centers), dtype=torch.int64)
         if self.trainer.ranks.rank == 0:
@@ -281,7 +283,7 @@ class _Fit:
             tensors, values = checkpoint.load(folder)
             if values["fingerprint"] != self.settings.fingerprint:
                 raise ValueError(
-                    f"the checkpoint was made with other settings or another input ({values['fingerprint']}, "
+                    f"the last checkpoint was made with other settings or another input ({values['fingerprint']}, "
                     f"now {self.settings.fingerprint})"
                 )
             restore(self.state, tensors, values, self._new_autoencoder)

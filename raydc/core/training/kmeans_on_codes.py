@@ -28,7 +28,7 @@ from raydc.core.training.settings import ClusterSettings
 log = logging.getLogger(__name__)
 
 _MARGIN = 1.1
-"""A random sample may be somewhat larger than it was meant to be."""
+"""Room for a random sample, as a multiple of the size that it was meant to have."""
 
 _START_ROWS_PER_LEAF = 20
 """Rows of a sample for each leaf, at least: two fine leaves of ten."""
@@ -140,7 +140,9 @@ def start_rows(plan: ClusterSettings) -> int:
     return max(plan.init_rows, _START_ROWS_PER_LEAF * plan.num_leaves)
 
 
-def start_centers(trainer: Trainer, sample: Sample, seed: int, *, whole: bool = False) -> Tensor:
+def start_centers(
+    trainer: Trainer, sample: Sample, seed: int, *, whole: bool = False, sampled_by: str = "cluster.init_rows"
+) -> Tensor:
     """Return the (K, L) centers of the k-means start on rank 0's sample, on every rank (CPU).
 
     Args:
@@ -148,6 +150,7 @@ def start_centers(trainer: Trainer, sample: Sample, seed: int, *, whole: bool = 
         sample: on rank 0.
         seed: of the start.
         whole: go on to the end of k-means on the sample, where no passes over all rows follow.
+        sampled_by: field of FitSettings that decides the size of the sample, for the message.
 
     Raises:
         ValueError: the sample has fewer rows than there are leaves.
@@ -156,8 +159,7 @@ def start_centers(trainer: Trainer, sample: Sample, seed: int, *, whole: bool = 
     size = int(ranks.broadcast(torch.tensor([len(sample.z_NL)]))[0])
     if size < plan.num_leaves:
         raise ValueError(
-            f"the k-means start has a sample of {size} rows for {plan.num_leaves} leaves. "
-            "Raise cluster.init_rows and evaluate.baseline_rows."
+            f"the k-means start has a sample of {size} rows for {plan.num_leaves} leaves. Raise {sampled_by}."
         )
     if ranks.rank == 0:
         options: dict[str, Any] = {"seed": seed, "how": plan.start, "num_restarts": plan.num_restarts}
@@ -254,24 +256,24 @@ def cluster(
         sample.shrink_to_calibrate(len(first))
         return find_optimum(trainer, blocks, first, generator, keep_ids=keep_ids)
     ranks = trainer.ranks
-    turned = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
-    first = start_centers(trainer, Sample(turned(sample.z_NL), sample.weights_N), seed)
+    to_directions = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
+    first = start_centers(trainer, Sample(to_directions(sample.z_NL), sample.weights_N), seed)
     sample.shrink_to_calibrate(len(first))
 
     def turned_blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        return ((turned(z), weights) for z, weights in blocks())
+        return ((to_directions(z), weights) for z, weights in blocks())
 
-    found = find_optimum(trainer, turned_blocks, first, generator, keep_ids=keep_ids)
+    kmeans = find_optimum(trainer, turned_blocks, first, generator, keep_ids=keep_ids)
 
     def assign(z_NL: Tensor) -> tuple[Tensor, Tensor]:
-        return nearest(turned(z_NL), found.centers_KD)[0][:, 0], z_NL.square().sum(dim=1)
+        return nearest(to_directions(z_NL), kmeans.centers_KD)[0][:, 0], z_NL.square().sum(dim=1)
 
     # Distances to the origin, from which those to the means follow when these are known.
-    origin = torch.zeros_like(found.centers_KD)
+    origin = torch.zeros_like(kmeans.centers_KD)
     sums = leaf_sums(blocks(), origin, all_sum=ranks.sum, assign=assign)
     sums = replace(sums, sse_K=sums.sse_around_means(origin))
     centers = reseed(sums.means(origin).float(), sums, generator)
-    return replace(found, centers_KD=centers, inertia=float(sums.sse_K.sum()))
+    return replace(kmeans, centers_KD=centers, inertia=float(sums.sse_K.sum()))
 
 
 _LEAST_VARIANCE = 1e-6

@@ -76,6 +76,5 @@ class NeighborPairs:
 
 def _unknown_neighbors(keys: Tensor) -> ValueError:
     return ValueError(
-        f"{len(keys)} neighbors are no rows of the fit, such as key {int(keys[0])}: they were searched among other "
-        "rows. Use a new --run-id"
+        f"{len(keys)} neighbors are no rows of the fit, such as key {int(keys[0])}: they were searched among other rows"
     )

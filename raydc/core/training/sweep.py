@@ -37,8 +37,8 @@ from raydc.core.training.state import Clustering
 
 _RESULTS = "sweep.json"
 
-# Of the k-means on raw rows that every fit makes as a baseline, and of which a sweep has no use.
 _BASELINE_ROWS_PER_LEAF = 20
+"""Rows for each leaf of the k-means on raw rows, a baseline that every fit makes and a sweep has no use for."""
 
 
 @dataclass(frozen=True)
@@ -155,56 +155,67 @@ def _shared_encoder(fitted: Fitted, device: torch.device) -> nn.Module | None:
     return None if found is None or found.encoder is None else found.encoder.to(device)
 
 
+@dataclass(frozen=True)
+class _Spaces:
+    """The rows in two spaces: that of a fitted clustering, and the one that every K shares."""
+
+    clustering: Clustering
+    shared: nn.Module | None
+    preprocess: Preprocess
+    block_rows: int
+
+    def points(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the (n, L) points of rows in the fitted and in the shared space, and their (n,) weights."""
+        for batch in rows.blocks(self.block_rows):
+            x = self.preprocess(batch.x_ND)
+            fitted, shared = encode(self.clustering.encoder, x, "float32"), encode(self.shared, x, "float32")
+            yield fitted, shared, batch.weights_N.double()
+
+    def leaves(self, rows: Rows, width: int, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+        """Return f (K,), the rows of each leaf (K,) and their sum in the shared space (K, `width`), of all ranks."""
+        clustering, num_leaves = self.clustering, len(self.clustering.centers_KL)
+        f_K = torch.zeros(num_leaves, dtype=torch.float64, device=ranks.device)
+        rows_K, sums_KL = torch.zeros_like(f_K), f_K.new_zeros((num_leaves, width))
+        for z, code, weights in self.points(rows):
+            leaf, _ = clustering.assign(z)
+            f_K += weights @ log_soft_assign(z, clustering.centers_KL, clustering.kernel).exp().double()
+            rows_K += torch.bincount(leaf, minlength=num_leaves)
+            sums_KL.index_add_(0, leaf, code.double())
+        return ranks.sum(f_K), ranks.sum(rows_K), ranks.sum(sums_KL)
+
+    def loss(self, z_NL: Tensor, weights_N: Tensor, f_K: Tensor) -> Tensor:
+        """Return the weight of rows, and the weighted sums of their KL(P || Q) and of its square, (3,)."""
+        log_q = log_soft_assign(z_NL, self.clustering.centers_KL, self.clustering.kernel)
+        kl = divergence(log_target(log_q, f_K), log_q).double()
+        return torch.stack([weights_N.sum(), (weights_N * kl).sum(), (weights_N * kl * kl).sum()])
+
+
 @torch.no_grad()
 def _criteria(
     rows: Rows, held_out: Rows, fitted: Fitted, preprocess: Preprocess, settings: FitSettings, context: Context
 ) -> dict[str, Any]:
     """Return the criteria that are made from sums over all rows of all ranks."""
     ranks = Ranks(context.rank, context.world_size, context.device)
-    found, size = fitted.clustering, block_rows(ranks.device, settings.block_rows)
-    shared, num_leaves = _shared_encoder(fitted, ranks.device), len(found.centers_KL)
-
-    def points(source: Rows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the rows' points in the fitted and in the shared space, and their weights."""
-        for batch in source.blocks(size):
-            x = preprocess(batch.x_ND)
-            yield encode(found.encoder, x, "float32"), encode(shared, x, "float32"), batch.weights_N.double()
-
-    f_K = torch.zeros(num_leaves, dtype=torch.float64, device=ranks.device)
-    rows_K, means_KL = torch.zeros_like(f_K), None
-    for z, code, weights in points(rows):
-        leaf, _ = found.assign(z)
-        f_K += weights @ log_soft_assign(z, found.centers_KL, found.kernel).exp().double()
-        rows_K += torch.bincount(leaf, minlength=num_leaves)
-        if means_KL is None:
-            means_KL = f_K.new_zeros((num_leaves, code.shape[1]))
-        means_KL.index_add_(0, leaf, code.double())
-    width = settings.autoencoder.latent_dim if shared is not None else rows.dim
-    means_KL = f_K.new_zeros((num_leaves, width)) if means_KL is None else means_KL
-    f_K, rows_K, means_KL = ranks.sum(f_K), ranks.sum(rows_K), ranks.sum(means_KL)
-    used = torch.nonzero(rows_K > 0)[:, 0]
-    centers = (means_KL[used] / rows_K[used, None]).float()
-    place_K = torch.full((num_leaves,), -1, device=ranks.device).index_copy_(
-        0, used, torch.arange(len(used), device=ranks.device)
+    clustering, shared = fitted.clustering, _shared_encoder(fitted, ranks.device)
+    spaces = _Spaces(clustering, shared, preprocess, block_rows(ranks.device, settings.block_rows))
+    f_K, rows_K, sums_KL = spaces.leaves(
+        rows, settings.autoencoder.latent_dim if shared is not None else rows.dim, ranks
     )
-
-    def loss(z: Tensor, weights: Tensor) -> Tensor:
-        log_q = log_soft_assign(z, found.centers_KL, found.kernel)
-        kl = divergence(log_target(log_q, f_K), log_q).double()
-        return torch.stack([weights.sum(), (weights * kl).sum(), (weights * kl * kl).sum()])
-
+    used = torch.nonzero(rows_K > 0)[:, 0]
+    centers = (sums_KL[used] / rows_K[used, None]).float()
+    place_K = torch.full((len(rows_K),), -1, device=ranks.device)
+    place_K[used] = torch.arange(len(used), device=ranks.device)
     tally, losses = Tally(len(used)), torch.zeros(2, 3, dtype=torch.float64, device=ranks.device)
-    for z, code, weights in points(rows):
-        group = place_K[found.assign(z)[0]]
+    for z, code, weights in spaces.points(rows):
+        group = place_K[clustering.assign(z)[0]]
         own, other = own_and_other(code, centers, group)
         tally.add(group.cpu().numpy(), own.cpu().numpy(), other.cpu().numpy(), None)
-        losses[0] += loss(z, weights)
-    for z, _, weights in points(held_out):
-        losses[1] += loss(z, weights)
-    losses = ranks.sum(losses)
+        losses[0] += spaces.loss(z, weights, f_K)
+    for z, _, weights in spaces.points(held_out):
+        losses[1] += spaces.loss(z, weights, f_K)
     tally = _summed(tally, ranks)
     inside = metrics.internal(tally, centers.cpu().numpy())
-    train, apart = (Loss(*values) for values in losses.tolist())
+    train, apart = (Loss(*values) for values in ranks.sum(losses).tolist())
     g = generalizability(train, apart)
     return {
         "inertia": float(fitted.leaves.sse_K.sum()),
@@ -212,12 +223,12 @@ def _criteria(
         "davies_bouldin": inside["davies_bouldin"],
         "calinski_harabasz": calinski_harabasz(tally, centers.double().cpu().numpy()),
         "size_max_over_mean": float(rows_K.max() / rows_K.mean()),
-        "empty": num_leaves - len(used),
+        "empty": len(rows_K) - len(used),
         "train_loss": train.mean if train.weight else None,
         "held_out_loss": apart.mean if apart.weight else None,
         "g": None if g is None else g[0],
         "g_error": None if g is None else g[1],
-        "alpha": found.kernel.alpha,
+        "alpha": clustering.kernel.alpha,
         "epochs": sum(h["phase"] == "refine" for h in fitted.history),
     }
 

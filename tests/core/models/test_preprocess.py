@@ -82,7 +82,7 @@ def test_scale_makes_the_mean_square_one():
 
 def test_scale_of_zeros_is_refused_unless_the_factor_is_given():
     zeros = Moments.from_rows(np.zeros((3, 4)))
-    with pytest.raises(ValueError, match="every sampled row is zero, so there is no scale"):
+    with pytest.raises(ValueError, match="method=scale: every row of the sample is zero, so there is no scale"):
         Preprocess.fit("scale", WHOLE, zeros)
     assert Preprocess.fit("scale", WHOLE, zeros, factor=2.0).scale_D is not None
 
