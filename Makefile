@@ -9,11 +9,12 @@ PEERS := build/peers
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check schemas format bench constraints clean
+.PHONY: help venv demo test quick check schemas format bench constraints clean
 
 help:
 	@echo "make demo         cluster scikit-learn's digits, end to end, into runs/demo"
 	@echo "make test         run the tests"
+	@echo "make quick        run those that start no cluster and no S3 server, and are not slow"
 	@echo "make check        lint, format and types"
 	@echo "make bench        speed and quality beside other systems"
 	@echo "make schemas      rewrite the JSON schemas in docs/ from the types in raydc/data/records.py"
@@ -35,6 +36,9 @@ demo: venv
 
 test: venv
 	@$(VENV)/bin/python -m pytest -q
+
+quick: venv
+	@$(VENV)/bin/python -m pytest -q -m 'not slow and not ray and not s3'
 
 check: venv
 	$(VENV)/bin/ruff check

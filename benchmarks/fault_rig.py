@@ -321,8 +321,22 @@ class Driver:
             self.process.wait()
 
 
-def until(condition: Callable[[], Any], driver: Driver, what: str, seconds: float = _PATIENCE_SECONDS) -> Any:
+def until(
+    condition: Callable[[], Any],
+    driver: Driver,
+    what: str,
+    seconds: float = _PATIENCE_SECONDS,
+    *,
+    pause: float = _POLL_SECONDS,
+) -> Any:
     """Return the first true value of `condition`.
+
+    Args:
+        condition: asked again and again.
+        driver: that is to bring it about.
+        what: the condition in words, for messages.
+        seconds: to wait at most.
+        pause: seconds between two questions.
 
     Raises:
         MissedError: the driver ended before.
@@ -334,7 +348,7 @@ def until(condition: Callable[[], Any], driver: Driver, what: str, seconds: floa
             raise MissedError(f"the driver ended (exit code {driver.process.returncode}) before {what}")
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come in {seconds:.0f} s:\n{driver.text()[-3000:]}")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
     return found
 
 
@@ -347,7 +361,8 @@ def reached(run: Run, driver: Driver, stage: str) -> None:
 
     until(lambda: run.state(stage), driver, f"the start of {stage}")
     if stage == "assign":
-        until(lambda: run.slices_done() >= 3, driver, "three slices")
+        # A listing costs more than what else is asked, and slices take longer.
+        until(lambda: run.slices_done() >= 3, driver, "three slices", pause=0.02)
 
 
 def still_at(run: Run, driver: Driver, stage: str) -> None:

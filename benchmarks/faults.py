@@ -72,8 +72,14 @@ KINDS: dict[str, dict[str, Any]] = {
 class Rig:
     """The cluster, the places and the unbroken runs, made when they are first asked for and kept."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, kinds: dict[str, dict[str, Any]] = KINDS) -> None:
+        """Start the cluster.
+
+        Args:
+            folder: for the input, the runs and the logs.
+            kinds: what differs from SETTINGS in the runs of each kind.
+        """
+        self.folder, self._kinds = folder, kinds
         folder.mkdir(parents=True, exist_ok=True)
         before = dict(os.environ)
         os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
@@ -103,7 +109,7 @@ class Rig:
 
     def run(self, kind: str, run_id: str, **sections: Any) -> Run:
         """Return a run of a kind that has not begun."""
-        values = {name: dict(section) for name, section in KINDS[kind].items()}
+        values = {name: dict(section) for name, section in self._kinds[kind].items()}
         for name, changes in sections.items():
             values[name] = values.get(name, {}) | changes
         return Run(self.place(kind), run_id, self.folder, self.nodes.address, **values)
@@ -290,7 +296,22 @@ def storage(*kinds: str) -> Inject:
     return inject
 
 
-def second_submission(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+def in_turn(*injects: Inject) -> Inject:
+    """Inject one fault after the other into the same run."""
+
+    def inject(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+        for one in injects:
+            one(rig, run, driver, stage)
+
+    return inject
+
+
+def at(stage: str, inject: Inject) -> Inject:
+    """Inject a fault at this stage, whichever stage the case names."""
+    return lambda rig, run, driver, _: inject(rig, run, driver, stage)
+
+
+def turned_away(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
     """Give the same command while the first one is at the stage: it has to be turned away.
 
     The first one crawls meanwhile, a few milliseconds a second, enough for its heartbeat: the second has to read its
@@ -313,6 +334,11 @@ def second_submission(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
         assert second.process.returncode == 2 and "which is alive" in text, f"no refusal:\n{text[-2000:]}"
     finally:
         driver.signal(signal.SIGCONT)
+
+
+def second_submission(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
+    """Give the same command while the first one is at the stage; the first one has to live through it."""
+    turned_away(rig, run, driver, stage)
     code = driver.wait()
     assert code == 0, f"the first one did not live through it: exit code {code}\n{driver.text()[-2000:]}"
 

@@ -30,8 +30,9 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
 from raydc.core.training import checkpoint
 from raydc.core.training.settings import FitSettings
-from raydc.data.slices import class_names, read_slice
-from raydc.stages.profile import profile_input
+from raydc.data.columns import class_names
+from raydc.data.reader import read_slice
+from raydc.data.sample import profile_input
 from raydc.storage.lake import Lake
 
 BUILD = ROOT / "build" / "benchmarks" / "methods"

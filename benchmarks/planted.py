@@ -18,12 +18,12 @@ _NOISE = 1.5
 """Deviation of a dimension of a row around its center: most of a row is noise, as in real embeddings."""
 
 
-def centers() -> np.ndarray:
-    """Return the (1000, 768) float32 centers; the digits of a cluster's number are its path in the hierarchy."""
+def centers(dim: int = DIM) -> np.ndarray:
+    """Return the (1000, dim) float32 centers; the digits of a cluster's number are its path in the hierarchy."""
     rng = np.random.default_rng(0)
-    found = np.zeros((1, DIM))
+    found = np.zeros((1, dim))
     for spread in _SPREAD:
-        found = (found[:, None] + rng.normal(scale=spread, size=(len(found), 10, DIM))).reshape(-1, DIM)
+        found = (found[:, None] + rng.normal(scale=spread, size=(len(found), 10, dim))).reshape(-1, dim)
     return found.astype(np.float32)
 
 

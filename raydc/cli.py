@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from raydc.storage.lake import Lake, absolute, join
 from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
+
+EXIT_INTERRUPTED = 130
 
 TREE_FORMATS = ("newick", "json", "edges", "topics", "condensed")
 
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. The same command with the same --run-id continues.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     finally:
         if arguments is None:
             # The process ends here, and Python would look for cycles in all that torch and Ray have loaded: a second.
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `raydc run`, which jobs share."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings, see jobs/")
+    parser.add_argument("--config", metavar="FILE", help="YAML settings, see jobs/; --set alone does too")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as cluster.num_leaves=10"
     )
@@ -56,6 +59,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="raydc", description="Deep clustering of sharded embeddings on Ray.")
+    parser.add_argument("--version", action="version", version=f"raydc {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_run_arguments(commands.add_parser("run", help="cluster a data set: labels, tree, model, report"))
 
@@ -64,28 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other workers, memory, ...")
     resume.set_defaults(command=_resume)
 
-    sweep = commands.add_parser("sweep", help="compare numbers of leaves and recommend one")
-    sweep.add_argument("--config", required=True, metavar="FILE", help="YAML settings, as for run")
-    sweep.add_argument("--k", required=True, metavar="NUMBERS", help="FIRST:LAST:STEP, or a list such as 5,8,10")
-    sweep.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as fit.max_rows=20000"
-    )
-    sweep.add_argument("--run-id", help="name of the folder; the same one continues an interrupted sweep")
-    sweep.set_defaults(command=_sweep)
-
-    compare = commands.add_parser("compare", help="objectives and classical methods side by side, on a sample")
-    compare.add_argument("config", metavar="CONFIG", help="YAML settings, as for run")
-    compare.add_argument("--seeds", default="0", metavar="LIST", help="such as 0,1,2 (default: 0)")
-    compare.add_argument("--objectives", default="dec,idec", metavar="LIST", help="default: dec,idec; may be empty")
-    compare.add_argument(
-        "--classical",
-        default="kmeans,minibatch_kmeans,gmm,dbscan,hdbscan,agglomerative,spectral",
-        metavar="LIST",
-        help="default: all of them; may be empty",
-    )
-    compare.add_argument("--rows", type=int, default=5000, metavar="N", help="size of the sample (default: 5000)")
-    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other settings, as for run")
-    compare.set_defaults(command=_compare)
+    _add_comparisons(commands)
 
     assign = commands.add_parser("assign", help="label new data with the model of a finished run")
     assign.add_argument("--model", required=True, metavar="URI", help="a run folder, or its model/")
@@ -122,6 +105,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_comparisons(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="compare numbers of leaves and recommend one")
+    sweep.add_argument("--config", metavar="FILE", help="YAML settings, as for run")
+    sweep.add_argument("--k", required=True, metavar="NUMBERS", help="FIRST:LAST:STEP, or a list such as 5,8,10")
+    sweep.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, such as fit.max_rows=20000"
+    )
+    sweep.add_argument("--run-id", help="name of the folder; the same one continues an interrupted sweep")
+    sweep.set_defaults(command=_sweep)
+
+    compare = commands.add_parser("compare", help="objectives and classical methods side by side, on a sample")
+    compare.add_argument("config", metavar="CONFIG", help="YAML settings, as for run")
+    compare.add_argument("--seeds", default="0", metavar="LIST", help="such as 0,1,2 (default: 0)")
+    compare.add_argument("--objectives", default="dec,idec", metavar="LIST", help="default: dec,idec; may be empty")
+    compare.add_argument(
+        "--classical",
+        default="kmeans,minibatch_kmeans,gmm,dbscan,hdbscan,agglomerative,spectral",
+        metavar="LIST",
+        help="default: all of them; may be empty",
+    )
+    compare.add_argument("--rows", type=int, default=5000, metavar="N", help="size of the sample (default: 5000)")
+    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other settings, as for run")
+    compare.set_defaults(command=_compare)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("raydc")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def _add_storage_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
@@ -133,26 +148,45 @@ def _add_storage_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.config is None and not any(o.startswith("input.path=") for o in options.set):
+        raise ConfigError("raydc run: give --config FILE, or at least --set input.path=FOLDER.")
     config = load_config(options.config, options.set)
     _execute(config, options.run_id, dry_run=options.dry_run)
 
 
 def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> None:
-    with _loading():
-        from raydc import pipeline
-        from raydc.commands import demo
-        from raydc.commands import show as summary
-
     run_id = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S") if run_id is None else run_id
-    config = demo.with_data(config, partial(pipeline.check, run_id=run_id))
+    with _loading():
+        from raydc.commands import demo
     if dry_run:
-        for line in pipeline.plan(config, run_id):
+        with _loading():
+            from raydc.commands.plan import plan
+
+        config = demo.with_data(config, partial(_check_folder, run_id=run_id))
+        for line in plan(config, run_id):
             print(line)
         return
+    with _loading():
+        from raydc import pipeline
+        from raydc.commands import show as summary
+
+    config = demo.with_data(config, partial(_check_folder, run_id=run_id))
     log.debug("settings: %s", config.model_dump(mode="json"))
-    folder = pipeline.run(config, run_id)
+    try:
+        folder = pipeline.run(config, run_id)
+    except KeyboardInterrupt:
+        place = join(absolute(config.output), run_id)
+        print(f"Interrupted. `raydc resume {place}` continues, and so does the same command with --run-id {run_id}.",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(EXIT_INTERRUPTED)
     print()
     print("\n".join(summary.lines(folder)))
+
+
+def _check_folder(config: Config, run_id: str) -> None:
+    from raydc.runfolder.folder import RunDir
+
+    RunDir(Lake(**config.storage.model_dump()), config.output, run_id).check(config)
 
 
 def _resume(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,9 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel, top_soft_assign
 from raydc.core.process import block_rows as rows_at_once
 from raydc.core.search.nearest import SquaredDistances, cache_rows
+from raydc.data.arrays import refuse_bad_rows, rows_of
 from raydc.data.schema import MODEL_FOLDER, MODEL_FORMAT_VERSION
+from raydc.data.slices import Column
 from raydc.errors import DataError
 from raydc.storage.lake import Lake, join
 
@@ -65,6 +68,10 @@ class Prediction:
 
     second_leaf: npt.NDArray[np.int32]
     second_distance: npt.NDArray[np.float32]
+
+    def beyond_float32(self) -> npt.NDArray[np.int64]:
+        """Return the rows whose distances float32 could not hold, though the rows themselves were good."""
+        return np.flatnonzero(~(np.isfinite(self.distance) & np.isfinite(self.confidence)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +129,23 @@ class Model:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty((0, self.centers_KL.shape[1]), device=device)
 
-    def predict(self, x: npt.ArrayLike | Tensor, *, block_rows: int = 8192) -> Prediction:
-        """Return the labels of raw rows; see `encode` for the arguments and errors."""
-        return self.label(self.encode(x, block_rows=block_rows), block_rows=block_rows)
+    def predict(self, x: Any, *, block_rows: int = 8192) -> Prediction:
+        """Return the labels of raw rows, refusing those that a run would refuse.
+
+        Args:
+            x: (N, D) numpy array, tensor or nested lists; a column of lists, or a table with the model's columns, of
+                pandas, polars or Arrow. Nothing is normalized beforehand.
+            block_rows: most rows at once, see `encode`.
+
+        Raises:
+            ValueError: x is not two-dimensional or not D wide, or rows are missing, not finite, without a direction
+                (under l2) or too large for float32.
+        """
+        x = _good_rows(self, x)
+        found = self.label(self.encode(x, block_rows=block_rows), block_rows=block_rows)
+        if len(lost := found.beyond_float32()):
+            raise ValueError(f"row {lost[0]} of x leaves the range of float32 on its way through the network.")
+        return found
 
     @torch.no_grad()
     def label(self, z_NL: Tensor, *, block_rows: int = 8192) -> Prediction:
@@ -190,42 +211,20 @@ class Model:
 
         Where leaves are decided by more than the nearest center, predictor.safetensors too.
         """
-        weights = {} if self.encoder is None else dict(self.encoder.state_dict())
-        statistics = {"mean": self.preprocess.mean_D, "scale": self.preprocess.scale_D}
-        weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
-        centroids = {"centers": self.centers_KL}
-        centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in self.levels.items()}
-        files = {WEIGHTS: weights, CENTROIDS: centroids}
-        if self.predictor is not None:
-            files[PREDICTOR] = self.predictor.tensors()
-        for name, tensors in files.items():
+        for name, tensors in _files(self).items():
             body = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in tensors.items()})
             lake.write_bytes(join(uri, name), body)
-        lake.write_json(
-            join(uri, HEAD),
-            {
-                "format": "raydc-model",
-                "format_version": MODEL_FORMAT_VERSION,
-                "num_leaves": self.num_leaves,
-                "levels": list(self.levels),
-                "widths": list(self.widths),
-                "encoder": "perceptron" if self.encoder is not None else None,
-                "kernel": {"alpha": self.kernel.alpha, "scale": self.kernel.scale},
-                "predictor": self.predictor.kind if self.predictor is not None else None,
-                "preprocess": {"method": self.preprocess.method, "blocks": [list(b) for b in self.preprocess.blocks]},
-                "details": self.details,
-            },
-        )
+        lake.write_json(join(uri, HEAD), _head(self))
 
     @classmethod
-    def load(cls, uri: str, lake: Lake | None = None) -> "Model":
+    def load(cls, uri: str | os.PathLike[str], lake: Lake | None = None) -> "Model":
         """Return the model of a folder: a run's `model/`, or the run folder itself.
 
         Raises:
             DataError: there is no model, or one of another format.
         """
         lake = lake or Lake()
-        uri = cls.folder(uri, lake)
+        uri = cls.folder(os.fspath(uri), lake)
         try:
             head = json.loads(lake.read_bytes(join(uri, HEAD)))
         except (FileNotFoundError, ValueError, RecursionError):
@@ -254,6 +253,35 @@ class Model:
         x = self.preprocess(x_BD)
         # float32 whatever the training precision: a label must not depend on the machine that assigns it.
         return x if self.encoder is None else self.encoder(x)
+
+
+def _head(model: Model) -> dict[str, Any]:
+    """Return what the head of a saved model says."""
+    return {
+        "format": "raydc-model",
+        "format_version": MODEL_FORMAT_VERSION,
+        "num_leaves": model.num_leaves,
+        "levels": list(model.levels),
+        "widths": list(model.widths),
+        "encoder": "perceptron" if model.encoder is not None else None,
+        "kernel": {"alpha": model.kernel.alpha, "scale": model.kernel.scale},
+        "predictor": model.predictor.kind if model.predictor is not None else None,
+        "preprocess": {"method": model.preprocess.method, "blocks": [list(b) for b in model.preprocess.blocks]},
+        "details": model.details,
+    }
+
+
+def _files(model: Model) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each file of a saved model."""
+    weights = {} if model.encoder is None else dict(model.encoder.state_dict())
+    statistics = {"mean": model.preprocess.mean_D, "scale": model.preprocess.scale_D}
+    weights |= {f"preprocess.{name}": t for name, t in statistics.items() if t is not None}
+    centroids = {"centers": model.centers_KL}
+    centroids |= {f"level_{k}": torch.from_numpy(groups) for k, groups in model.levels.items()}
+    files = {WEIGHTS: weights, CENTROIDS: centroids}
+    if model.predictor is not None:
+        files[PREDICTOR] = model.predictor.tensors()
+    return files
 
 
 def _read(uri: str, lake: Lake, head: dict[str, Any]) -> Model:
@@ -294,3 +322,16 @@ def _read(uri: str, lake: Lake, head: dict[str, Any]) -> Model:
 
 def _num_weights(widths: Sequence[int]) -> int:
     return sum((int(a) + 1) * int(b) for a, b in itertools.pairwise(widths))
+
+
+def _good_rows(model: Model, x: Any) -> npt.NDArray[Any] | Tensor:
+    """Return what holds rows as a matrix or tensor, after refusing the rows that a run would refuse."""
+    if isinstance(x, Tensor):
+        values = x.detach().float().cpu().numpy()
+    else:
+        x = values = rows_of(x, model.dim, [Column.from_record(c) for c in model.details.get("columns", [])])
+    if values.ndim == 2 and values.shape[1] == model.dim:
+        refuse_bad_rows(values, model.preprocess.guard(model.dim))
+    elif values.ndim == 1 and values.shape[0] == model.dim:
+        raise ValueError(f"expected rows of shape (N, {model.dim}), got one row: give x[None, :]")
+    return x

@@ -10,6 +10,7 @@ from typing import Any
 
 from raydc.config import Config
 from raydc.config.stages import StageName, after
+from raydc.data.inspection import inspect, refuse
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RUN_KIND, RunDir, now
@@ -85,21 +86,6 @@ def check(config: Config, run_id: str, kind: str = RUN_KIND) -> None:
     RunDir(make_lake(config), config.output, run_id).check(config, kind)
 
 
-def plan(config: Config, run_id: str) -> list[str]:
-    """Return what a run would cost, as lines of text; nothing is written and no worker is started.
-
-    Raises:
-        ConfigError, DataError, StageError: the run cannot work; all problems of a kind in one message.
-    """
-    lake = make_lake(config)
-    folder = RunDir(lake, config.output, run_id)
-    folder.check(config)
-    register.check(config, folder)
-    found = profile.profile_input(config, lake)
-    load_teacher(config, found.spec.dim, lake)
-    return make_plan(config, found).lines()
-
-
 def run(config: Config, run_id: str) -> RunDir:
     """Run every stage that is not done yet and return the run folder.
 
@@ -110,6 +96,7 @@ def run(config: Config, run_id: str) -> RunDir:
         ConfigError, DataError, StageError: see raydc.errors. The same call continues where it stopped.
     """
     folder = RunDir(make_lake(config), config.output, run_id)
+    folder.lake.check_writable(config.output)
     folder.check(config)
     register.check(config, folder)
     inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
@@ -181,8 +168,8 @@ def _forget_later(folder: RunDir, stage: Stage) -> None:
 
 def _checked_fingerprint(config: Config, folder: RunDir) -> str:
     """Return the fingerprint of the input as it is now, before anything is written or started."""
-    found, data_problems, config_problems = profile.inspect(config, folder.lake)
-    profile.refuse(data_problems, config_problems)
+    found, data_problems, config_problems = inspect(config, folder.lake)
+    refuse(data_problems, config_problems)
     if found is None:
         raise StageError(
             f"profile: input.path={config.input.path}: no file says what its columns are. Check the path and the "

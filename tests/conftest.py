@@ -1,6 +1,7 @@
 """Fixtures that many tests share: one Ray cluster for the session, and small inputs."""
 
 import os
+import sys
 
 from raydc.runtime.environment import LOCAL_CLUSTER
 
@@ -14,8 +15,47 @@ os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
 # Of a shape that is found again, should it ever be written down.
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "never-to-be-written-5b1f9c")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+# As raydc does where it starts a cluster itself: nothing looks for nodes about to go, or counts for a dashboard.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 
 import pytest
+
+# Fixtures behind which a Ray cluster or an S3 server is started: their tests get the marker.
+STARTS = {
+    "ray": {"ray_cluster", "head_with_dashboard"},
+    "s3": {"s3_endpoint"},
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark every test that starts something, as its fixtures say: `make quick` leaves these out."""
+    for item in items:
+        for name, fixtures in STARTS.items():
+            if fixtures & set(getattr(item, "fixturenames", ())):
+                item.add_marker(name)
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    """Numbers below 1e-38 count again after a test that has prepared its process for training, as a command does."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def _a_cluster_is_marked(request):
+    """A test that starts Ray says so by its fixture or marker; otherwise it would slow down `make quick` unseen."""
+    yield
+    ray = sys.modules.get("ray")
+    if request.node.get_closest_marker("ray") is None and ray is not None and "ray_cluster" not in _STARTED:
+        assert not ray.is_initialized(), "this test starts a Ray cluster: mark it with pytest.mark.ray"
+
+
+# What the session has started.
+_STARTED: set[str] = set()
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +76,7 @@ def ray_cluster():
             log_to_driver=False,
             logging_level="error",
         )
+    _STARTED.add("ray_cluster")
     yield
     ray.shutdown()
 
@@ -46,6 +87,15 @@ def digits(tmp_path_factory):
     from raydc.commands.demo import write_digits
 
     return write_digits(tmp_path_factory.mktemp("input") / "digits")
+
+
+@pytest.fixture(scope="session")
+def on_one_worker(ray_cluster, digits, tmp_path_factory):
+    """A finished run of the small job, on one worker, for whoever looks at one: it stays as it is."""
+    from raydc import pipeline
+    from tests.small_job import settings
+
+    return pipeline.run(settings(digits, tmp_path_factory.mktemp("shared")), "one")
 
 
 @pytest.fixture(scope="session")

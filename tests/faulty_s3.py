@@ -15,6 +15,7 @@ Kinds of fault:
     cut       half of the answer's body, then a reset; of an answer without a body, the same as lost
     stall     no answer for `stall_seconds`, then a reset
     denied    403 AccessDenied: not a passing fault, drawn only where it is named
+    kept, kept_denied    200 to a DELETE of many objects, but one was left there, for SlowDown or AccessDenied; likewise
 
 Which request fails follows from (seed, method, path, how often this one was asked), not from the order of arrival. The
 same request is answered well after at most `most_in_a_row` faults in a row; a burst has no such limit. Requests keep
@@ -36,12 +37,15 @@ from urllib.parse import urlsplit
 
 PASSING = ("slow_down", "server_error", "throttled", "bad_gateway", "reset", "lost", "cut")
 
+_LEFT = "<DeleteResult><Error><Key>a</Key><Code>{}</Code><Message>it is still there</Message></Error></DeleteResult>"
 _ANSWERS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "server_error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "throttled": (429, "TooManyRequests", "Too many requests."),
     "bad_gateway": (502, None, "<html><body>Bad Gateway</body></html>"),
     "denied": (403, "AccessDenied", "Access Denied"),
+    "kept": (200, None, _LEFT.format("SlowDown")),
+    "kept_denied": (200, None, _LEFT.format("AccessDenied")),
 }
 # These belong to one connection and are not passed on.
 _HOP_BY_HOP = {

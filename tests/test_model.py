@@ -4,6 +4,7 @@ import json
 import pickle
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -305,3 +306,61 @@ def test_a_model_may_live_in_s3(bucket):
     assert_equal(Model.load(f"{bucket}/run").predict(rows()), model.predict(rows()))
     with pytest.raises(DataError, match="no model there"):
         Model.load(f"{bucket}/none")
+
+
+def bad_prediction(x) -> str:
+    with pytest.raises(ValueError, match=r"row \d+ of ") as caught:
+        shards.corner_model().predict(x)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(np.nan, "not_finite"), (np.inf, "not_finite"), (1e20, "too_large"), (3e38, "too_large")]
+)
+def test_rows_that_a_run_would_refuse_are_refused(value, reason):
+    x = np.zeros((5, 2), np.float32)
+    x[3, 1] = x[4, 0] = value
+    assert bad_prediction(x).startswith(f"row 3 of x is bad: {reason} (2 of 5 rows are). Leave them out first")
+    assert bad_prediction(torch.from_numpy(x)) == bad_prediction(x)
+    assert bad_prediction(x.astype(np.float64)) == bad_prediction(x)
+
+
+def test_rows_without_direction_are_refused_under_l2():
+    model = network_model("l2")
+    x = rows(4)
+    assert len(model.predict(x).leaf) == 4
+    x[2, 8:] = 0
+    with pytest.raises(ValueError, match="row 2 of x is bad: zero_norm"):
+        model.predict(x)
+
+
+def test_columns_and_tables_of_other_libraries_are_taken():
+    pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    x = shards.near_corners(20)[0]
+    column = {"name": "embedding", "dim": 2, "dtype": "float32", "weight": 1.0}
+    model = shards.corner_model(details={"columns": [column]})
+    expected = model.predict(x)
+    series = pandas.Series(list(x))
+    table = pa.table({"id": range(20), "embedding": shards.column(x)})
+    for given in (
+        x.tolist(), torch.from_numpy(x), series, series.to_numpy(), pandas.DataFrame(x), series.to_frame("embedding"),
+        table, table["embedding"], table["embedding"].combine_chunks(), table.to_batches()[0], table.to_pandas(),
+        polars.from_arrow(table), polars.from_arrow(table)["embedding"], pa.table({"0": x[:, 0], "1": x[:, 1]}),
+        pa.array([str(row) for row in x.tolist()]),
+    ):  # fmt: skip
+        assert_equal(model.predict(given), expected)
+    missing = pa.array([[1.0, 2.0], None, [1.0, 2.0]])
+    assert "row 1 of the column is bad: missing (1 of 3 rows are)" in bad_prediction(missing)
+    assert "row 1 of the column is bad: wrong_length" in bad_prediction(pandas.Series([[1.0, 2.0], [1.0]]))
+    with pytest.raises(ValueError, match="expected a table with the columns"):
+        model.predict(pa.table({"a": [1.0], "b": [2.0], "c": [3.0]}))
+
+
+def test_one_row_must_be_given_as_a_matrix():
+    with pytest.raises(ValueError, match=r"expected rows of shape \(N, 2\), got one row: give x\[None, :\]"):
+        shards.corner_model().predict(np.zeros(2))
+
+
+def test_a_model_is_loaded_from_a_path(tmp_path):
+    shards.corner_model().save(Lake(), str(tmp_path / "model"))
+    assert Model.load(tmp_path / "model").num_leaves == Model.load(str(tmp_path)).num_leaves == 4

@@ -18,7 +18,6 @@ import yaml
 
 from raydc import pipeline
 from raydc.cli import main
-from raydc.config import parse_config
 from raydc.data import json_schema
 from raydc.data.schema import labels_schema
 from raydc.errors import DataError, StageError
@@ -26,56 +25,20 @@ from raydc.model import Model
 from raydc.runfolder import artifacts
 from raydc.runtime import session
 from raydc.storage.lake import Lake
+from tests.small_job import read_input, read_labels, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SMALL = {
-    "preprocess": {"method": "scale"},
-    "autoencoder": {"hidden_dims": [128, 128], "latent_dim": 10},
-    "pretrain": {"num_epochs": 20, "batch_rows": 64, "learning_rate": 2e-3},
-    "cluster": {"num_leaves": 10, "num_restarts": 10},
-    "fit": {"objective": "dec", "precision": "float32"},
-    "refine": {"num_epochs": 6, "batch_rows": 64},
-    "merge": {"levels": [3, 6]},
-}
 
-
-def settings(path, output, **sections):
-    """Return a small job's settings with some sections changed."""
-    values = {name: dict(section) for name, section in SMALL.items()}
-    values["input"] = {"path": str(path), "label_column": "label", "image_shape": [8, 8]}
-    for name, changes in sections.items():
-        values[name] = values.get(name, {}) | changes
-    # Twenty epochs are few, and of four seeds this one finds the digits.
-    return parse_config(values | {"output": str(output), "seed": 2})
-
-
-def read_labels(run):
-    """Return all label rows of a run, by id."""
-    files = sorted(Path(run.uri("labels")).rglob("*.parquet"))
-    return pa.concat_tables([pq.read_table(f) for f in files]).sort_by("id")
-
-
-def read_input(folder):
-    """Return the ids, rows and labels of an input folder, by id."""
-    table = pa.concat_tables([pq.read_table(f) for f in sorted(folder.glob("*.parquet"))]).sort_by("id")
-    x = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-    return table["id"].to_numpy(), x, table["label"].to_numpy()
+@pytest.fixture
+def output(on_one_worker):
+    """The folder of the shared run's folder."""
+    return Path(on_one_worker.root).parent
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def on_one_worker(ray_cluster, digits, output):
-    return pipeline.run(settings(digits, output), "one")
-
-
-@pytest.fixture(scope="module")
-def on_two_workers(ray_cluster, digits, output):
-    return pipeline.run(settings(digits, output, fit={"num_workers": 2}), "two")
+def on_two_workers(ray_cluster, digits, tmp_path_factory):
+    return pipeline.run(settings(digits, tmp_path_factory.mktemp("runs"), fit={"num_workers": 2}), "two")
 
 
 def test_the_job_finds_the_digits(on_one_worker, digits):
@@ -165,13 +128,6 @@ def test_every_file_of_a_run_is_on_the_list_of_what_a_run_writes(on_one_worker):
         assert any(path == a.path or path.startswith(f"{a.path}/") for a in known), path
 
 
-def test_the_same_seed_on_one_worker_gives_the_same_label_bytes(on_one_worker, digits, output):
-    again = pipeline.run(settings(digits, output), "again")
-    for source in digits.glob("*.parquet"):
-        first = Path(on_one_worker.uri("labels", source.name)).read_bytes()
-        assert Path(again.uri("labels", source.name)).read_bytes() == first
-
-
 def test_two_workers_agree_with_one(on_one_worker, on_two_workers):
     one, two = (read_labels(r)["leaf"].to_numpy() for r in (on_one_worker, on_two_workers))
     print(f"labels equal: {(one == two).mean():.4f}")
@@ -209,57 +165,59 @@ def test_another_number_of_workers_is_the_same_run_but_other_settings_are_not(on
         pipeline.run(settings(digits, output, autoencoder={"latent_dim": 7}), "one")
 
 
-def test_streamed_rows_train_on_two_workers(ray_cluster, digits, output):
-    run = pipeline.run(
+@pytest.fixture(scope="module")
+def with_bad_rows(digits, tmp_path_factory):
+    """The digits with nine bad rows in each file, and a file without rows."""
+    folder = tmp_path_factory.mktemp("bad")
+    for source in digits.glob("*.parquet"):
+        table = pq.read_table(source)
+        x = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), 64).copy()
+        x[3:12, 5] = np.nan
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 64)
+        pq.write_table(table.set_column(1, "embedding", rows), folder / source.name)
+    pq.write_table(table.slice(0, 0), folder / "part-empty.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def streamed(ray_cluster, with_bad_rows, tmp_path_factory):
+    """A run on two workers that keep no rows and leave the bad ones out."""
+    return pipeline.run(
         settings(
-            digits,
-            output,
+            with_bad_rows,
+            tmp_path_factory.mktemp("runs"),
+            input={"path": str(with_bad_rows), "label_column": "label", "on_bad_rows": "quarantine"},
             fit={"num_workers": 2, "resident_bytes": 0, "objective": "idec"},
             pretrain={"num_epochs": 2},
             refine={"num_epochs": 1},
         ),
         "streamed",
     )
-    fit = run.lake.read_json(run.uri("metrics.json"))["fit"]
+
+
+def test_streamed_rows_train_on_two_workers(streamed):
+    fit = streamed.lake.read_json(streamed.uri("metrics.json"))["fit"]
     assert fit["mode"] == "streamed"
-    leaves = run.lake.read_json(run.uri("metrics.json"))["rows"]
-    assert leaves["labels"] == 1797
     import safetensors.numpy
 
-    weights = safetensors.numpy.load_file(run.uri("tree", "leaves.safetensors"))["weights"]
-    assert weights.sum() == 1797
-    assert all(h["steps"] >= 29 for h in fit["history"] if h["phase"] == "pretrain")
+    weights = safetensors.numpy.load_file(streamed.uri("tree", "leaves.safetensors"))["weights"]
+    assert weights.sum() == 1761
+    assert all(h["steps"] >= 28 for h in fit["history"] if h["phase"] == "pretrain")
 
 
-def test_quarantined_rows_are_accounted_for(ray_cluster, digits, tmp_path):
-    folder = tmp_path / "input"
-    folder.mkdir()
-    for source in digits.glob("*.parquet"):
-        table = pq.read_table(source)
-        x = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), 64).copy()
-        x[3:12, 5] = np.nan
-        rows = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), 64)
-        table = table.set_column(1, "embedding", rows)
-        pq.write_table(table, folder / source.name)
-    pq.write_table(table.slice(0, 0), folder / "part-empty.parquet")
+def test_bad_rows_are_refused_with_their_number(with_bad_rows, tmp_path):
     with pytest.raises(DataError, match="36 not_finite"):
-        pipeline.run(settings(folder, tmp_path / "runs"), "failing")
-    run = pipeline.run(
-        settings(
-            folder,
-            tmp_path / "runs",
-            input={"path": str(folder), "label_column": "label", "on_bad_rows": "quarantine"},
-            fit={"objective": "kmeans"},
-        ),
-        "quarantined",
-    )
-    metrics = run.lake.read_json(run.uri("metrics.json"))
+        pipeline.run(settings(with_bad_rows, tmp_path / "runs"), "failing")
+
+
+def test_quarantined_rows_are_accounted_for(streamed):
+    metrics = streamed.lake.read_json(streamed.uri("metrics.json"))
     assert metrics["rows"] == {"input": 1797, "labels": 1761, "rejects": 36}
-    rejects = pa.concat_tables([pq.read_table(f) for f in sorted(Path(run.uri("rejects")).glob("*.parquet"))])
+    rejects = pa.concat_tables([pq.read_table(f) for f in sorted(Path(streamed.uri("rejects")).glob("*.parquet"))])
     assert set(rejects["reason"].to_pylist()) == {"not_finite"}
-    ids = set(rejects["id"].to_pylist()) | set(read_labels(run)["id"].to_pylist())
+    ids = set(rejects["id"].to_pylist()) | set(read_labels(streamed)["id"].to_pylist())
     assert ids == set(range(1797))
-    assert pq.read_metadata(Path(run.uri("labels", "part-empty.parquet"))).num_rows == 0
+    assert pq.read_metadata(Path(streamed.uri("labels", "part-empty.parquet"))).num_rows == 0
 
 
 def test_a_bad_row_that_the_sample_missed_stops_the_fit_with_its_place(ray_cluster, digits, tmp_path):
@@ -285,14 +243,18 @@ def test_a_terminated_and_killed_run_continues_on_another_number_of_workers(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "raydc", "run", "--config", str(tmp_path / "job.yaml"), "--run-id", "killed"]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    # At the pace that raydc asks of Train the epochs would be over before a signal comes in the middle of them.
-    environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "2"
-    for epoch, number in ((3, signal.SIGTERM), (6, signal.SIGKILL)):
+    # An epoch a second. At the pace that raydc asks of Train they would be over before a signal comes in the middle.
+    environment["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
+    # While the workers start, and in the middle of the epochs.
+    for moment, number in (("plan: time", signal.SIGTERM), ("pretrain epoch 4/", signal.SIGKILL)):
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                if f"pretrain epoch {epoch}/" in line:
+                if moment in line:
                     break
+            if number == signal.SIGTERM:
+                # The line is the last of the stage before.
+                time.sleep(1)
             process.send_signal(number)
             rest = process.stdout.read() if number == signal.SIGTERM else ""
         if number == signal.SIGTERM:

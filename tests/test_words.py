@@ -15,13 +15,6 @@ ROOT = Path(raydc.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MOST_WORDS = 35
 
-# Files with docstrings that still begin with "Of". This list only ever shrinks.
-STILL_OF = {
-    "runfolder/teacher.py",
-    "runtime/row_dataset.py",
-    "stages/profile.py",
-}
-
 BRITISH = re.compile(
     r"neighbour|centre|colour|optimis|labell|behaviour|normalis|initialis|regularis|standardis|whiten?is|summaris"
     r"|serialis|organis|favour|honour|grey|metre|catalogue|modell|travell|cancell(?!ation)|analys(e|ing)\b|artefact",
@@ -85,13 +78,7 @@ def sentences(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_docstring_begins_with_of(path):
-    if str(path.relative_to(ROOT)) not in STILL_OF:
-        assert not fragments(path)
-
-
-def test_the_list_of_files_to_mend_holds_only_those():
-    mended = [name for name in sorted(STILL_OF) if not (ROOT / name).exists() or not fragments(ROOT / name)]
-    assert not mended, "take them out of STILL_OF"
+    assert not fragments(path)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

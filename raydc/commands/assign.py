@@ -4,10 +4,11 @@ import hashlib
 import logging
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
-from raydc.config import Config, EmbeddingColumn, digest
+from raydc.config import Config, ElementType, EmbeddingColumn, digest
 from raydc.data.profile import Profile
+from raydc.data.sample import profile_input
 from raydc.data.schema import FORMAT_VERSION
 from raydc.data.slices import InputSpec
 from raydc.errors import ConfigError, DataError, StageError
@@ -20,7 +21,6 @@ from raydc.runfolder.signals import stoppable
 from raydc.runtime import session
 from raydc.runtime.board import bounded
 from raydc.stages.assign import label_all
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake, absolute, join
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
         with (
             session.connected(config),
             stoppable(lease, give_back),
-            bounded("assign", config, folder, folder.tell) as bound,
+            bounded("assign", config, folder, folder.tell, stall_seconds=config.assign.stall_seconds) as bound,
         ):
             total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, folder)
     return total.rows, total.labels, total.rejects
@@ -91,18 +91,31 @@ def _check_places(config: Config, model_uri: str, output: str) -> None:
 def _profile(config: Config, model: Model, lake: Lake) -> Profile:
     columns = model.details.get("columns", [])
     if columns and "embedding_columns" not in config.input.model_fields_set:
-        named = [EmbeddingColumn(name=c["name"], weight=c["weight"], dtype=c["dtype"]) for c in columns]
+        named = [_as_setting(c) for c in columns]
         section = config.input.model_copy(update={"embedding_columns": named})
         config = config.model_copy(update={"input": section})
     # K bounds the rows of a fit, not of a labeling.
     leaves = replace(config.cluster, num_leaves=2)
-    profile = profile_input(config.model_copy(update={"cluster": leaves}), lake)
+    profile = profile_input(config.model_copy(update={"cluster": leaves}), lake, model.preprocess)
     if profile.spec.dim != model.dim:
         raise DataError(
             f"assign: rows are {profile.spec.dim} wide, the model expects {model.dim}. Give input of "
             "the model's columns, or name them in input.embedding_columns."
         )
     return profile
+
+
+def _as_setting(column: dict[str, Any]) -> EmbeddingColumn:
+    """Return the setting that reads a column as the model's run did."""
+    dtype = column["dtype"] if column["dtype"] in get_args(ElementType) else None
+    if column.get("npy") is not None:
+        # Its arrays are those of the rows that the model was fitted on.
+        raise ConfigError(
+            "assign: the rows of the model's run came from .npy files. Say where those of the new rows are: --set "
+            "'input.embedding_columns={npy: \"FOLDER/NAME_{number}.npy\"}'."
+        )
+    given = {"dtype": dtype, "columns": list(column.get("parts", ())), "scale": column.get("scale", 1.0)}
+    return EmbeddingColumn(name=column["name"], weight=column["weight"], **given)
 
 
 def _refuse_others(folder: OwnedFolder, made_from: dict[str, Any]) -> None:

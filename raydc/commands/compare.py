@@ -28,14 +28,15 @@ from raydc.core.metrics.partition_stats import Tally
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
 from raydc.core.search.nearest import own_and_other
-from raydc.data.slices import class_names, read_slice
+from raydc.data.columns import class_names
+from raydc.data.reader import read_slice
+from raydc.data.sample import profile_input
 from raydc.errors import ConfigError, DataError, StageError
 from raydc.pipeline import make_lake
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import check_output
 from raydc.runfolder.formats import Place
 from raydc.runtime.remedies import advice
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import absolute
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ def run(config: Config, objectives: Sequence[str], classical: Sequence[str], see
             started = time.perf_counter()
             found = METHODS[name](x, config.cluster.num_leaves, seed)
             shown = None if name in DETERMINISTIC else seed
-            note(name, shown, found.groups_N, time.perf_counter() - started, found.parameters)
+            # scikit-learn's k-means is another method than our own.
+            method = f"{name} (scikit-learn)" if name in objectives else name
+            note(method, shown, found.groups_N, time.perf_counter() - started, found.parameters)
     body = {"rows": len(x), "input_rows": total, "num_leaves": config.cluster.num_leaves, "entries": entries}
     check(config)
     folder = Place(make_lake(config), absolute(config.output))

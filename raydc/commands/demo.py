@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sklearn.datasets import load_digits
 
 from raydc.config import Config
 from raydc.errors import StageError
@@ -49,6 +48,9 @@ def write_digits(folder: Path) -> Path:
 
 
 def _shards() -> Iterator[tuple[str, pa.Table]]:
+    # A second that a run on other data need not wait for.
+    from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
     x = (x / 16.0).astype(np.float32)
     for number, rows in enumerate(np.array_split(np.arange(len(x)), _NUM_FILES)):

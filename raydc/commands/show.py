@@ -9,13 +9,14 @@ from typing import Any
 
 from raydc.config import LeaseConfig
 from raydc.config.stages import STAGE_NAMES, StageName
-from raydc.data.records import Marker, Method, Metrics
+from raydc.data.metrics import Method, Metrics
+from raydc.data.records import StageMarker
 from raydc.report.results import baseline_of
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import Holder, holder
 
-Markers = dict[StageName, Marker | None]
+Markers = dict[StageName, StageMarker | None]
 
 _TOLD = (artifacts.LABELS, artifacts.TREE, artifacts.MODEL, artifacts.PAGE)
 _QUALITY = ("acc", "nmi", "ami", "ari")
@@ -33,6 +34,9 @@ def lines(run: RunDir) -> list[str]:
     metrics = artifacts.METRICS.read_if_there(run)
     if metrics is not None:
         text += _results(metrics, markers)
+    elif markers["profile"] is not None:
+        # The metrics have them among their warnings.
+        text += [f"note        {note}" for note in markers["profile"].get("metrics", {}).get("notes", [])]
     text.append("")
     text.append("stages      " + ", ".join(_stage(name, marker) for name, marker in markers.items()))
     written = {file.path.partition("/")[0]: file for file in _TOLD}
@@ -75,7 +79,7 @@ def _driver(found: Holder, stale_seconds: float) -> tuple[str, bool]:
     if found.is_free:
         return f"{found.owner}, dead; last heartbeat at {found.beat.time}", False
     then = datetime.datetime.strptime(found.beat.time, "%Y-%m-%dT%H:%M:%S%z")
-    # Its clock and ours: for the eye only.
+    # Two clocks are compared, so what follows is only shown; the lease itself decides by counters.
     age = max(0, round((datetime.datetime.now(datetime.UTC) - then).total_seconds()))
     if age <= stale_seconds:
         return f"{found.owner}, heartbeat {age} s ago", True
@@ -91,7 +95,7 @@ def _state(run: RunDir, markers: Markers) -> str:
     return "finished"
 
 
-def _stage(name: str, marker: Marker | None) -> str:
+def _stage(name: str, marker: StageMarker | None) -> str:
     if marker is None:
         return f"{name} -"
     return f"{name} {marker['seconds']:.1f} s" if marker["state"] == "done" else f"{name} running"

@@ -24,6 +24,7 @@ from raydc.core.training.settings import SweepSettings
 from raydc.core.training.sweep import Sample, sweep
 from raydc.data.profile import Profile
 from raydc.data.records import RecommendationRecord, SweepEntry, SweepRecord
+from raydc.data.sample import profile_input
 from raydc.errors import ConfigError
 from raydc.pipeline import make_lake
 from raydc.report.sweep import figure, page
@@ -34,7 +35,6 @@ from raydc.runtime import session
 from raydc.runtime.board import bounded
 from raydc.runtime.row_dataset import readers, slice_dataset
 from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
-from raydc.stages import profile
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def run(config: Config, run_id: str, numbers: tuple[int, ...]) -> RunDir:
     folder.check(config, SWEEP_KIND)
     # The largest K must fit the rows; that of the settings only says for which K target_top_q was set.
     wanted = replace(config.cluster, num_leaves=max(config.cluster.num_leaves, numbers[-1]))
-    found = profile.profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
+    found = profile_input(config.model_copy(update={"cluster": wanted}), folder.lake)
     settings = config.settings("fit") | {
         "sweep": dump(config.sweep) | {"k": list(numbers)},
         "input_fingerprint": found.fingerprint,

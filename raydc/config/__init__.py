@@ -5,7 +5,14 @@ raydc.core.training.settings; all others are here. Neither torch nor Ray is load
 """
 
 from raydc.config.config import Config
-from raydc.config.data import EmbeddingColumn, InputConfig, NeighborsConfig, PreprocessConfig, StorageConfig
+from raydc.config.data import (
+    ElementType,
+    EmbeddingColumn,
+    InputConfig,
+    NeighborsConfig,
+    PreprocessConfig,
+    StorageConfig,
+)
 from raydc.config.fingerprint import difference, digest
 from raydc.config.fit import FitConfig
 from raydc.config.load import apply_override, load_config, parse_config
@@ -26,6 +33,7 @@ __all__ = [
     "AssignConfig",
     "Config",
     "DeltaConfig",
+    "ElementType",
     "EmbeddingColumn",
     "EvaluateConfig",
     "FitConfig",

@@ -81,7 +81,7 @@ class Config(Section):
     def _take_old_names_and_the_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        values = with_present_names(values)
+        values = _with_a_kernel_for_two_leaves(with_present_names(values))
         fit = values.get("fit")
         if not isinstance(fit, dict) or fit.get("preset") not in ("paper", "scale"):
             return values
@@ -102,7 +102,7 @@ class Config(Section):
         if self.refines and self.refine.scale == "auto" and self.refine.target_top_q * leaves <= 1:
             problems.append(
                 f"refine.target_top_q={self.refine.target_top_q} must be above 1 / cluster.num_leaves={1 / leaves:.3g}"
-                ", the top q of a kernel without any signal"
+                f", the top q of a kernel without any signal. Set it to {(1 + 1 / leaves) / 2:.3g}, say"
             )
         if isinstance(self.refine.size_prior, list) and len(self.refine.size_prior) != leaves:
             problems.append(
@@ -212,3 +212,11 @@ class Config(Section):
     def fingerprint(self, stage: StageName) -> str:
         """Return a 16-digit hash of `settings(stage)`."""
         return digest(self.settings(stage))
+
+
+def _with_a_kernel_for_two_leaves(values: dict[str, Any]) -> dict[str, Any]:
+    # The default, 0.5, is the top q of no signal at all for two leaves: halfway to certainty instead.
+    cluster, refine = (values.get(name) or {} for name in ("cluster", "refine"))
+    if not isinstance(cluster, dict) or not isinstance(refine, dict) or "target_top_q" in refine:
+        return values
+    return values | {"refine": refine | {"target_top_q": 0.75}} if str(cluster.get("num_leaves")) == "2" else values

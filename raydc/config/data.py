@@ -7,18 +7,80 @@ from pydantic import Field
 
 from raydc.config.section import OPERATIONAL, Section, check_uri
 
+ElementType = Literal[
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "int64",
+    "ubinary",
+    "binary",
+]
+
 
 class EmbeddingColumn(Section):
-    """One embedding column of the input; several are concatenated in the order given."""
+    """One embedding of a row; several are concatenated in the order given."""
 
     name: str
-    """Column name."""
+    """Column name; for `prefix`, `columns` and `npy` a name of your choice."""
 
     weight: float = Field(1.0, gt=0)
-    """Factor on the column after preprocessing. Squared distances scale with its square."""
+    """Factor on the column after preprocessing; squared distances scale with its square."""
 
-    dtype: Literal["float16", "float32", "float64"] | None = None
-    """Element type; needed only for a fixed_size_binary column (little endian)."""
+    dtype: ElementType | None = None
+    """How bytes and integers are read. Needed for bytes, such as numpy.tobytes (little endian), and for lists of
+    integers that are no numbers: bfloat16 (in uint16), ubinary and binary (packed bits in uint8 and int8)."""
+
+    scale: float = Field(1.0, gt=0)
+    """Factor on the stored numbers, for quantized embeddings such as int8."""
+
+    prefix: str | None = None
+    """One column for each dimension, called prefix and a number: f_0, f_1, ... In the order of their numbers."""
+
+    columns: list[str] = []
+    """One column for each dimension, by name and in this order."""
+
+    npy: str | None = None
+    """Where .npy files hold the rows, beside Parquet files without them, as clip-retrieval writes: a path with
+    {number} for the digits at the end of a Parquet file's name, or {stem} for all of the name."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _name_what_has_none(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "name" in values:
+            return values
+        columns = values.get("columns")
+        if values.get("prefix") is not None:
+            return values | {"name": f"{values['prefix']}*"}
+        if isinstance(values.get("npy"), str):
+            return values | {"name": values["npy"].rsplit("/", 1)[-1]}
+        if isinstance(columns, list) and columns:
+            return values | {"name": f"{columns[0]}..{columns[-1]}"}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _is_stored_in_one_way(self) -> Self:
+        if (self.prefix is not None) + bool(self.columns) + (self.npy is not None) > 1:
+            raise ValueError(f"input.embedding_columns: {self.name!r}: give one of prefix, columns and npy")
+        if self.npy is not None:
+            check_uri(self.npy, "input.embedding_columns[].npy")
+            if "{number}" not in self.npy and "{stem}" not in self.npy:
+                raise ValueError(f"input.embedding_columns: npy={self.npy!r} needs {{number}} or {{stem}} in it")
+        if len(set(self.columns)) != len(self.columns):
+            raise ValueError(f"input.embedding_columns: columns of {self.name!r} names a column twice")
+        return self
+
+    @pydantic.model_serializer(mode="wrap")
+    def _leave_out_what_is_not_set(self, handler: Any) -> dict[str, Any]:
+        # So that settings which came later change no fingerprint of a run that does not use them.
+        found = handler(self)
+        unset: dict[str, Any] = {"scale": 1.0, "prefix": None, "columns": [], "npy": None}
+        return {k: v for k, v in found.items() if k not in unset or v != unset[k]}
 
 
 class InputConfig(Section):
@@ -28,16 +90,22 @@ class InputConfig(Section):
     """Folder, glob, file, or a list of them: local, or any URI that fsspec knows (s3://, gs://, ...)."""
 
     id_column: str = "id"
-    """Column with the row's identifier, int64 or string. It is copied to the labels."""
+    """Column with the row's identifier: integers, text, UUIDs, bytes, decimals, dates or timestamps.
+
+    It is copied to the labels."""
 
     embedding_columns: list[EmbeddingColumn] = Field([EmbeddingColumn(name="embedding")], min_length=1)
-    """Embedding columns. A plain name or a list of names is accepted too."""
+    """Embedding columns. A plain name or a list of names is accepted too, also of columns of one number each."""
 
     label_column: str | None = None
-    """Column with known classes, integers or strings. It is used for evaluation only, never for training."""
+    """Column with known classes, of any type that has a text. It is used for evaluation only, never for training.
+
+    It may be missing in some rows and files, and may stand in the folders' names (label=cat/)."""
 
     weight_column: str | None = None
-    """Column with positive row weights, for every loss and statistic. null weighs each row 1."""
+    """Column with positive row weights, for every loss and statistic. null weighs each row 1.
+
+    So does a file that has no value in it."""
 
     carry_columns: list[str] = []
     """Columns copied to the exemplars, such as a URI or a caption."""
@@ -48,7 +116,7 @@ class InputConfig(Section):
     The report then draws them."""
 
     on_bad_rows: Literal["fail", "quarantine"] = "fail"
-    """What to do with bad rows: NaN, Inf, missing, of wrong length, or of zero norm with preprocess.method=l2.
+    """What to do with bad rows: NaN, Inf, missing, huge, of wrong length, or of zero norm with preprocess.method=l2.
 
     fail stops the run; quarantine writes them to rejects/."""
 
@@ -67,8 +135,9 @@ class InputConfig(Section):
     @pydantic.field_validator("embedding_columns", mode="before")
     @classmethod
     def _accept_plain_names(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else value
-        return [{"name": n} if isinstance(n, str) else n for n in names] if isinstance(names, list) else value
+        given = value if isinstance(value, list) else [value]
+        # A name such as 0, as pandas calls the columns of a matrix, is a number in YAML.
+        return [{"name": str(n)} if isinstance(n, str | int) and not isinstance(n, bool) else n for n in given]
 
     @pydantic.field_validator("path")
     @classmethod

@@ -9,24 +9,28 @@ import pydantic
 import yaml
 
 from raydc.config.config import Config
+from raydc.config.overrides import override_value
 from raydc.config.renamed import present_name, with_present_names
 from raydc.config.section import fields_of
 from raydc.errors import ConfigError
 from raydc.storage.secrets import masked
 
+_MOST_SHOWN = 200
+"""Characters of a wrong value, or of a parser's text, that a message shows."""
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Return the checked config of a YAML file with `key=value` overrides.
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Return the checked config of a YAML file with `key=value` overrides; without a file, of the overrides alone.
 
     Raises:
         ConfigError: the file cannot be read, or any setting is wrong; all problems are in one message.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text()) or {} if path is not None else {}
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}. Give an existing YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+        raise ConfigError(f"config {path}: not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected a mapping of sections, found {type(values).__name__}.")
     try:
@@ -61,11 +65,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {masked(override)!r}: expected section.key=value.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    *parents, last = present_name(key).split(".")
+    keys = present_name(key).split(".")
+    value = override_value(Config, keys, text)
+    *parents, last = keys
     node = values
     for name in parents:
         child = node.get(name)
@@ -88,10 +90,23 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{where}: required, but not set."
     if problem["type"] in ("model_type", "dataclass_type") and where:
-        return f"{where}={masked(repr(problem['input']))}: expected a mapping of settings, such as {{key: value}}."
+        return f"{where}={_shown(problem['input'])}: expected a mapping of settings, such as {{key: value}}."
     if problem["type"] == "value_error" or not where:
         return str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
-    return f"{where}={masked(repr(problem['input']))}: {problem['msg']}."
+    return f"{where}={_shown(problem['input'])}: {problem['msg']}."
+
+
+def _shown(value: Any) -> str:
+    text = masked(repr(value))
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return what is wrong and where, without the parser's own lines of the file."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return str(error)[:_MOST_SHOWN]
+    return f"{problem[:_MOST_SHOWN]} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _settings_in(place: Iterable[Any]) -> list[str]:

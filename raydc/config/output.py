@@ -71,13 +71,20 @@ class AssignConfig(Section):
     """Rows encoded and assigned at once. Peak memory is about 4 * block_rows * (widest layer + K) bytes."""
 
     num_actors: int | None = Field(None, ge=1, json_schema_extra=OPERATIONAL)
-    """Most actors. null is one per CPU (or GPU) of the cluster, and at most one per slice."""
+    """Most actors. null is as many as there is room for, and at most one per slice.
+
+    While all are busy, an autoscaler is asked for more nodes. Set it to bound the nodes that are started."""
 
     cpus_per_actor: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
     """CPUs, and compute threads, of an actor."""
 
     use_gpu: bool = Field(False, json_schema_extra=OPERATIONAL)
     """Give each actor one GPU."""
+
+    stall_seconds: float = Field(1800.0, gt=0, json_schema_extra=OPERATIONAL)
+    """Seconds without another labeled block of rows after which an actor is taken for hung, killed and replaced.
+
+    It counts as one of ray.max_attempts. Set it above the slowest block, and above the loading of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)

@@ -125,6 +125,7 @@ class ArrayClustering:
         rows, device = _matrix(x), self.clustering.centers_KL.device
         if rows.shape[1] != self.dim:
             raise ValueError(f"x has rows of {rows.shape[1]} numbers, the fit had {self.dim}")
+        _refuse_bad(rows, self.preprocess)
         size = block_rows(device, 8192)
         for start in range(0, len(rows), size):
             yield self.clustering.encode(self.preprocess(rows[start : start + size].to(device)))
@@ -278,6 +279,19 @@ def _not_finite(rows_ND: Tensor) -> Tensor:
     return ~torch.isfinite(rows_ND).all(dim=1).cpu()
 
 
+def _refuse_bad(rows_ND: Tensor, preprocess: Preprocess) -> None:
+    """Refuse rows that a run would call bad: too large for float32 distances, or under l2 of no usable norm."""
+    guard = preprocess.guard(rows_ND.shape[1])
+    for start in range(0, len(rows_ND), _CHECK_ROWS):
+        block = rows_ND[start : start + _CHECK_ROWS].numpy(force=True)
+        reasons = np.full(len(block), "", "U16")
+        guard.mark(block, reasons)
+        if len(bad := np.flatnonzero(reasons != "")):
+            raise ValueError(
+                f"x has rows that cannot be clustered, the first is row {start + bad[0]}: {reasons[bad[0]]}"
+            )
+
+
 def _rows(
     x: Array,
     sample_weight: npt.ArrayLike | None,
@@ -302,6 +316,7 @@ def _rows(
     if mapped.method == "l2" and bool((zero := (rows == 0).all(dim=1)).any()):
         first = int(torch.nonzero(zero)[0])
         raise ValueError(f"x has {int(zero.sum())} rows of zeros, the first is row {first}: l2 needs a direction")
+    _refuse_bad(rows, mapped)
     return ResidentRows(rows.to(device), key_N, weights, Ranks(device=device)), mapped
 
 

@@ -8,13 +8,16 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydc.data.slices import InputSpec, Slice, canonical_ids, shown, without_broken_text
+from raydc.data.columns import shown
+from raydc.data.ids import ids_from_arrow
+from raydc.data.slices import InputSpec, Slice
 from raydc.storage.lake import Lake
 
 log = logging.getLogger(__name__)
@@ -39,24 +42,29 @@ class Repeats:
 def id_keys(ids: pa.Array, first_row: int) -> npt.NDArray[np.void]:
     """Return the keys of ids that are not null, with their rows.
 
-    An integer is its own key. A text's is its BLAKE2b of 128 bits: that two of a billion texts share one has a chance
-    of about 1e-21.
+    An integer is its own key, and so are a date and a timestamp. Any other id's is its BLAKE2b of 128 bits: that two of
+    a billion share one has a chance of about 1e-21.
 
     Args:
-        ids: n int64 or string ids.
+        ids: n ids of one of the types that raydc.data.ids names.
         first_row: row key of the first one.
     """
     keys = np.zeros(len(ids), _KEYS)
     keys["row"] = first_row + np.arange(len(ids))
     valid = np.asarray(ids.is_valid())
-    if pa.types.is_integer(ids.type):
+    kept, there = keys[valid], ids.drop_null()
+    if pa.types.is_integer(ids.type) or pa.types.is_temporal(ids.type):
+        whole = there.to_numpy(zero_copy_only=False)
         # Spread over the parts: ids often rise from zero.
-        keys["low"][valid] = ids.drop_null().to_numpy().astype(np.int64).view(np.uint64)
-        keys["high"] = _mixed(keys["low"])
-        return keys[valid]
-    digests = [hashlib.blake2b(i, digest_size=16).digest() for i in ids.drop_null().cast(pa.binary()).to_pylist()]
+        kept["low"] = whole.astype(np.int64).view(np.uint64)
+        kept["high"] = _mixed(kept["low"])
+        return kept
+    if isinstance(there, pa.ExtensionArray):
+        there = there.storage
+    if pa.types.is_decimal(there.type):
+        there = there.cast(pa.string())
+    digests = [hashlib.blake2b(i, digest_size=16).digest() for i in there.cast(pa.binary()).to_pylist()]
     halves = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
-    kept = keys[valid]
     kept["high"], kept["low"] = halves[:, 0], halves[:, 1]
     return kept
 
@@ -74,7 +82,8 @@ def slice_keys(lake: Lake, part: Slice, spec: InputSpec) -> npt.NDArray[np.void]
                 65536, row_groups=list(part.row_groups), columns=[spec.id_column], use_threads=False
             )
             for batch in batches:
-                found.append(id_keys(canonical_ids(pa.chunked_array([batch.column(0)]), spec), row))
+                ids, _ = ids_from_arrow(pa.chunked_array([batch.column(0)]), spec.arrow_id_type)
+                found.append(id_keys(ids, row))
                 row += len(batch)
     except (ConnectionError, TimeoutError, PermissionError):
         raise
@@ -132,7 +141,7 @@ def _place(slices: Sequence[Slice], key: int) -> tuple[Slice, int]:
     return slices[number], key - slices[number].first_key
 
 
-def _id_at(lake: Lake, part: Slice, at: int, spec: InputSpec) -> int | str | None:
+def _id_at(lake: Lake, part: Slice, at: int, spec: InputSpec) -> Any:
     with lake.open_parquet(part.uri) as handle:
         column = pq.ParquetFile(handle).read_row_groups(list(part.row_groups), columns=[spec.id_column]).column(0)
-    return without_broken_text(canonical_ids(column.slice(at, 1), spec))[0][0].as_py()
+    return ids_from_arrow(column.slice(at, 1), spec.arrow_id_type)[0][0].as_py()

@@ -8,16 +8,16 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from raydc.config.stages import StageName
-from raydc.data import records
+from raydc.data import metrics, records
 
 DOCUMENTS: dict[str, Any] = {
-    "agreement": records.AgreementRecord,
+    "agreement": metrics.AgreementRecord,
     "level_statistics": dict[str, records.LevelRecord],
     "manifest": records.Manifest,
-    "metrics": records.Metrics,
+    "metrics": metrics.Metrics,
     "profile": records.ProfileRecord,
     "run": records.Header,
-    "stage": records.Marker,
+    "stage": records.StageMarker,
     "sweep": records.SweepRecord,
 }
 """Type of each document, by the name of its schema."""
@@ -25,8 +25,8 @@ DOCUMENTS: dict[str, Any] = {
 
 STAGE_METRICS: dict[StageName, Any] = {
     "profile": records.ProfileMetrics,
-    "neighbors": records.NeighborsMetrics,
-    "fit": records.FitMetrics,
+    "neighbors": metrics.NeighborsMetrics,
+    "fit": metrics.FitMetrics,
     "merge": records.MergeMetrics,
     "assign": records.AssignMetrics,
     "evaluate": records.EvaluateMetrics,

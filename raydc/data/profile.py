@@ -19,16 +19,19 @@ class Profile:
     spec: InputSpec
     slices: list[Slice]
     fingerprint: str
-    """Of every file's name, size, counts and statistics."""
+    """Digest of every file's name, size, counts and statistics."""
 
     bad_files: list[BadFile] = field(default_factory=list)
     """Files left out under on_bad_files=quarantine."""
 
     moments: Moments | None = None
-    """Of the sample; None before it was read."""
+    """Mean and spread of the sample; None before it was read."""
 
     sample_rejects: dict[str, int] = field(default_factory=dict)
     """Bad rows in the sample, by reason."""
+
+    notes: list[str] = field(default_factory=list)
+    """What was passed over, or read otherwise than it lies; told in the plan and in the summary."""
 
     @property
     def num_rows(self) -> int:
@@ -63,6 +66,7 @@ class Profile:
             "spec": cast(SpecRecord, asdict(self.spec)),
             "bad_files": self.bad_files,
             "sample_rejects": self.sample_rejects,
+            "notes": self.notes,
             "moments": {
                 "num_rows": self.moments.num_rows,
                 "mean": self.moments.mean_D.tolist(),
@@ -75,13 +79,15 @@ class Profile:
     def from_json(cls, value: ProfileRecord) -> "Profile":
         """Return the profile that `to_json` gave."""
         spec = cast(dict[str, Any], value["spec"])
-        columns = tuple(Column(**c) for c in spec["columns"])
+        columns = tuple(Column.from_record(c) for c in spec["columns"])
+        lists = {k: tuple(v) for k, v in spec.items() if isinstance(v, list)}
         moments = value["moments"]
         return cls(
-            spec=InputSpec(**(spec | {"columns": columns, "carry_columns": tuple(spec["carry_columns"])})),
+            spec=InputSpec(**(spec | lists | {"columns": columns})),
             slices=[Slice.from_row(cast(dict[str, Any], s)) for s in value["slices"]],
             fingerprint=value["fingerprint"],
             bad_files=value["bad_files"],
             moments=Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
             sample_rejects=value["sample_rejects"],
+            notes=value.get("notes", []),
         )

@@ -17,7 +17,9 @@ RUN_COLUMN = "run_id"
 REJECT_REASONS = (
     "missing",
     "wrong_length",
+    "not_numbers",
     "not_finite",
+    "too_large",
     "zero_norm",
     "norm_underflow",
     "norm_overflow",

@@ -4,7 +4,7 @@ A slice's label file stands 1:1 beside its input and is published whole; the sta
 the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,9 +19,13 @@ from torch import Tensor
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
+from raydc.data.columns import class_names
+from raydc.data.ids import readable
+from raydc.data.reader import RowBatch, all_rejected, read_slice
 from raydc.data.schema import labels_schema, level_column, rejects_schema
-from raydc.data.slices import InputSpec, RowBatch, Slice, all_rejected, class_names, read_slice
+from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics, nearest_rows, stacked
+from raydc.errors import DataError
 from raydc.model import Model, Prediction
 from raydc.runfolder import artifacts
 from raydc.runfolder.formats import Place
@@ -62,8 +66,13 @@ class Labeling:
         return Place(self.lake, self.output)
 
 
-def label_slice(job: Labeling, part: Slice) -> bytes:
+def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambda: None) -> bytes:
     """Label one slice and return its `Statistics` as they are stored; a slice that is complete is not done again.
+
+    Args:
+        job: the same for all slices.
+        part: the slice.
+        progress: called after each block of rows.
 
     Raises:
         DataError: a bad row or unreadable bytes that the settings do not let pass, or damaged statistics.
@@ -91,6 +100,12 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
             x = torch.from_numpy(np.require(batch.x, requirements=["C", "W"]))
             z = job.model.encode(x, block_rows=job.block_rows)
             found = job.model.label(z, block_rows=job.block_rows)
+            if len(lost := found.beyond_float32()):
+                row = part.first_row + int(batch.keys[lost[0]]) - part.first_key
+                raise DataError(
+                    f"assign: {part.uri} row {row} leaves the range of float32 on its way through the network. Set its "
+                    "values right, or leave the row out."
+                )
             writer.write_table(_label_table(batch, found, schema))
             classes = class_names(batch.labels)
             _count(statistics, job, z, found, classes)
@@ -99,6 +114,7 @@ def label_slice(job: Labeling, part: Slice) -> bytes:
             candidates = _exemplars(job, batch, found, classes)
             statistics.exemplars = nearest_rows(stacked(statistics.exemplars, candidates), job.num_exemplars)
             statistics.labels += len(found.leaf)
+            progress()
     if rejects:
         table = pa.concat_tables(rejects)
         statistics.rejects = len(table)
@@ -209,7 +225,7 @@ def _count_sample(
     keep = pa.array(drawn)
     columns = {
         "key": batch.keys[drawn],
-        "id": batch.ids.filter(keep),
+        "id": readable(batch.ids.filter(keep)),
         "leaf": found.leaf[drawn],
         "label": pa.array(classes[drawn].tolist() if classes is not None else [None] * int(drawn.sum()), pa.string()),
         **{level_column(k): groups[drawn] for k, groups in found.levels.items()},
@@ -227,7 +243,7 @@ def _exemplars(job: Labeling, batch: RowBatch, found: Prediction, classes: npt.N
     columns: dict[str, Any] = {
         "leaf": found.leaf[kept],
         "key": batch.keys[kept],
-        "id": batch.ids.take(take),
+        "id": readable(batch.ids.take(take)),
         "distance": found.distance[kept],
     }
     if classes is not None:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import yaml
 
 from raydc.core.tree.order import truncate
-from raydc.data.records import Epoch, Header, Metrics
+from raydc.data.metrics import Epoch, Metrics
+from raydc.data.records import Header
 from raydc.data.schema import level_column
 from raydc.report import colors, figures, results
 from raydc.report import text as wording

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from raydc.core.objectives.table import OBJECTIVES
-from raydc.data.records import Baseline, Epoch, Measured, Scores
+from raydc.data.metrics import Baseline, Epoch, Measured, Scores
 from raydc.report.text import count, duration, plural, score
 
 

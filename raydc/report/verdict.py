@@ -19,7 +19,7 @@ from raydc.core.metrics.verdict import (
     TooFewRows,
     judge,
 )
-from raydc.data.records import AgreementRecord, CriterionRecord, Measured, Scores, Tone, VerdictRecord
+from raydc.data.metrics import AgreementRecord, CriterionRecord, Measured, Scores, Tone, VerdictRecord
 from raydc.report.results import baseline_of, leaf_scores, objective_name
 from raydc.report.text import change, score
 

@@ -16,17 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config.stages import StageName
-from raydc.data.records import (
-    AgreementRecord,
-    Header,
-    LevelRecord,
-    Manifest,
-    Marker,
-    Metrics,
-    NeighborFacts,
-    ProfileRecord,
-    SweepRecord,
-)
+from raydc.data.metrics import AgreementRecord, Metrics, NeighborFacts
+from raydc.data.records import Header, LevelRecord, Manifest, ProfileRecord, StageMarker, SweepRecord
 from raydc.data.schema import MODEL_FOLDER, level_column
 from raydc.runfolder.formats import Artifact, BytesFile, Folder, JsonFile, Place, TableFile
 from raydc.storage.lake import join
@@ -295,7 +286,7 @@ REPORT = Folder("report")
 PAGE = BytesFile("report/index.html")
 MANIFEST = JsonFile[Manifest]("_MANIFEST.json")
 
-# Of the other commands.
+# Files of the other commands.
 SWEEP = JsonFile[SweepRecord]("sweep.json")
 SWEEP_PAGE = BytesFile("sweep.md")
 SWEEP_FIGURE = BytesFile("sweep.png")
@@ -326,9 +317,9 @@ UNLISTED: tuple[Folder, ...] = (CHECKPOINTS, STAGES, SLICES, FIT, LEASE, Folder(
 """Working files, which a later command may rewrite: the manifest does not list them."""
 
 
-def marker(stage: str) -> JsonFile[Marker]:
+def marker(stage: str) -> JsonFile[StageMarker]:
     """Return the marker of a stage."""
-    return JsonFile[Marker](join(STAGES.path, f"{stage}.json"))
+    return JsonFile[StageMarker](join(STAGES.path, f"{stage}.json"))
 
 
 def baseline(name: str) -> ModelFolder:

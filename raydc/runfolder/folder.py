@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 from raydc.config import Config, difference, digest
-from raydc.data.records import FitMetrics, Header, Marker, MergeMetrics, NeighborsMetrics, ProfileMetrics
+from raydc.data.metrics import FitMetrics, NeighborsMetrics
+from raydc.data.records import Header, MergeMetrics, ProfileMetrics, StageMarker
 from raydc.data.schema import FORMAT_VERSION
 from raydc.errors import ConfigError, StageError
 from raydc.runfolder import artifacts
@@ -109,7 +110,7 @@ class RunDir(OwnedFolder):
             }
         )
 
-    def marker(self, stage: str) -> Marker | None:
+    def marker(self, stage: str) -> StageMarker | None:
         """Return what is known of a stage: settings, state, seconds and metrics; None before its first start."""
         return artifacts.marker(stage).read_if_there(self)
 
@@ -195,7 +196,7 @@ class RunDir(OwnedFolder):
         for name in names:
             self.lake.remove(self.uri(name))
 
-    def _write_marker(self, body: Marker) -> None:
+    def _write_marker(self, body: StageMarker) -> None:
         self.check_owner()
         artifacts.marker(body["stage"]).write(self, body)
 

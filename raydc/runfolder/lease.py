@@ -98,7 +98,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Holder:
-    """The highest number of a run's lease, and what is known of its driver."""
+    """The newest lease of a run: its number, its driver and the driver's last heartbeat."""
 
     generation: int
     kind: str

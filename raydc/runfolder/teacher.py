@@ -25,7 +25,7 @@ class Teaching:
     teacher: Teacher
     preprocess: Preprocess
     fingerprint: str
-    """Of the teacher's model, so that a fit does not go on under another teacher of the same place."""
+    """Digest of the teacher's model, so that a fit does not go on under another teacher of the same place."""
 
 
 def load_teacher(config: Config, dim: int, lake: Lake) -> Teaching | None:

@@ -49,15 +49,20 @@ class Attempts:
 
     def __str__(self) -> str:
         if self.deaths or not self.losses:
-            return f"killed its process {self.deaths} times"
-        return f"was lost with its node {self.losses} times"
+            return f"killed its process {_times(self.deaths)}"
+        return f"was lost with its node {_times(self.losses)}"
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class _Work:
     piece: str
     worker: str
     node: str
+    seen: float
+    """Time of its last sign of progress."""
+
+    actor: Any
+    """Handle, if it may be killed when it hangs."""
 
 
 class Ledger:
@@ -67,8 +72,12 @@ class Ledger:
         self._attempts = dict(known)
         self._is_gone = is_gone
         self._work: dict[str, _Work] = {}
+        # By the hash of the handle: a handle that is kept would keep its actor from being given back.
+        self._task_of: dict[int, str] = {}
 
-    def begin(self, piece: str, task: str, worker: str, node: str) -> tuple[Attempts, str | None]:
+    def begin(
+        self, piece: str, task: str, worker: str, node: str, *, now: float = 0.0, actor: Any = None
+    ) -> tuple[Attempts, str | None]:
         """Note that a task is at a piece.
 
         Args:
@@ -76,6 +85,8 @@ class Ledger:
             task: id that stays the same when Ray runs the task again.
             worker: id of the process.
             node: id of its node.
+            now: time of this sign of progress.
+            actor: handle of the process, if it may be killed when it hangs.
 
         Returns:
             The attempts at the piece that were lost, and a line to tell if this call has learned of one.
@@ -84,7 +95,13 @@ class Ledger:
         former = self._work.get(task)
         if former is not None and former.worker != worker:
             line = self._charge(former)
-        self._work[task] = _Work(piece, worker, node)
+        if actor is not None:
+            # An actor that begins something does not hang at what it was at before, in a process that died.
+            before = self._task_of.get(hash(actor), task)
+            if before != task and before in self._work:
+                self._work[before].actor = None
+            self._task_of[hash(actor)] = task
+        self._work[task] = _Work(piece=piece, worker=worker, node=node, seen=now, actor=actor)
         return self._attempts.get(piece, Attempts()), line
 
     def done(self, task: str, worker: str) -> None:
@@ -92,6 +109,18 @@ class Ledger:
         work = self._work.get(task)
         if work is not None and work.worker == worker:
             del self._work[task]
+
+    def progressed(self, task: str, now: float) -> None:
+        """Note a sign of progress of a task."""
+        if task in self._work:
+            self._work[task].seen = now
+
+    def hung(self, now: float, stall_seconds: float) -> list[tuple[str, Any]]:
+        """Return piece and handle of each actor without progress for as long; each again after as long again."""
+        found = [w for w in self._work.values() if w.actor is not None and now - w.seen > stall_seconds]
+        for work in found:
+            work.seen = now
+        return [(work.piece, work.actor) for work in found]
 
     def leave_out(self, piece: str) -> bool:
         """Note that the run goes on without a piece; return whether that is new."""
@@ -103,10 +132,10 @@ class Ledger:
         before = self._attempts.get(work.piece, Attempts())
         if self._is_gone(work.node):
             after = replace(before, losses=before.losses + 1)
-            line = f"{work.piece}: its node was lost, {after.losses} times by now; it is tried again"
+            line = f"{work.piece}: its node was lost ({after.losses} by now)"
         else:
             after = replace(before, deaths=before.deaths + 1)
-            line = f"{work.piece}: its process died, {after.deaths} times by now, and nothing says why"
+            line = f"{work.piece}: its process died without a word ({after.deaths} by now)"
         self._attempts[work.piece] = after
         return line
 
@@ -124,6 +153,9 @@ class Bound:
     lake: Lake | None = None
     folder: str | None = None
     """URI of the stage's counts; None keeps them in memory, for as long as the stage lasts."""
+
+    stall_seconds: float | None = None
+    """An actor without progress for as long is killed, which counts as a death; None waits for ever."""
 
     pause_seconds: float = 0.5
     """Longest pause before the second attempt is twice this; it doubles with each attempt after."""
@@ -147,7 +179,8 @@ class Bound:
         """
         context = ray.get_runtime_context()
         task, worker = task or context.get_task_id(), context.get_worker_id()
-        lost: Attempts = ray.get(self.board.begin.remote(piece, task, worker, context.get_node_id()))
+        actor = None if self.stall_seconds is None else context.current_actor
+        lost: Attempts = ray.get(self.board.begin.remote(piece, task, worker, context.get_node_id(), actor))
         try:
             if lost.deaths or lost.losses:
                 self.note(piece, lost)
@@ -161,6 +194,19 @@ class Bound:
         """Keep the count of a piece for the next driver."""
         if self.lake is not None and self.folder is not None:
             self.lake.write_json(join(self.folder, f"{piece}.json"), {"piece": piece, **asdict(attempts)})
+
+    def progress(self, task: str) -> Callable[[], None]:
+        """Return what is called after each step of an attempt, so that it is not taken for hung."""
+        every = 0.1 * (self.stall_seconds or 0.0)
+        told = time.monotonic()
+
+        def tell() -> None:
+            nonlocal told
+            if self.stall_seconds is not None and time.monotonic() - told > every:
+                told = time.monotonic()
+                self.board.progressed.remote(task)
+
+        return tell
 
     def is_left_out(self, part: Slice, lost: Attempts, on_bad_files: str) -> bool:
         """Return whether the run goes on without the rows of a slice, and say so; False if it may be tried.
@@ -211,6 +257,10 @@ def known_attempts(lake: Lake, folder: str) -> dict[str, Attempts]:
         body = lake.read_json(stored.uri)
         found[body["piece"]] = Attempts(body["deaths"], body["losses"], body["left_out"])
     return found
+
+
+def _times(number: int) -> str:
+    return f"{number} time{'' if number == 1 else 's'}"
 
 
 def _share(piece: str) -> float:

@@ -7,6 +7,7 @@ group that is restarted after one returns at once.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,17 +31,20 @@ _BOARD_RESTARTS = 10
 class Board:
     """Lines, lost attempts and the first permanent failure of the workers of one stage."""
 
-    def __init__(self, known: dict[str, Attempts] | None = None) -> None:
+    def __init__(self, known: dict[str, Attempts] | None = None, stall_seconds: float | None = None) -> None:
         self._lines: list[tuple[int, str]] = []
         self._failure: tuple[str, str] | None = None
         self._ledger = Ledger(known or {}, node_is_gone)
+        self._stall_seconds = stall_seconds
 
     def post(self, line: str, level: int = logging.INFO) -> None:
         """Add a line."""
         self._lines.append((level, line))
 
     def take(self) -> list[tuple[int, str]]:
-        """Return the lines since the last call, each with the level at which it is logged."""
+        """Return the lines since the last call, each with the level at which it is logged; kill what hangs."""
+        if self._stall_seconds is not None:
+            self._kill_hung(self._stall_seconds)
         lines, self._lines = self._lines, []
         return lines
 
@@ -52,12 +56,21 @@ class Board:
         """Return the first recorded failure."""
         return self._failure
 
-    def begin(self, piece: str, task: str, worker: str, node: str) -> Attempts:
+    def begin(self, piece: str, task: str, worker: str, node: str, actor: Any = None) -> Attempts:
         """Note that a task is at a piece of work, and return the attempts at it that were lost (see Ledger)."""
-        lost, line = self._ledger.begin(piece, task, worker, node)
+        lost, line = self._ledger.begin(piece, task, worker, node, now=time.monotonic(), actor=actor)
         if line is not None:
             self.post(line, logging.WARNING)
         return lost
+
+    def progressed(self, task: str) -> None:
+        """Note that a task gets on with its piece of work."""
+        self._ledger.progressed(task, time.monotonic())
+
+    def _kill_hung(self, stall_seconds: float) -> None:
+        for piece, actor in self._ledger.hung(time.monotonic(), stall_seconds):
+            self.post(f"{piece}: no progress for {stall_seconds:g} s; its process is replaced", logging.WARNING)
+            ray.kill(actor, no_restart=False)
 
     def leave_out(self, piece: str, line: str) -> bool:
         """Note that the run goes on without a piece; return whether that is new, in which case the line is posted."""
@@ -71,7 +84,14 @@ class Board:
 
 
 @contextmanager
-def bounded(stage: str, config: Config, place: Place, tell: Callable[[str], None] | None = None) -> Iterator[Bound]:
+def bounded(
+    stage: str,
+    config: Config,
+    place: Place,
+    tell: Callable[[str], None] | None = None,
+    *,
+    stall_seconds: float | None = None,
+) -> Iterator[Bound]:
     """Yield the bound on the attempts of a stage, with a board as of `watched`, while the block lasts.
 
     Args:
@@ -79,15 +99,25 @@ def bounded(stage: str, config: Config, place: Place, tell: Callable[[str], None
         config: for ray.max_attempts.
         place: the run folder.
         tell: called with each line of the board.
+        stall_seconds: an actor that is at a piece without progress for as long is killed.
     """
     folder = artifacts.attempts(stage).uri(place)
-    with watched(stage, tell, known_attempts(place.lake, folder)) as board:
-        yield Bound(board=board, most=config.ray.max_attempts, lake=place.lake, folder=folder)
+    with watched(stage, tell, known_attempts(place.lake, folder), stall_seconds) as board:
+        yield Bound(
+            board=board,
+            most=config.ray.max_attempts,
+            lake=place.lake,
+            folder=folder,
+            stall_seconds=stall_seconds,
+        )
 
 
 @contextmanager
 def watched(
-    stage: str, tell: Callable[[str], None] | None = None, known: dict[str, Attempts] | None = None
+    stage: str,
+    tell: Callable[[str], None] | None = None,
+    known: dict[str, Attempts] | None = None,
+    stall_seconds: float | None = None,
 ) -> Iterator[Any]:
     """Yield a board whose lines are logged, as `<stage>: <line>`, and told, while the block lasts.
 
@@ -95,12 +125,13 @@ def watched(
         stage: for the log.
         tell: called with each line.
         known: attempts that were lost before.
+        stall_seconds: see `bounded`.
     """
     # Beside the driver, with which it lives and dies: elsewhere a lost node would take the board along, and every
     # restarted worker asks it. Should its process be killed, it starts again from what was known at first.
     beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"max_restarts": _BOARD_RESTARTS, "max_task_retries": _BOARD_RESTARTS}
-    board = Board.options(scheduling_strategy=beside, **options).remote(known)  # type: ignore[attr-defined]
+    board = Board.options(scheduling_strategy=beside, **options).remote(known, stall_seconds)  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def drain() -> None:

@@ -17,7 +17,9 @@ from ray.data import TaskPoolStrategy
 from ray.train import DataConfig
 
 from raydc.config import Config
-from raydc.data.slices import InputSpec, RowBatch, Slice, class_names, read_slice
+from raydc.data.columns import class_names
+from raydc.data.reader import RowBatch, read_slice
+from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.runfolder import artifacts
 from raydc.runfolder.formats import Place
@@ -34,7 +36,7 @@ class BlockJob:
     spec: InputSpec
     bound: Bound
     seed: int
-    """Of the sample."""
+    """Seed of the sample."""
 
     fraction: float
     """Share of the rows that is taken."""
@@ -146,11 +148,15 @@ def _blocks(part: Slice, job: BlockJob) -> Iterator[pa.Table]:
 
 
 def readers(config: Config) -> int | None:
-    """Return how many slices are read at once: one for each CPU that training leaves, at least one for each worker."""
+    """Return how many slices are read at once: one for each CPU that training leaves.
+
+    At least one for each CPU of the workers, which wait meanwhile: in a cluster that starts from zero no CPU is there
+    yet, and Train brings these.
+    """
     if config.fit.use_gpu:
         return None
-    workers = config.fit.most_workers
-    return max(workers, int(ray.cluster_resources().get("CPU", 1)) - workers * config.fit.cpus_per_worker)
+    trained_on = config.fit.most_workers * config.fit.cpus_per_worker
+    return max(trained_on, int(ray.cluster_resources().get("CPU", 1)) - trained_on)
 
 
 def _graph(job: BlockJob, part: Slice) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

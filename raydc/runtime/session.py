@@ -23,16 +23,14 @@ _READERS = ("iter_threaded", "StreamingExecutor")
 def connected(config: Config) -> Iterator[Callable[[], None]]:
     """Join the cluster that RAY_ADDRESS names, or start one on this machine for as long as the block lasts.
 
-    Yields what may be called when nothing in the block needs the cluster any more: it is left, which takes a second,
-    beside what follows. A process that is connected already stays as it is.
+    Yields a function that leaves the cluster early, in the background. Call it when nothing in the block needs the
+    cluster any more: leaving takes a second. A process that is connected already stays connected.
     """
     if ray.is_initialized():
         _quiet_data()
         yield lambda: None
         return
-    address = config.ray.address
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or "local"
+    address = _address(config)
     try:
         if address == "local":
             _start_local(config)
@@ -57,6 +55,19 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
             _leave()
         else:
             leaving.join()
+
+
+def can_grow(config: Config) -> bool:
+    """Return whether nodes may join while a run works: it has joined a cluster, which may have an autoscaler.
+
+    Whether there is one, and how far it goes, Ray does not tell; a cluster of this process alone never grows.
+    """
+    return _address(config) != "local"
+
+
+def _address(config: Config) -> str:
+    address = config.ray.address
+    return os.environ.get("RAY_ADDRESS") or "local" if address == "auto" else address
 
 
 def _leave() -> None:

@@ -144,10 +144,10 @@ def launch(
         name: of the step, for messages.
 
     Raises:
-        DataError, StageError: the loop told of a failure, or the workers failed too often.
+        DataError, StageError: the loop returned a failure, or the workers failed too often.
     """
     file_system, path = run.lake.arrow_file_system(artifacts.CHECKPOINTS.uri(run))
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         loop,  # type: ignore[arg-type]
         train_loop_config=loop_config,
         scaling_config=_scaling(config),
@@ -168,6 +168,13 @@ def launch(
     if isinstance(outcome, Failure):
         raise (DataError if outcome.kind == DataError.__name__ else StageError)(f"{name}: {advice(outcome.text)}")
     return outcome
+
+
+class _Trainer(TorchTrainer):
+    """Ctrl-C stays Python's own: Train's handler would end the process with exit code 1 and without a word."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def failed(name: str, error: ray.train.TrainingFailedError, num_attempts: int) -> str:
@@ -254,8 +261,9 @@ def progress_line(metrics: dict[str, Any]) -> str:
         short = metrics["top_q"] < 0.99 * metrics["target_top_q"]
         target = f", below the {metrics['target_top_q']:.2f} asked for: set refine.alpha=auto" if short else ""
         return (
-            f"k-means      {metrics['iterations']} iterations, inertia {metrics['inertia']:.5g}; kernel alpha "
-            f"{metrics['alpha']:.4g}, scale {metrics['scale']:.4g}, mean top q {metrics['top_q']:.2f}{target}"
+            f"k-means      {metrics['moves']} moves, {metrics['iterations']} iterations, inertia "
+            f"{metrics['inertia']:.5g}; kernel alpha {metrics['alpha']:.4g}, scale {metrics['scale']:.4g}, "
+            f"mean top q {metrics['top_q']:.2f}{target}"
         )
     done, total = metrics["epoch"] + 1, metrics["num_epochs"]
     parts = [f"{metrics['phase']:8s} epoch {done}/{total}"]

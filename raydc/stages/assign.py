@@ -20,7 +20,8 @@ from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
 from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
-from raydc.data.records import AgreementRecord, AssignMetrics, Baseline, MethodAgreement
+from raydc.data.metrics import AgreementRecord, Baseline, MethodAgreement
+from raydc.data.records import AssignMetrics
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
@@ -32,6 +33,7 @@ from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
+from raydc.runtime.session import can_grow
 from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def run(config: Config, run: RunDir) -> AssignMetrics:
     """
     profile = artifacts.PROFILE.read(run)
     load = partial(_load, config, run, profile.spec, profile.num_rows)
-    with bounded("assign", config, run) as bound:
+    with bounded("assign", config, run, stall_seconds=config.assign.stall_seconds) as bound:
         total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, run)
     for file, table in ((artifacts.EXEMPLARS, total.exemplars), (artifacts.MAP_ROWS, total.map_rows)):
         if table is not None:
@@ -164,7 +166,7 @@ def label_all(
         slices: to be labeled; those that are complete already are only counted.
         num_exemplars: nearest rows kept for each leaf.
         bound: on the attempts at a slice.
-        run: told of the progress; looked at before each slice is written, so that a run that was taken over is left.
+        run: gets the progress; its lease is checked before each slice is written. Default: neither.
         slots: actors for which there is room at the start. Default: what the cluster offers now.
 
     Raises:
@@ -183,7 +185,9 @@ def label_all(
             now = time.monotonic()
             rate = total.rows / (now - started)
             left = (expected - total.rows) / max(rate, 1e-9)
-            line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s, {left:.0f} s left"
+            # Slices without rows come first at times: nothing is known of the speed then.
+            ending = f", {left:.0f} s left" if total.rows else ""
+            line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s{ending}"
             if run is not None:
                 run.tell(line)
             if now - logged > _LOG_SECONDS:
@@ -206,7 +210,10 @@ def _labeled(
     slots: int,
 ) -> Generator[Statistics]:
     section = config.assign
-    actors = min(section.num_actors or slots, max(len(slices), 1))
+    # Where nodes may join, no count of today bounds the pool: Ray Data adds actors as it finds room, and asks for twice
+    # the room while all are busy. On a cluster that cannot grow it finds none, and asks in vain.
+    most = section.num_actors or (len(slices) if can_grow(config) else slots)
+    actors = min(most, max(len(slices), 1))
 
     class Labeler:
         """One actor: the model stays loaded from slice to slice."""
@@ -223,9 +230,7 @@ def _labeled(
             try:
                 if self.job is None:
                     self.job = _loaded(load, row["name"], bound, use_gpu=section.use_gpu)
-                if check is not None:
-                    check()
-                return {"statistics": label_or_reject(self.job, Slice.from_row(row), bound)}
+                return {"statistics": label_or_reject(self.job, Slice.from_row(row), bound, check)}
             except Exception as error:
                 log.exception("slice %s", row["name"])
                 return {"kind": type(error).__name__, "failure": f"slice {row['name']}: {error}"}
@@ -266,15 +271,23 @@ def _counted(row: dict[str, Any]) -> Statistics:
     return Statistics.from_bytes(row["statistics"])
 
 
-def label_or_reject(job: Labeling, part: Slice, bound: Bound) -> bytes:
+def label_or_reject(job: Labeling, part: Slice, bound: Bound, check: Callable[[], None] | None = None) -> bytes:
     """Return the statistics of a slice, labeled, or all in the rejects if it kills its process each time.
+
+    Args:
+        job: what the actor needs.
+        part: the slice.
+        bound: on its attempts.
+        check: called before it is begun.
 
     Raises:
         DataError: it does, under on_bad_files=fail, or even while its ids or nothing of it is read.
     """
     with bound.attempt(part.name, task=part.name) as lost:
+        if check is not None:
+            check()
         if not bound.is_left_out(part, lost, job.spec.on_bad_files):
-            return label_slice(job, part)
+            return label_slice(job, part, bound.progress(part.name))
         beyond = lost.beyond(bound.most)
         if beyond > 1:
             raise DataError(f"{part.uri}: its rows could not even be put into the rejects; it {bound.ending(lost)}")

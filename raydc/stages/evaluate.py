@@ -13,18 +13,8 @@ from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.tree.order import central_leaves
 from raydc.core.tree.purity import dendrogram_purity
-from raydc.data.records import (
-    EvaluateMetrics,
-    External,
-    Internal,
-    InternalOfTree,
-    Marker,
-    Measured,
-    Method,
-    Metrics,
-    Quality,
-    Scores,
-)
+from raydc.data.metrics import External, Internal, InternalOfTree, Measured, Method, Metrics, Quality, Scores
+from raydc.data.records import EvaluateMetrics, StageMarker
 from raydc.data.schema import level_column
 from raydc.data.statistics import Statistics, nearest_rows
 from raydc.model import Model
@@ -44,7 +34,11 @@ def run(config: Config, run: RunDir) -> EvaluateMetrics:
     leaves, linkage = artifacts.LEAVES.read(run), artifacts.LINKAGE.read(run)
     measured = _measured(run, statistics, model, leaves, linkage)
     found = verdict(measured)
-    body: Metrics = {**measured, "verdict": found.to_json(), "warnings": _warnings(measured, found, run)}
+    body: Metrics = {
+        **measured,
+        "verdict": found.to_json(),
+        "warnings": _warnings(measured, found, run, statistics.tallies["leaf"].rows_K),
+    }
     for warning in body["warnings"]:
         log.warning("evaluate: %s", warning)
     artifacts.METRICS.write(run, body)
@@ -75,7 +69,7 @@ def _measured(
     return cast(Measured, {name: found[name] for name in Measured.__annotations__ if name in found})  # type: ignore[literal-required]
 
 
-def _repeated_ids(marker: Marker | None) -> int | None:
+def _repeated_ids(marker: StageMarker | None) -> int | None:
     """Return how many rows repeat the id of another; None where they were not counted."""
     return None if marker is None else marker.get("metrics", {}).get("repeated_ids")
 
@@ -117,8 +111,9 @@ def _baselines(statistics: Statistics, run: RunDir) -> dict[Method, Scores]:
     return found
 
 
-def _warnings(body: Measured, judged: Verdict, run: RunDir) -> list[str]:
-    warnings = []
+def _warnings(body: Measured, judged: Verdict, run: RunDir, rows_K: npt.NDArray[np.int64]) -> list[str]:
+    # What was passed over, or is odd, in the input; a run of an earlier version has no such list.
+    warnings = list(run.metrics("profile").get("notes", []))
     if judged.tone in ("same", "worse"):
         warnings.append(judged.sentence)
     warnings += [f"collapse: {sign} (see watch in the settings)" for sign in body["fit"].get("watch", [])]
@@ -131,9 +126,18 @@ def _warnings(body: Measured, judged: Verdict, run: RunDir) -> list[str]:
     left_out = run.metrics("merge")["left_out"]
     if left_out:
         warnings.append(f"{left_out} leaves hold no row and were left out of the model")
+    single = int((rows_K == 1).sum())
+    if single:
+        warnings.append(
+            f"{single} of {len(rows_K)} leaves hold a single row: outliers, or more leaves than the rows fill. Look at "
+            "their rows in exemplars.parquet; leave outliers out, or lower cluster.num_leaves"
+        )
     bad_files = run.metrics("profile")["bad_files"]
     if bad_files:
-        warnings.append(f"{len(bad_files)} input files were left out (input.on_bad_files=quarantine)")
+        known = [b["rows"] for b in bad_files if b["rows"] is not None]
+        unknown = f", those of {len(bad_files) - len(known)} unknown" if len(known) < len(bad_files) else ""
+        rows = f"{sum(known):,} rows{unknown}"
+        warnings.append(f"{len(bad_files)} input files ({rows}) were left out (input.on_bad_files=quarantine)")
     if body["repeated_ids"]:
         warnings.append(f"{body['repeated_ids']} rows repeat the id of another row")
     if body["rows"]["rejects"]:

@@ -18,7 +18,7 @@ from raydc.core.training.fit import Fitted, fit
 from raydc.core.training.neighbor_pairs import NeighborPairs
 from raydc.core.training.rows import ResidentRows, Rows
 from raydc.core.training.state import Clustering
-from raydc.data.records import Epoch, FitMetrics, Resize
+from raydc.data.metrics import Epoch, FitMetrics, Resize
 from raydc.model import Model
 from raydc.runfolder import artifacts
 from raydc.runfolder.artifacts import Leaves
@@ -64,6 +64,10 @@ def run(config: Config, run: RunDir) -> FitMetrics:
             fraction=fraction,
             num_readers=readers(config),
             neighbors_of=run if config.needs_neighbors else None,
+        )
+        log.info(
+            "fit: starting %s training worker(s), which read the rows first; a line for each epoch follows",
+            config.fit.fewest_workers,
         )
         return launch(config, run, dataset, _train_loop, {"job": job}, "fit")
 

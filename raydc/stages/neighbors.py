@@ -20,8 +20,9 @@ from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.process import prepare_process
 from raydc.core.search.knn import Neighbors, Shard, cell_centers, nearest_cells, num_hits, prepare, search
-from raydc.data.records import NeighborFacts, NeighborsMetrics
-from raydc.data.slices import InputSpec, Slice, read_slice
+from raydc.data.metrics import NeighborFacts, NeighborsMetrics
+from raydc.data.reader import read_slice
+from raydc.data.slices import InputSpec, Slice
 from raydc.errors import DataError, StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from raydc.config import Config
 from raydc.config.stages import before
-from raydc.data.records import Metrics, ReportMetrics
+from raydc.data.metrics import Metrics
+from raydc.data.records import ReportMetrics
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir

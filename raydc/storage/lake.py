@@ -4,215 +4,39 @@ Writes are whole or not there: a local file is on the disk before it is renamed 
 upload is complete. Requests to S3 are tried again as raydc/storage/s3.py says; for other stores their libraries decide.
 """
 
-import errno
-import io
+import glob
 import json
-import os
 import posixpath
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from raydc.errors import DataError, StageError
-from raydc.storage.secrets import masked, refuse_credentials
-
-_S3 = ("s3", "s3a", "s3n")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MORE_ROOM = "Free space there, or use another output"
-_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+from raydc.errors import DataError
+from raydc.storage.local import MORE_ROOM, WholeFiles, check_writable, create_local, renamed_into, told
+from raydc.storage.reading import Listing, Reading, StoredFile, absolute, is_staged, join
 
 _CREATE_TRIES = 4
 
-# As `_beside` names them; a stranger's file may be hidden and end in .tmp as well.
-_STAGED = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
+__all__ = ["Lake", "Listing", "StoredFile", "absolute", "is_staged", "join"]
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """One file in storage."""
-
-    uri: str
-    size: int
-    """Bytes."""
-
-
-class Lake:
+class Lake(Reading):
     """Reads and writes files by URI. Cheap to make, safe to send to another process."""
-
-    def __init__(
-        self,
-        *,
-        endpoint_url: str | None = None,
-        region: str | None = None,
-        profile: str | None = None,
-        anonymous: bool = False,
-        max_attempts: int = 8,
-        timeout_seconds: float = 30.0,
-    ) -> None:
-        client = {"region_name": region} if region else {}
-        s3: dict[str, Any] = {"endpoint_url": endpoint_url, "profile": profile, "client_kwargs": client}
-        self._s3_options = {k: v for k, v in s3.items() if v}
-        self._s3_options |= {"max_attempts": max_attempts, "timeout_seconds": timeout_seconds}
-        self._anonymous = anonymous
-
-    def file_system(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        """Return the fsspec file system of `uri` and the path inside it.
-
-        Raises:
-            ConfigError: the URI carries credentials.
-            DataError: nothing is installed that knows its scheme.
-        """
-        refuse_credentials(uri, "uri")
-        protocol = uri.partition("://")[0] if "://" in uri else "file"
-        if protocol in _S3:
-            from raydc.storage.s3 import PatientS3
-
-            fs = PatientS3(**self._s3_options, **({"anon": True} if self._anonymous else {}))
-            return fs, fs._strip_protocol(absolute(uri))
-        options = {"token": "anon"} if self._anonymous and protocol in ("gs", "gcs") else {}
-        try:
-            fs, path = url_to_fs(uri, **options)
-        except (ValueError, ImportError) as error:
-            raise DataError(f"storage {uri}: {error}") from None
-        return fs, path
 
     def arrow_file_system(self, uri: str) -> tuple[pa.fs.FileSystem, str]:
         """Return the same as a pyarrow file system, for libraries that take one."""
         fs, path = self.file_system(uri)
-        handler = _WholeFiles(fs) if isinstance(fs, LocalFileSystem) else pa.fs.FSSpecHandler(fs)
+        handler = WholeFiles(fs) if isinstance(fs, LocalFileSystem) else pa.fs.FSSpecHandler(fs)
         return pa.fs.PyFileSystem(handler), path
-
-    def list_parquet(self, uris: str | list[str]) -> list[StoredFile]:
-        """Return the Parquet files of folders, globs and files, sorted by URI, each once.
-
-        Names that begin with `_` or `.` are passed over, as other readers do, unless they or a folder above them are
-        named in the entry. Links to files count as files; links to folders are not followed.
-
-        Raises:
-            DataError: an entry names nothing.
-        """
-        found: dict[str, StoredFile] = {}
-        for uri in [uris] if isinstance(uris, str) else uris:
-            files = self._expand(uri)
-            if not files:
-                raise DataError(f"input.path={uri}: no Parquet file there. Check the path and the access rights.")
-            found.update({f.uri: f for f in files})
-        return [found[key] for key in sorted(found)]
-
-    def _expand(self, uri: str) -> list[StoredFile]:
-        fs, path = self.file_system(uri)
-        fs.invalidate_cache()
-        if any(c in path for c in "*?["):
-            details = fs.glob(path, detail=True)
-            root = re.split(r"[*?[]", path)[0].rpartition("/")[0]
-            if _is_visible(path[len(root) :]):
-                details = {p: d for p, d in details.items() if _is_visible(p[len(root) :])}
-            found = {_with_scheme(uri, p): (p, d) for p, d in details.items()}
-        elif fs.isdir(path):
-            root = path.rstrip("/")
-            found = {
-                _below(uri, root, p): (p, d)
-                for p, d in fs.find(path, detail=True).items()
-                if p.endswith(".parquet") and _is_visible(p[len(root) :])
-            }
-        elif fs.exists(path):
-            found = {absolute(uri): (path, fs.info(path))}
-        else:
-            found = {}
-        return [
-            StoredFile(name, d["size"])
-            for name, (p, d) in found.items()
-            if d["type"] == "file" or (d.get("islink") and not fs.isdir(p))
-        ]
-
-    @contextmanager
-    def open_parquet(self, uri: str) -> Iterator[pa.NativeFile]:
-        """Open a file for random access by pyarrow.parquet."""
-        fs, path = self.file_system(uri)
-        if isinstance(fs, LocalFileSystem):
-            with pa.memory_map(path) as handle:
-                yield handle
-        else:
-            with fs.open(path, "rb", cache_type="readahead", block_size=2**20) as remote:
-                yield pa.PythonFile(remote, mode="r")
-
-    def exists(self, uri: str) -> bool:
-        """Return whether a file or folder is there."""
-        fs, path = self.file_system(uri)
-        fs.invalidate_cache()
-        return fs.exists(path)
-
-    def size(self, uri: str) -> int:
-        """Return the bytes of a file."""
-        fs, path = self.file_system(uri)
-        return fs.info(path)["size"]
-
-    def read_bytes(self, uri: str) -> bytes:
-        """Return a whole file."""
-        fs, path = self.file_system(uri)
-        return fs.cat_file(path)
-
-    def read_json(self, uri: str) -> Any:
-        """Return a JSON document.
-
-        Raises:
-            DataError: it is not one.
-        """
-        try:
-            return json.loads(self.read_bytes(uri))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{uri}: not valid JSON ({error}). Restore the file.") from None
-
-    def read_array(self, uri: str) -> npt.NDArray[Any]:
-        """Return the array of an .npy file; one that holds Python objects is refused unread.
-
-        Raises:
-            DataError: it is no array of numbers, or not whole.
-        """
-        try:
-            return np.load(io.BytesIO(self.read_bytes(uri)), allow_pickle=False)
-        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError) as error:
-            raise DataError(f"{uri}: not a whole array of numbers ({_line(error)}). Restore the file.") from None
-
-    def find(self, uri: str) -> list[StoredFile]:
-        """Return every file below a folder, sorted by URI; nothing if the folder is not there."""
-        fs, path = self.file_system(uri)
-        fs.invalidate_cache()
-        details = fs.find(path, detail=True)
-        return [StoredFile(_below(uri, path, p), details[p]["size"]) for p in sorted(details)]
-
-    def names(self, uri: str) -> list[str]:
-        """Return the names directly in a folder, those of folders included, in order.
-
-        Nothing if it is not there; an empty name if it is a file.
-        """
-        fs, path = self.file_system(uri)
-        fs.invalidate_cache()
-        try:
-            entries = fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return []
-        root, found = path.rstrip("/"), set()
-        for entry in entries:
-            name = entry["name"].rstrip("/")[len(root) :].lstrip("/")
-            # Tools for object stores mark a folder by an object of its name, without bytes.
-            if name or not (entry["type"] == "directory" or (entry["name"].endswith("/") and not entry["size"])):
-                found.add(name)
-        return sorted(found)
 
     def write_bytes(self, uri: str, data: bytes) -> None:
         """Write a file whole, replacing what was there.
@@ -237,8 +61,8 @@ class Lake:
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            with _told(Path(path).parent, _MORE_ROOM):
-                return _create_local(Path(path), data)
+            with told(Path(path).parent, MORE_ROOM):
+                return create_local(Path(path), data)
         # A server that ignores the condition would let a second writer replace the file of the first.
         fs.invalidate_cache()
         if fs.exists(path):
@@ -271,11 +95,11 @@ class Lake:
         """
         fs, path = self.file_system(uri)
         if isinstance(fs, LocalFileSystem):
-            with _told(Path(path).parent, _MORE_ROOM):
-                yield from _renamed_into(Path(path))
+            with told(Path(path).parent, MORE_ROOM):
+                yield from renamed_into(Path(path))
         else:
             with (
-                _told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
+                told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
                 tempfile.TemporaryDirectory(prefix="raydc-") as folder,
             ):
                 staged = Path(folder) / posixpath.basename(path)
@@ -303,153 +127,23 @@ class Lake:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.read_bytes(stored.uri))
 
+    def check_writable(self, uri: str) -> None:
+        """Return if a local folder is there to write in or can be made; a store tells when it is written to.
+
+        Raises:
+            StageError: a file is in the way, or the rights are missing.
+        """
+        fs, path = self.file_system(uri)
+        if isinstance(fs, LocalFileSystem):
+            check_writable(Path(path))
+
     def remove(self, uri: str) -> None:
         """Remove a file or a folder with all below it, if it is there."""
         fs, path = self.file_system(uri)
         fs.invalidate_cache()
         if fs.exists(path):
-            fs.rm(path, recursive=True)
-
-
-class _WholeFiles(pa.fs.FSSpecHandler):
-    """Local files for pyarrow: one appears when it is closed, and what was there stays after a write that failed.
-
-    Ray Train replaces its list of checkpoints after each of them, and cannot go on from one that was cut off.
-    """
-
-    def open_output_stream(self, path: str, metadata: dict[str, str]) -> pa.NativeFile:
-        """Return a stream whose file is there once it is closed."""
-        return pa.PythonFile(_WholeFile(Path(path)), mode="w")
-
-
-class _WholeFile:
-    """The file below a stream of pyarrow; one that is dropped unclosed is not published."""
-
-    def __init__(self, target: Path) -> None:
-        self._publication = _renamed_into(target)
-        # Unbuffered: pyarrow hands over what it holds in one piece, and nothing is left that a close could still write.
-        self._handle = next(self._publication).open("wb", buffering=0)
-
-    @property
-    def closed(self) -> bool:
-        return self._handle.closed
-
-    def write(self, data: bytes) -> int:
-        rest = memoryview(data)
-        try:
-            while len(rest):
-                rest = rest[self._handle.write(rest) :]
-        except OSError:
-            self._publication.close()
-            raise
-        return len(data)
-
-    def tell(self) -> int:
-        return self._handle.tell()
-
-    def flush(self) -> None:
-        self._handle.flush()
-
-    def close(self) -> None:
-        self._handle.close()
-        # Ended already where a write failed: nothing is published then.
-        next(self._publication, None)
-
-
-def join(uri: str, *names: str) -> str:
-    """Return the URI of a name below a folder."""
-    return "/".join([uri.rstrip("/"), *names])
-
-
-def is_staged(uri: str) -> bool:
-    """Return whether this is a temporary file of `Lake.staged`, left behind by a process that was killed."""
-    return _STAGED.fullmatch(posixpath.basename(uri)) is not None
-
-
-def absolute(uri: str) -> str:
-    """Return `uri` so that it means the same in another process, with one name for each scheme.
-
-    Plain local paths become absolute ones; s3a:// and s3n:// become s3://, gcs:// becomes gs://.
-    """
-    if uri.startswith("file://"):
-        uri = uri.removeprefix("file://")
-    scheme, separator, rest = uri.partition("://")
-    if separator:
-        return f"{_ONE_NAME.get(scheme, scheme)}://{rest}"
-    return os.path.abspath(os.path.expanduser(uri))
-
-
-_ONE_NAME = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
-
-
-def _below(uri: str, root: str, path: str) -> str:
-    """Return the URI of a path at or below `root`, which is the path of `uri`."""
-    inside = path[len(root) :].strip("/")
-    folder = absolute(uri).rstrip("/")
-    return f"{folder}/{inside}" if inside else folder
-
-
-def _with_scheme(uri: str, path: str) -> str:
-    """Return the URI of a path in the file system of `uri`."""
-    scheme, separator, _ = absolute(uri).partition("://")
-    return f"{scheme}://{path.lstrip('/')}" if separator and "://" not in path else absolute(path)
-
-
-def _is_visible(path: str) -> bool:
-    return not any(part.startswith(("_", ".")) for part in path.split("/") if part)
-
-
-def _renamed_into(target: Path) -> Generator[Path, None, None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = _beside(target)
-    try:
-        yield staged
-        _flush(staged)
-        os.replace(staged, target)
-        _flush(target.parent)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _create_local(target: Path, data: bytes) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = _beside(target)
-    try:
-        staged.write_bytes(data)
-        _flush(staged)
-        try:
-            os.link(staged, target)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            try:
-                with target.open("xb") as handle:
-                    handle.write(data)
-            except FileExistsError:
-                return False
-        _flush(target.parent)
-        return True
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _beside(target: Path) -> Path:
-    return target.parent / f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk: a rename may reach it before the contents do."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+            # Stores read brackets in the path as a pattern here, and would remove another folder.
+            fs.rm(path if isinstance(fs, LocalFileSystem) else glob.escape(path), recursive=True)
 
 
 def _uploaded(upload: Callable[[], Any]) -> None:
@@ -461,23 +155,3 @@ def _uploaded(upload: Callable[[], Any]) -> None:
             raise
         # The answer to the end of a multipart upload was lost, and the second request found it ended.
         upload()
-
-
-@contextmanager
-def _told(folder: Path, remedy: str) -> Iterator[None]:
-    """Turn the errors of a full disk and of missing rights into one that names the folder and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise StageError(
-                f"storage {folder}: no space left to write ({masked(str(error))}). {remedy}; then the same command "
-                "continues."
-            ) from error
-        # The block may read elsewhere; only what names this folder is about writing here.
-        if error.errno in _NO_RIGHT and str(folder) in str(error):
-            raise StageError(
-                f"storage {folder}: may not be written ({masked(str(error))}). Give this user the right to write "
-                "there, or use another output."
-            ) from error
-        raise

@@ -60,7 +60,7 @@ class Conflict(Exception):
     """Another writer committed first; the commit may be tried again on what is there now."""
 
 
-class BrokenOff(Exception):
+class AnswerLost(Exception):
     """An answer of the store ended early; nobody knows if the commit is in, and the next try finds out."""
 
 
@@ -102,7 +102,7 @@ def refuse_append(name: str, run_id: str, num_files: int) -> None:
 
 
 def with_retries(name: str, attempt: Callable[[], _Result], *, sleep: Callable[[float], None] = time.sleep) -> _Result:
-    """Return what `attempt` gives, tried again on Conflict and BrokenOff, with growing random pauses.
+    """Return what `attempt` gives, tried again on Conflict and AnswerLost, with growing random pauses.
 
     Args:
         name: of the table, for messages.
@@ -113,14 +113,14 @@ def with_retries(name: str, attempt: Callable[[], _Result], *, sleep: Callable[[
         StageError: the last try of COMMIT_TRIES was a conflict too.
         StorageUnavailable: the last try was broken off too.
     """
-    last: Conflict | BrokenOff
+    last: Conflict | AnswerLost
     for number in range(COMMIT_TRIES):
         try:
             return attempt()
-        except (Conflict, BrokenOff) as error:
+        except (Conflict, AnswerLost) as error:
             last = error
             sleep(random.uniform(0, 0.05 * 2**number))
-    if isinstance(last, BrokenOff):
+    if isinstance(last, AnswerLost):
         raise unavailable(name, str(last)) from last
     raise StageError(
         f"publish: {name} was changed by others during {COMMIT_TRIES} commits in a row: {last}. The same command tries "

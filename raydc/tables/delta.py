@@ -21,7 +21,7 @@ from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
 from raydc.tables.common import (
-    BrokenOff,
+    AnswerLost,
     Conflict,
     LabelFile,
     Registered,
@@ -74,7 +74,7 @@ def commit(config: Config, run: RunDir, root: str, files: Sequence[LabelFile], s
             if _ASKED_AGAIN.search(said):
                 raise unavailable(target.name, said) from error
             if isinstance(error, OSError) or "HTTP error" in said:
-                raise BrokenOff(said) from error
+                raise AnswerLost(said) from error
             raise
 
     return with_retries(target.name, attempt)

@@ -1,8 +1,8 @@
 """The label files as a table: registered in Delta or Iceberg where they lie, without writing one of them again.
 
-A run's files come in one commit. In a table that runs share they stand under the value of the partition column
-`run_id`, which the files do not hold: it lives in the table's metadata, and each run may be replaced whole. A commit
-says what it holds (`content_version`); a second publish of the same files finds that and changes nothing.
+A run's files come in one commit. A table may be shared by runs: then it is partitioned by `run_id`, and each run may be
+replaced whole. The files do not hold that column; the table's metadata do. A commit says what it holds
+(`content_version`), so a second publish of the same files changes nothing.
 """
 
 import importlib.util

@@ -10,7 +10,7 @@ import yaml
 from raydc.cli import main
 from raydc.commands.sweep import parse_numbers
 from raydc.data import json_schema
-from tests.test_pipeline import settings
+from tests.small_job import settings
 
 
 def write_config(digits, folder, **sections):
@@ -52,6 +52,7 @@ def test_a_sweep_writes_its_table_and_figure_and_is_not_done_twice(ray_cluster, 
     assert "sweep: done earlier, skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_comparison_tells_methods_rows_seeds_and_noise(digits, tmp_path, capsys):
     config = write_config(digits, tmp_path, cluster={"num_restarts": 2})
     main(["compare", config, "--seeds", "0,1", "--objectives", "autoencoder,dec", "--rows", "600",
@@ -77,4 +78,4 @@ def test_an_unknown_classical_method_is_refused(digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["compare", write_config(digits, tmp_path), "--classical", "kmaens"])
     assert stop.value.code == 2
-    assert "--classical kmaens: not known. Choose of kmeans," in capsys.readouterr().err
+    assert "--classical kmaens: not known. Choose from kmeans," in capsys.readouterr().err

@@ -59,7 +59,10 @@ def test_an_unknown_section_is_refused_with_the_nearest_one():
 
 def test_an_unknown_key_like_no_other_lists_those_that_exist():
     text = refusal(LEAST | {"assign": {"zzz": 1}})
-    assert text == "assign.zzz: unknown setting. Known keys: block_rows, cpus_per_actor, num_actors, use_gpu."
+    assert (
+        text
+        == "assign.zzz: unknown setting. Known keys: block_rows, cpus_per_actor, num_actors, stall_seconds, use_gpu."
+    )
 
 
 def test_an_unknown_key_of_an_optional_section_is_compared_with_those_of_that_section():
@@ -132,8 +135,10 @@ def test_linkage_metric_and_method_are_checked_together():
 
 def test_a_kernel_target_that_means_no_signal_is_refused():
     two = LEAST | {"cluster": {"num_leaves": 2}}
-    with pytest.raises(ConfigError, match="target_top_q=0.5 must be above 1 / cluster.num_leaves=0.5"):
-        parse_config(two)
+    with pytest.raises(ConfigError, match=r"target_top_q=0.5 must be above 1 / cluster.num_leaves=0.5.*Set it to 0.75"):
+        parse_config(two | {"refine": {"target_top_q": 0.5}})
+    assert parse_config(two).refine.target_top_q == 0.75
+    assert parse_config(LEAST | {"cluster": {"num_leaves": 3}}).refine.target_top_q == 0.5
     assert parse_config(two | {"fit": {"objective": "kmeans"}}).cluster.num_leaves == 2
     assert parse_config(two | {"refine": {"target_top_q": 0.9}}).refine.target_top_q == 0.9
 

@@ -115,6 +115,7 @@ def test_rows_are_preprocessed_alike_in_the_fit_and_later(preprocess):
     [
         ({"x": np.ones(5)}, r"x must be a matrix \(N, D\), got shape \(5,\)"),
         ({"x": np.ones((5, 2), int)}, "x must hold float16, float32 or float64, got torch.int64"),
+        ({"x": np.array([[1.0, 2], [1e20, 0]])}, "rows that cannot be clustered, the first is row 1: too_large"),
         ({"x": np.array([[1.0, 2], [np.nan, 0], [np.inf, 0]])}, "2 rows that are not finite, the first is row 1"),
         ({"num_clusters": 40}, "40 leaves need at least as many rows, there are 30"),
         ({"sample_weight": np.ones(3)}, r"sample_weight must have shape \(30,\), got \(3,\)"),

@@ -1,11 +1,16 @@
 """The JSON schemas in docs/: made from the types of the documents, and strict about keys."""
 
+import dataclasses
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from raydc.data import json_schema
+from raydc.core.metrics.choose_k import Recommendation, Vote
+from raydc.core.metrics.verdict import Criterion
+from raydc.core.tree.levels import LevelStatistics
+from raydc.data import json_schema, metrics, records
+from raydc.data.slices import Column, InputSpec, Slice
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -23,6 +28,22 @@ def test_every_schema_in_docs_has_its_type():
 @pytest.mark.parametrize("name", json_schema.DOCUMENTS)
 def test_the_schemas_are_valid_ones(name):
     jsonschema.Draft202012Validator.check_schema(json_schema.schema(name))
+
+
+@pytest.mark.parametrize(
+    ("record", "made_from"),
+    [
+        (records.SpecRecord, InputSpec),
+        (records.ColumnRecord, Column),
+        (records.SliceRecord, Slice),
+        (records.LevelRecord, LevelStatistics),
+        (records.RecommendationRecord, Recommendation),
+        (records.VoteRecord, Vote),
+        (metrics.CriterionRecord, Criterion),
+    ],
+)
+def test_a_record_that_is_made_from_a_dataclass_has_its_fields(record, made_from):
+    assert set(record.__annotations__) == {field.name for field in dataclasses.fields(made_from)}
 
 
 def test_a_key_that_no_type_has_is_refused():

@@ -1,5 +1,6 @@
 """A whole job with an objective that learns from neighbors, on scikit-learn's digits."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.fault_rig import prune
 from raydc import pipeline
 from raydc.commands.assign import label_new_rows
 from raydc.commands.show import lines
@@ -27,6 +29,8 @@ def settings(path, output, objective="icon", **fit):
             "refine": {"num_epochs": 20, "batch_rows": 128},
             "head": {"learning_rate": 1e-2},
             "merge": {"levels": [3]},
+            "assign": {"num_actors": 1},
+            "evaluate": {"map_rows": 200},
         }
     )
 
@@ -73,7 +77,10 @@ def test_new_rows_are_labeled_by_the_head(finished, digits, tmp_path):
     )
 
 
-def test_a_shard_that_does_not_fit_is_refused(ray_cluster, digits, tmp_path):
+def test_a_shard_that_does_not_fit_is_refused(finished, digits, tmp_path):
+    # Profile and neighbors are those of the finished run.
+    shutil.copytree(finished.root, tmp_path / "streamed")
+    prune(tmp_path / "streamed", "fit")
     with pytest.raises(StageError, match="temi meets each row with its neighbors and needs the rows resident"):
         pipeline.run(settings(digits, tmp_path, "temi", resident_bytes=1000), "streamed")
 

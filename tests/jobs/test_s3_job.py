@@ -19,32 +19,21 @@ from deltalake import DeltaTable
 
 from raydc import pipeline
 from raydc.cli import main
-from raydc.config import parse_config
 from raydc.model import Model
 from raydc.storage.lake import Lake
 from raydc.tables import delta as tables_delta
 from raydc.tables import iceberg as tables_iceberg
 from tests.faulty_s3 import FaultyS3
+from tests.small_job import settings
 
 pytestmark = pytest.mark.s3
-
-SMALL = {
-    "preprocess": {"method": "scale"},
-    "autoencoder": {"hidden_dims": [32], "latent_dim": 5},
-    "pretrain": {"num_epochs": 2, "batch_rows": 128},
-    "cluster": {"num_leaves": 10, "num_restarts": 2, "num_iterations": 5},
-    "fit": {"objective": "dec", "precision": "float32"},
-    "refine": {"num_epochs": 1, "batch_rows": 128},
-    "merge": {"levels": [3]},
-    "evaluate": {"map_rows": 100},
-}
 
 COLUMNS = ["id", "leaf"]
 
 
 def job(path: str, output: str, publish: dict | None = None, **storage):
-    source = {"path": path, "label_column": "label"}
-    return parse_config({**SMALL, "input": source, "output": output, "storage": storage, "publish": publish or {}})
+    # Some checkpoints are enough to meet faults.
+    return settings(path, output, storage=storage, publish=publish or {}, fit={"checkpoint_epochs": 5})
 
 
 def tables_of_labels(catalog: Path, warehouse: str) -> dict:
@@ -55,7 +44,7 @@ def tables_of_labels(catalog: Path, warehouse: str) -> dict:
 
 def check_tables(config, run, rows: int) -> None:
     """Compare both tables with the label files, as DuckDB reads them."""
-    leaves = rows_of(labels_of(run).values())
+    leaves = rows_of(labels_of(run))
     assert len(leaves) == rows
     table = DeltaTable(run.uri("labels"), storage_options=tables_delta.storage_options(config.storage))
     # The files by our own door: rclone answers a range that is the whole file with 200, which Polars refuses.
@@ -68,16 +57,16 @@ def check_tables(config, run, rows: int) -> None:
     assert [t["format"] for t in told] == ["delta", "iceberg"]
 
 
-def rows_of(tables) -> list[tuple[int, int]]:
+def rows_of(files: dict[str, bytes]) -> list[tuple[int, int]]:
     """Return id and leaf of all rows, by id."""
+    tables = [pq.read_table(pa.BufferReader(body)) for body in files.values()]
     return sorted(pair for t in tables for pair in zip(*(t[name].to_pylist() for name in COLUMNS)))
 
 
-@pytest.fixture(scope="module")
-def local_labels(ray_cluster, digits, tmp_path_factory):
-    """The label files of the same job on local folders, by name."""
-    run = pipeline.run(job(str(digits), str(tmp_path_factory.mktemp("runs"))), "local")
-    return {path.name: pq.read_table(path) for path in Path(run.uri("labels")).glob("*.parquet")}
+@pytest.fixture
+def local_labels(on_one_worker):
+    """The label files of the same job, with the same seed, on local folders: their bytes, by name."""
+    return {path.name: path.read_bytes() for path in Path(on_one_worker.uri("labels")).glob("*.parquet")}
 
 
 @pytest.fixture
@@ -108,13 +97,10 @@ def rclone(tmp_path):
         server.wait()
 
 
-def labels_of(run) -> dict:
-    found = {}
+def labels_of(run) -> dict[str, bytes]:
     # The log of the Delta table lies beside them.
-    for stored in run.lake.list_parquet(run.uri("labels")):
-        with run.lake.open_parquet(stored.uri) as handle:
-            found[stored.uri.rpartition("/")[2]] = pq.read_table(handle)
-    return found
+    stored = run.lake.list_parquet(run.uri("labels"))
+    return {file.uri.rpartition("/")[2]: run.lake.read_bytes(file.uri) for file in stored}
 
 
 def test_a_server_that_fails_now_and_then_changes_no_label_and_learns_no_secret_away(
@@ -132,14 +118,13 @@ def test_a_server_that_fails_now_and_then_changes_no_label_and_learns_no_secret_
             print(f" {len(faulty.seen)} requests, faults {dict(faulty.faults)} ", end="")
         assert sum(faulty.faults.values()) > 20
         assert len(faulty.faults) >= 5
-        assert labels_of(run).keys() == local_labels.keys()
-        assert all(table.equals(local_labels[name]) for name, table in labels_of(run).items())
+        assert labels_of(run) == local_labels
         assert run.lake.read_json(run.uri("_MANIFEST.json"))["rows"]["labels"] == 1797
         check_tables(config, run, 1797)
         # Polars takes the number of retries in a form of its own.
         options = {k: v for k, v in tables_delta.storage_options(config.storage).items() if k.startswith("AWS_")}
         frame = pl.read_delta(run.uri("labels"), storage_options=options).select(COLUMNS)
-        assert sorted(frame.rows()) == rows_of(local_labels.values())
+        assert sorted(frame.rows()) == rows_of(local_labels)
 
         where = ["--set", f"storage.endpoint_url={faulty.url}", "--set", "storage.region=us-east-1"]
         main(["show", run.root, *where])
@@ -169,12 +154,11 @@ def test_another_server_gives_the_labels_of_a_local_run(
     publish = tables_of_labels(tmp_path / "catalog.db", "s3://bucket/warehouse")
     config = job("s3a://bucket/digits", "s3a://bucket/runs", publish, endpoint_url=endpoint, region="us-east-1")
     run = pipeline.run(config, "other")
-    found = labels_of(run)
-    assert found.keys() == local_labels.keys()
-    assert all(table.equals(local_labels[name]) for name, table in found.items())
+    assert labels_of(run) == local_labels
     check_tables(config, run, 1797)
     # The model is loaded from there, and gives the labels that the job wrote.
-    for name, table in found.items():
+    for name, body in local_labels.items():
+        table = pq.read_table(pa.BufferReader(body))
         x = pq.read_table(digits / name)["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, 64)
         np.testing.assert_array_equal(Model.load(run.root, run.lake).predict(x).leaf, table["leaf"].to_numpy())
     # What the server has is what lies in its folder.

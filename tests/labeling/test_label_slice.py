@@ -13,18 +13,22 @@ import torch
 
 from raydc.core.metrics import scores
 from raydc.core.metrics.partition_stats import Tally
+from raydc.data.columns import class_names
+from raydc.data.sample import profile_input
 from raydc.data.schema import labels_schema, rejects_schema
-from raydc.data.slices import Column, InputSpec, Slice, class_names
+from raydc.data.slices import Column, InputSpec, Slice
 from raydc.data.statistics import Statistics, nearest_rows
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling, label_slice
 from raydc.runfolder import artifacts
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 from tests import shards
+from tests.data.test_shapes import IDS
 from tests.data.test_slices import damage_page
 
-SPEC = InputSpec((Column("embedding", 2, "float32"),), "id", "int64", on_bad_rows="quarantine")
+SPEC = InputSpec(
+    columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64", on_bad_rows="quarantine"
+)
 
 
 def job(output: Path, **changes: Any) -> Labeling:
@@ -387,3 +391,20 @@ def test_ids_may_be_dictionary_encoded_strings(tmp_path):
     table = written(tmp_path / "out")
     assert table.schema.field("id").type == pa.string()
     assert table["id"].to_pylist() == ids.to_pylist()
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_labels_are_joined_back_to_the_input_by_ids_of_any_type(tmp_path, kind):
+    duckdb = pytest.importorskip("duckdb")
+    x, leaf = shards.near_corners(6)
+    x[4, 0] = np.nan
+    shards.write(tmp_path / "in" / "a.parquet", shards.rows(x, id=IDS[kind], corner=leaf))
+    spec = dataclasses.replace(SPEC, id_type=kind)
+    total = shards.label_all(job(tmp_path / "out", spec=spec), slices(tmp_path / "in"))
+    assert written(tmp_path / "out")["id"].to_pylist() == [i for n, i in enumerate(IDS[kind].to_pylist()) if n != 4]
+    assert written(tmp_path / "out", "rejects")["id"].to_pylist() == [IDS[kind][4].as_py()]
+    assert total.exemplars.schema.field("id").type in (pa.int64(), pa.string())
+    joined = duckdb.sql(
+        f"SELECT corner, leaf FROM '{tmp_path}/in/*.parquet' JOIN '{tmp_path}/out/labels/*.parquet' USING (id)"
+    ).fetchall()
+    assert sorted(joined) == sorted((c, c) for n, c in enumerate(leaf.tolist()) if n != 4)

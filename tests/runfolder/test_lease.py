@@ -125,10 +125,16 @@ def test_a_silent_driver_of_another_machine_is_followed_after_stale_seconds_and_
         assert second.fence.generation == 2
 
 
-def test_clocks_that_disagree_decide_nothing(tmp_path, monkeypatch):
-    with take(tmp_path):
-        # The driver's clock stands years before ours, in the object and in the file's own time.
-        monkeypatch.setattr(lease, "_utc", lambda: "1999-01-01T00:00:00Z")
+def test_clocks_that_disagree_decide_nothing(tmp_path):
+    class YearsBefore(Lake):
+        """The driver's clock stands years before ours, in the object and in the file's own time."""
+
+        def write_json(self, uri, value):
+            assert "time" in value
+            super().write_json(uri, value | {"time": "1999-01-01T00:00:00Z"})
+            os.utime(uri, (0, 0))
+
+    with take(tmp_path, lake=YearsBefore()):
         for path in (tmp_path / "lease").iterdir():
             os.utime(path, (0, 0))
         with pytest.raises(StageError, match="which is alive"):

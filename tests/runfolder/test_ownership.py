@@ -160,7 +160,7 @@ def test_a_folder_of_an_earlier_version_goes_on(kind, rows, model, tmp_path, no_
 
 def _sweep_marker(config, rows) -> dict:
     from raydc.config import digest, dump
-    from raydc.stages.profile import profile_input
+    from raydc.data.sample import profile_input
 
     settings = config.settings("fit") | {
         "sweep": dump(config.sweep) | {"k": [2, 3]},

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import pytest
 import ray
 
 from raydc.core.tree.cells import CellState
-from raydc.data.slices import all_rejected
+from raydc.data.reader import all_rejected
+from raydc.data.sample import profile_input
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling
 from raydc.runfolder import artifacts
@@ -25,7 +27,6 @@ from raydc.runtime.session import node_is_gone
 from raydc.stages import merge, neighbors
 from raydc.stages import profile as profiling
 from raydc.stages.assign import label_all
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake, join
 from tests import shards
 from tests.stages.test_neighbors import a_run
@@ -77,7 +78,7 @@ def test_a_slice_that_kills_its_process_each_time_is_named_and_stays_counted(job
     assert "raise ray.max_attempts=2" in str(caught.value) and "input.on_bad_files=quarantine" in str(caught.value)
     assert job.kills() == 2
     deaths = [r.message for r in caplog.records if "its process died" in r.message]
-    assert deaths == [f"assign: {POISON}: its process died, {n} times by now, and nothing says why" for n in (1, 2)]
+    assert deaths == [f"assign: {POISON}: its process died without a word ({n} by now)" for n in (1, 2)]
     # Another driver goes on counting.
     with pytest.raises(DataError, match="killed its process 2 times"):
         job.label(99)
@@ -114,6 +115,62 @@ def test_the_ids_of_a_rejected_slice_are_kept_where_they_can_be_read(job):
     total = job.label(2, "quarantine")
     assert (total.labels, total.rejects) == (100, 50)
     assert pq.read_table(job.out / "rejects" / POISON)["id"].to_pylist() == list(range(50, 100))
+
+
+@pytest.mark.slow
+def test_an_actor_that_hangs_is_seen_and_replaced(ray_cluster, tmp_path, caplog):
+    for number in range(3):
+        x, _ = shards.near_corners(50, seed=number)
+        shards.write(tmp_path / "in" / f"part-{number}.parquet", shards.rows(x, 50 * number))
+    driver, hung = os.getpid(), tmp_path / "hung"
+    hung.mkdir()
+
+    class HangingLake(Lake):
+        def open_parquet(self, uri):
+            if os.getpid() != driver and uri.endswith(("0.parquet", "1.parquet")):
+                try:
+                    (hung / Path(uri).name).touch(exist_ok=False)
+                except FileExistsError:
+                    return super().open_parquet(uri)
+                # One process stands still as a whole, of the other one the reader alone.
+                os.kill(os.getpid(), signal.SIGSTOP) if uri.endswith("0.parquet") else time.sleep(3600)
+            return super().open_parquet(uri)
+
+    config = shards.settings(tmp_path / "in", assign={"num_actors": 2, "stall_seconds": 8})
+    profile = profile_input(config, Lake())
+
+    def load() -> Labeling:
+        return Labeling(HangingLake(), str(tmp_path / "out"), profile.spec, shards.corner_model())
+
+    started = time.monotonic()
+    with (
+        caplog.at_level(logging.WARNING),
+        bounded("assign", config, Lake(), str(tmp_path), stall_seconds=config.assign.stall_seconds) as bound,
+    ):
+        total = label_all(config, load, profile.slices, 3, bound)
+    assert (total.rows, total.labels) == (150, 150)
+    assert time.monotonic() - started < 300
+    for name in ("part-0.parquet", "part-1.parquet"):
+        assert f"assign: {name}: no progress for 8 s; its process is replaced" in caplog.text
+    assert "part-2.parquet" not in caplog.text
+
+
+def test_an_actor_hangs_once_its_progress_stops_for_longer_than_the_bound():
+    ledger = Ledger({}, lambda node: False)
+    ledger.begin("a", "a", "worker 1", "here", now=0.0, actor="actor 1")
+    ledger.begin("b", "b", "worker 2", "here", now=0.0)
+    assert ledger.hung(10.0, 10.0) == []
+    ledger.progressed("a", 5.0)
+    assert ledger.hung(15.0, 10.0) == []
+    assert ledger.hung(16.0, 10.0) == [("a", "actor 1")]
+    # It gets as long again to die.
+    assert ledger.hung(20.0, 10.0) == [] and ledger.hung(27.0, 10.0) == [("a", "actor 1")]
+    # Its process has died by itself, and loads the model again.
+    ledger.begin("a.model", "a.model", "worker 3", "here", now=28.0, actor="actor 1")
+    assert ledger.hung(38.0, 10.0) == []
+    assert ledger.hung(39.0, 10.0) == [("a.model", "actor 1")]
+    ledger.done("a.model", "worker 3")
+    assert ledger.hung(99.0, 10.0) == []
 
 
 def test_a_slice_that_kills_the_readers_of_a_fit_is_named_or_not_trained_on(ray_cluster, tmp_path):
@@ -204,7 +261,7 @@ def test_a_death_is_charged_to_the_piece_that_the_process_was_at():
     # The same task goes on to another piece, and its process dies there.
     assert ledger.begin("c", "task 1", "worker 1", "here") == (Attempts(), None)
     lost, line = ledger.begin("a", "task 1", "worker 3", "here")
-    assert lost == Attempts() and line is not None and line.startswith("c: its process died, 1 times")
+    assert lost == Attempts() and line is not None and line == "c: its process died without a word (1 by now)"
     assert ledger.begin("c", "task 1", "worker 3", "here") == (Attempts(deaths=1), None)
     # What is done is not charged when Ray makes its output again.
     assert ledger.begin("b", "task 2", "worker 4", "here") == (Attempts(), None)

@@ -12,7 +12,7 @@ from tests import shards
 
 
 def profile(num_rows: int = 1000, dim: int = 8, dtype: str = "float32") -> Profile:
-    spec = InputSpec((Column("embedding", dim, dtype),), "id", "int64")
+    spec = InputSpec(columns=(Column("embedding", dim, dtype),), id_column="id", id_type="int64")
     half = num_rows // 2
     parts = [
         Slice(i, f"{i}.parquet", f"/in/{i}.parquet", (0,), 0, i * half, half, half * dim * spec.dtype.itemsize)

@@ -1,5 +1,6 @@
 """Joining a cluster, and leaving it once."""
 
+import os
 import threading
 
 import pytest
@@ -12,13 +13,15 @@ from raydc.runtime import session
 @pytest.fixture
 def happened(monkeypatch):
     """What is done, in its order, with Ray itself left out."""
-    done = []
+    done, before = [], dict(os.environ)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(session, "_start_local", lambda config: done.append("joined"))
-    monkeypatch.setattr(session, "_quiet_data", lambda: None)
+    monkeypatch.setattr(session.ray, "init", lambda **_: done.append("joined"))
     monkeypatch.setattr(session.ray, "shutdown", lambda: done.append("left"))
-    return done
+    yield done
+    # A local cluster is started with settings in the environment.
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

@@ -25,4 +25,7 @@ def test_an_epoch_is_one_line():
     line = progress_line(entry | {"loss": 0.5, "changed": 0.25})
     assert line == "refine   epoch 2/4  loss 0.50000  changed 25.00 %  1,234 rows/s  at most 4 s left"
     assert progress_line(entry | {"num_leaves": 7}).startswith("K = 7: refine   epoch 2/4")
+    kmeans = {"phase": "kmeans", "moves": 3, "iterations": 5, "inertia": 12.5, "alpha": 1.0, "scale": 2.0}
+    line = progress_line(kmeans | {"top_q": 0.5, "target_top_q": 0.5})
+    assert line == "k-means      3 moves, 5 iterations, inertia 12.5; kernel alpha 1, scale 2, mean top q 0.50"
     assert progress_line({"phase": "sweep", "k": 5, "seconds": 1.25}) == "K = 5: done in 1.2 s"

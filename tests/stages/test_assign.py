@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from raydc.data.sample import profile_input
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling
 from raydc.runtime import session
@@ -16,7 +17,6 @@ from raydc.runtime.attempts import Bound
 from raydc.runtime.board import watched
 from raydc.stages import assign
 from raydc.stages.assign import label_all
-from raydc.stages.profile import profile_input
 from raydc.storage.lake import Lake
 from tests import shards
 
@@ -36,8 +36,8 @@ def test_no_reader_outlives_a_labeling_that_fails(ray_cluster, tmp_path):
     def load() -> Labeling:
         return shards.corner_labeling(Lake(), str(tmp_path / "out"), profile.spec)
 
-    # Slices enough for more than a minute are left when the error comes.
-    slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(3), tell=lambda line: None)
+    # Slices enough for twenty seconds are left when the error comes.
+    slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(1), tell=lambda line: None)
     with (
         watched("assign") as board,
         pytest.raises(DataError, match=r"part-01\.parquet") as caught,

@@ -197,3 +197,24 @@ def test_the_summary_follows_a_run_from_start_to_end(tmp_path):
     assert "warning: 1 rows were quarantined in rejects/" in text
     publish.run(config, run)
     assert show.lines(run)[0] == "run         r1, published"
+
+
+def test_what_is_odd_in_the_input_stands_among_the_warnings(tmp_path):
+    fill(tmp_path / "in")
+    (tmp_path / "in" / "notes.csv").touch()
+    # A corner of its own is left to one row, and a damaged file is left out.
+    for path in sorted((tmp_path / "in").glob("part-[01].parquet")):
+        table = pq.read_table(path)
+        keep = pc.invert(pc.equal(table["label"], "corner 3"))
+        pq.write_table(table.filter(keep), path)
+    lone = shards.rows(np.array([[10.0, 10.0]], np.float32), first_id=1000, label=["corner 3"])
+    shards.write(tmp_path / "in" / "part-3.parquet", lone)
+    shards.write(tmp_path / "in" / "part-4.parquet", shards.rows(pa.array([["x"]]), first_id=2000, label=["y"]))
+    (tmp_path / "in" / "part-5.parquet").write_bytes(b"damaged")
+    config, run = labeled_run(tmp_path, input={"on_bad_files": "quarantine"})
+    evaluate.run(config, run)
+    passed, single, left_out = run.lake.read_json(run.uri("metrics.json"))["warnings"]
+    assert passed.startswith("passed over 1 entry: 1 *.csv (such as ")
+    assert single.startswith("1 of 4 leaves hold a single row: outliers, or more leaves than the rows fill.")
+    assert left_out == "2 input files (1 rows, those of 1 unknown) were left out (input.on_bad_files=quarantine)"
+    assert f"warning: {single}" in show.lines(run)

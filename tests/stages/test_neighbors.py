@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydc.core.search.knn import Neighbors, Shard, prepare, search
+from raydc.data.sample import profile_input
 from raydc.errors import DataError, StageError
 from raydc.runfolder.folder import RunDir
 from raydc.stages import neighbors
-from raydc.stages import profile as profiling
 from raydc.storage.lake import Lake
 from tests import shards
 
@@ -33,7 +33,7 @@ def a_run(folder, *, num_rows=240, bad=None, **sections):
     run = RunDir(Lake(), str(folder / "runs"), "r1")
     # Profile's sample would find the bad row itself; this stage must as well, where the sample has missed it.
     quarantine = config.input.model_copy(update={"on_bad_rows": "quarantine"})
-    profile = profiling.profile_input(config.model_copy(update={"input": quarantine}), run.lake)
+    profile = profile_input(config.model_copy(update={"input": quarantine}), run.lake)
     body = profile.to_json()
     body["spec"]["on_bad_rows"] = config.input.on_bad_rows
     run.lake.write_json(run.uri("profile.json"), body)

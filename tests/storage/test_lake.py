@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers
+from raydc.data.footers import read_footers
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.errors import DataError
 from raydc.model import Model
 from raydc.storage.lake import Lake, absolute, is_staged, join
@@ -280,7 +281,9 @@ def test_slices_are_labeled_from_s3_to_s3(bucket, tmp_path):
     slices = plan_slices(read_footers(lake, lake.list_parquet(f"{bucket}/in")), slice_bytes=500)
     assert len(slices) > 3
     shards.corner_model().save(lake, f"{bucket}/run/model")
-    spec = InputSpec((Column("embedding", 2, "float32"),), "id", "int64", "label")
+    spec = InputSpec(
+        columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64", label_column="label"
+    )
     model = Model.load(f"{bucket}/run", lake)
     job = shards.corner_labeling(lake, f"{bucket}/run", spec, model=model, block_rows=16)
     total = shards.label_all(job, slices)

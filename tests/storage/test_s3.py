@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers, read_slice
+from raydc.data.footers import read_footers
+from raydc.data.reader import read_slice
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.errors import DataError, StageError, StorageUnavailable
 from raydc.storage import s3
 from raydc.storage.lake import Lake
@@ -234,23 +236,15 @@ def test_a_large_file_goes_up_in_parts_and_only_whole(faulty, lake, bucket, tmp_
     assert not s3_client.list_multipart_uploads(Bucket=name).get("Uploads")
 
 
-def test_objects_that_could_not_be_removed_are_asked_for_again_or_told(lake, bucket, monkeypatch):
-    from s3fs import S3FileSystem
-
+def test_objects_that_could_not_be_removed_are_asked_for_again_or_told(lake, faulty, bucket):
     lake.write_bytes(f"{bucket}/d/a", b"1")
-    answers = [[{"Key": "d/a", "Code": "SlowDown", "Message": "m"}], []]
-    plain = S3FileSystem._call_s3
-
-    async def call(self, method, *args, **kwargs):
-        found = await plain(self, method, *args, **kwargs)
-        return found | {"Errors": answers.pop(0)} if method == "delete_objects" else found
-
-    monkeypatch.setattr(S3FileSystem, "_call_s3", call)
+    faulty.burst("kept", requests=1, methods=("POST",), part="?delete")
     lake.remove(f"{bucket}/d")
-    assert answers == []
+    assert faulty.faults == {"kept": 1}
+    assert not lake.exists(f"{bucket}/d/a")
     lake.write_bytes(f"{bucket}/d/a", b"1")
-    answers = [[{"Key": "d/a", "Code": "AccessDenied", "Message": "m"}]]
-    with pytest.raises(StageError, match="delete_objects: m .AccessDenied"):
+    faulty.burst("kept_denied", requests=1, methods=("POST",), part="?delete")
+    with pytest.raises(StageError, match="delete_objects: it is still there .AccessDenied"):
         lake.remove(f"{bucket}/d")
 
 
@@ -291,7 +285,9 @@ def test_slices_are_read_whole_through_a_faulty_store(faulty, lake, bucket):
     with lake.staged(f"{bucket}/in/a.parquet") as path:
         pq.write_table(shards.rows(shards.vectors(4000, dim=64)), path, row_group_size=500)
     faulty.share, faulty.most_in_a_row = 0.3, 2
-    spec = InputSpec((Column("embedding", 64, "float32"),), "id", "int64", on_bad_files="quarantine")
+    spec = InputSpec(
+        columns=(Column("embedding", 64, "float32"),), id_column="id", id_type="int64", on_bad_files="quarantine"
+    )
     (part,) = plan_slices(read_footers(lake, lake.list_parquet(f"{bucket}/in")), 2**30)
     batches = list(read_slice(lake, part, spec))
     assert sum(len(b.keys) for b in batches) == 4000
@@ -300,7 +296,9 @@ def test_slices_are_read_whole_through_a_faulty_store(faulty, lake, bucket):
 
 def test_an_outage_never_counts_as_a_bad_file(faulty, lake, bucket):
     fill(lake, bucket)
-    spec = InputSpec((Column("embedding", 4, "float32"),), "id", "int64", on_bad_files="quarantine")
+    spec = InputSpec(
+        columns=(Column("embedding", 4, "float32"),), id_column="id", id_type="int64", on_bad_files="quarantine"
+    )
     files = lake.list_parquet(f"{bucket}/in")
     (part,) = plan_slices(read_footers(lake, files), 2**30)
     faulty.burst("slow_down")

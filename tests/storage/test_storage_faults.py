@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from raydc.data.slices import Column, InputSpec, plan_slices, read_footers
+from raydc.data.footers import read_footers
+from raydc.data.slices import Column, InputSpec, plan_slices
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling, label_slice
@@ -100,7 +101,7 @@ def tiny(tmp_path):
 def labeling(folder, output) -> tuple[Labeling, list]:
     x, _ = shards.near_corners(60_000)
     shards.write(folder / "a.parquet", shards.rows(x))
-    spec = InputSpec((Column("embedding", 2, "float32"),), "id", "int64")
+    spec = InputSpec(columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64")
     slices = plan_slices(read_footers(Lake(), Lake().list_parquet(str(folder))), 2**30)
     return shards.corner_labeling(Lake(), str(output), spec), slices
 
@@ -194,6 +195,8 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(ray_cluster
             "cluster": {"num_leaves": 10, "num_restarts": 2},
             "fit": {"objective": "autoencoder", "precision": "float32", "max_failures": 0},
             "merge": {"levels": [3]},
+            "assign": {"num_actors": 1},
+            "evaluate": {"map_rows": 100},
         }
     )
     # Of a worker, which writes its checkpoint, and Ray Train's controller, which notes the one before, either may be

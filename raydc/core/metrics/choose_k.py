@@ -20,8 +20,9 @@ from torch import Tensor
 from raydc.core.hashing import stream_seed, uniform
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.metrics.scores import counted, external
-from raydc.core.search.kmeans import start
+from raydc.core.search.choices import Start
 from raydc.core.search.nearest import nearest
+from raydc.core.search.starts import sample_kmeans
 
 STABILITY_MARGIN = 0.05
 """A stability that is below the best by less than this, or by less than its standard error, counts as the best."""
@@ -91,7 +92,9 @@ def generalizability(train: Loss, held_out: Loss) -> tuple[float, float] | None:
     return ratio, float(ratio * relative)
 
 
-def stability(code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int) -> tuple[float, float]:
+def stability(
+    code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int, how: Start = "auto"
+) -> tuple[float, float]:
     """Return how far k-means on two random halves of the rows agrees on all of them: mean ARI, and its standard error.
 
     Args:
@@ -99,6 +102,7 @@ def stability(code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int) 
         num_leaves: K; each half needs as many rows.
         num_repeats: divisions into halves.
         seed: of the divisions and the starts.
+        how: where k-means starts; see `raydc.core.search.starts.first_centers`.
 
     Raises:
         ValueError: a half has fewer rows than leaves.
@@ -112,7 +116,7 @@ def stability(code_NL: Tensor, num_leaves: int, *, num_repeats: int, seed: int) 
         leaves = []
         for part, rows in enumerate((code_NL[half], code_NL[~half])):
             first = stream_seed(seed, 2, repeat, part) % 2**31
-            centers = start(rows.contiguous(), num_leaves, num_restarts=_RESTARTS, seed=first)
+            centers = sample_kmeans(rows.contiguous(), num_leaves, how=how, num_restarts=_RESTARTS, seed=first)
             leaves.append(nearest(code_NL, centers)[0][:, 0].numpy())
         scores.append(external(counted(*leaves))["ari"])
     error = float(np.std(scores, ddof=1) / np.sqrt(num_repeats)) if num_repeats > 1 else 0.0

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from raydc.core.row_guard import RowGuard
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -106,6 +108,17 @@ class Preprocess:
         if any(weight != 1.0 for _, _, weight in self.blocks):
             x = torch.cat([x[:, a:b] * weight for a, b, weight in self.blocks], dim=1)
         return x
+
+    def guard(self, dim: int) -> RowGuard:
+        """Return what a raw row of `dim` numbers must be, so that float32 holds its distances after the map."""
+        blocks = list(self.blocks) or [(0, dim, 1.0)]
+        places = tuple((a, b) for a, b, _ in blocks)
+        if self.method == "l2":
+            return RowGuard(places, by_norm=True)
+        weights = np.concatenate([np.full(b - a, weight) for a, b, weight in blocks])
+        factor = weights if self.scale_D is None else weights * self.scale_D.double().cpu().numpy()
+        offset = () if self.mean_D is None else tuple(self.mean_D.double().tolist())
+        return RowGuard(places, False, tuple((factor[:1] if (factor == factor[0]).all() else factor).tolist()), offset)
 
     def _on(self, device: torch.device) -> "Preprocess":
         if device.type == "cpu":

@@ -18,7 +18,7 @@ class Teacher:
     """Float32 and frozen; None: the preprocessed rows themselves."""
 
     decoder: nn.Module | None
-    """Decoder of the teacher's autoencoder; None where it has none that reconstructs rows."""
+    """The decoder of the teacher's autoencoder; None where it has none that reconstructs rows."""
 
     centers_ML: Tensor
     """(M, L) centers of its leaves."""

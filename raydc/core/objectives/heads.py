@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raydc.core.hashing import hash_keys, stream_seed
 from raydc.core.models.head import Head, HeadPredictor, calibrated_temperature
 from raydc.core.objectives.objective import Minibatch, Objective, ObjectiveInputs, weighted_mean
-from raydc.core.search.kmeans import start as kmeans_start
+from raydc.core.search.starts import sample_kmeans
 
 _RANDOM_TEMPERATURE = 0.1
 """Temperature of a head that starts at random, as in TEMI."""
@@ -51,6 +51,7 @@ class Heads(Objective):
         plan = inputs.settings.head
         num_leaves = len(inputs.centers_KL)
         self.plan, self.kernel, self.seed = plan, inputs.kernel, inputs.settings.seed
+        self._cluster = inputs.settings.cluster
         self._target_top_p = inputs.settings.refine.target_top_q
         self.heads = nn.ModuleList(Head(inputs.dim, plan.hidden_dims, num_leaves) for _ in range(num_heads))
         self.last_best = Head(inputs.dim, plan.hidden_dims, num_leaves).requires_grad_(False)
@@ -82,10 +83,15 @@ class Heads(Objective):
                 continue
             centers = self.centers
             if number:
-                weights = None if weights_N is None else weights_N.cpu()
-                centers = kmeans_start(sample_NL.cpu(), len(centers), num_restarts=1, seed=seed, weights_N=weights).to(
-                    centers.device
+                other = sample_kmeans(
+                    sample_NL.cpu(),
+                    len(centers),
+                    seed=seed,
+                    how=self._cluster.start,
+                    moves=self._cluster.moves,
+                    weights_N=None if weights_N is None else weights_N.cpu(),
                 )
+                centers = other.to(centers.device)
             head.start_at_centers(mean, 1.0, centers)
             if self.plan.temperature == "auto":
                 temperature = calibrated_temperature(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -72,9 +73,24 @@ class LeafSums:
         return (self.sse_K - self.weights_K * moved).clamp_min(0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MoveRound:
+    """One round of merge-and-split moves."""
+
+    num_moves: int
+    before: float
+    """SSE before it."""
+
+    after: float
+    """SSE after it and two of Lloyd's iterations."""
+
+    kept: bool
+    """Whether the SSE fell; else the moves were undone."""
+
+
 @dataclass(frozen=True)
 class KMeans:
-    """Result of Lloyd's iterations."""
+    """Result of Lloyd's iterations, and of the moves before them."""
 
     centers_KD: Tensor
     """(K, D) float32."""
@@ -86,9 +102,19 @@ class KMeans:
     num_reseeded: int
     """Empty leaves that were given new centers on the way."""
 
+    rounds: tuple[MoveRound, ...] = ()
+    """Rounds of merge-and-split moves, where some were tried."""
+
 
 def start(
-    sample_ND: Tensor, num_leaves: int, *, num_restarts: int, seed: int, weights_N: Tensor | None = None
+    sample_ND: Tensor,
+    num_leaves: int,
+    *,
+    num_restarts: int,
+    seed: int,
+    weights_N: Tensor | None = None,
+    num_iterations: int = _FAISS_ITERATIONS,
+    init: Literal["random", "afk_mc2"] = "afk_mc2",
 ) -> Tensor:
     """Return the (K, D) float32 centers of the best of several FAISS k-means runs on a sample.
 
@@ -100,32 +126,28 @@ def start(
         num_restarts: runs, each with its own seed.
         seed: of the first run.
         weights_N: (N,) float32 row weights; None for 1 each.
+        num_iterations: of each run.
+        init: see `faiss_kmeans`.
 
     Raises:
         ValueError: fewer rows than leaves.
     """
-    n, dim = sample_ND.shape
-    if n < num_leaves:
-        raise ValueError(f"{num_leaves} leaves need at least as many rows, the sample has {n}")
+    if len(sample_ND) < num_leaves:
+        raise ValueError(f"{num_leaves} leaves need at least as many rows, the sample has {len(sample_ND)}")
     shift = _offset(sample_ND)
-    rows = np.ascontiguousarray((sample_ND if shift is None else sample_ND - shift).numpy(), np.float32)
-    weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N.numpy()
+    rows = sample_ND if shift is None else sample_ND - shift
+    weights = None if weights_N is None or bool((weights_N == 1.0).all()) else weights_N
     best, least = None, math.inf
     for restart in range(num_restarts):
-        kmeans = faiss.Kmeans(
-            dim,
+        centers = faiss_kmeans(
+            rows,
             num_leaves,
-            niter=_FAISS_ITERATIONS,
-            seed=(seed + restart) % (2**31 - 1),
-            # AFK-MC2 comes close to k-means++ at the price of a random start (Bachem et al., NIPS 2016).
-            init_method=faiss.ClusteringInitMethod_AFK_MC2,
-            # FAISS subsamples beyond this without saying so; the sample was drawn by our seed already.
-            max_points_per_centroid=n,
-            min_points_per_centroid=1,
+            weights_N=weights,
+            num_iterations=num_iterations,
+            seed=seed + restart,
+            init=init,
         )
-        kmeans.train(rows, weights)
-        centers = torch.from_numpy(np.array(kmeans.centroids))
-        blocks = torch.from_numpy(rows).split(_BLOCK_ROWS)
+        blocks = rows.split(_BLOCK_ROWS)
         squared = torch.cat([nearest(block, centers)[1][:, 0] for block in blocks]).double()
         inertia = float(squared.sum() if weights_N is None else squared @ weights_N.double())
         # Two starts that end with the same leaves, in another order, differ by rounding, which must not choose.
@@ -133,6 +155,40 @@ def start(
             best, least = centers, inertia
     assert best is not None
     return best if shift is None else best + shift
+
+
+def faiss_kmeans(
+    rows_ND: Tensor,
+    num_leaves: int,
+    *,
+    num_iterations: int,
+    seed: int,
+    init: Literal["random", "afk_mc2"],
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """Return the (K, D) float32 centers of one FAISS k-means on all of the rows.
+
+    Args:
+        rows_ND: (N, D) float32 on the CPU, N >= K, their mean near the origin.
+        num_leaves: K.
+        num_iterations: Lloyd's.
+        seed: FAISS takes it modulo 2^31 - 1.
+        init: random rows, or AFK-MC2's, which come close to k-means++ at the price of random ones (Bachem et al., NIPS
+            2016).
+        weights_N: (N,) float32; None for 1 each.
+    """
+    kmeans = faiss.Kmeans(
+        rows_ND.shape[1],
+        num_leaves,
+        niter=num_iterations,
+        seed=seed % (2**31 - 1),
+        init_method=faiss.ClusteringInitMethod_RANDOM if init == "random" else faiss.ClusteringInitMethod_AFK_MC2,
+        # FAISS subsamples beyond this without saying so; the rows are a sample already.
+        max_points_per_centroid=len(rows_ND),
+        min_points_per_centroid=1,
+    )
+    kmeans.train(np.ascontiguousarray(rows_ND.numpy(), np.float32), None if weights_N is None else weights_N.numpy())
+    return torch.from_numpy(np.array(kmeans.centroids))
 
 
 def _offset(z_ND: Tensor) -> Tensor | None:
@@ -166,7 +222,7 @@ def lloyd(
         all_sum: elementwise sum over the ranks; the identity for one.
         generator: CPU generator in the same state on all ranks; it moves re-seeded centers.
         num_iterations: most passes.
-        tolerance: stop when the inertia falls by a smaller share than this.
+        tolerance: stop when the inertia falls by a smaller share than this, be leaves empty or not.
         on_iteration: called with (iteration, inertia).
 
     Source: Lloyd, "Least squares quantization in PCM", 1982. Empty leaves are re-seeded beside the leaf of largest SSE,
@@ -180,11 +236,13 @@ def lloyd(
         if on_iteration:
             on_iteration(iteration, inertia)
         centers = sums.means(centers).float()
+        # With fewer distinct rows than leaves some are empty for ever: they must not keep the iterations going.
+        settled = math.isfinite(previous) and previous - inertia <= tolerance * previous
         num_empty = int((sums.weights_K == 0).sum())
-        if num_empty:
+        if num_empty and not settled:
             centers = reseed(centers, sums, generator)
             reseeded += num_empty
-        elif previous - inertia <= tolerance * previous and math.isfinite(previous):
+        if settled:
             break
         previous = inertia
     return KMeans(centers, inertia, iteration, reseeded)

@@ -15,7 +15,7 @@ from raydc.core.training.collectives import Ranks
 from raydc.core.training.settings import WatchSettings
 
 _WATCHED_STEPS = 64
-"""Steps of an epoch that are watched, at least, where it has as many."""
+"""Fewest steps of an epoch that are watched, where it has as many."""
 
 
 class SpaceWatch:
@@ -80,7 +80,7 @@ def mean_and_covariance(sums: Tensor) -> tuple[Tensor, Tensor]:
 def effective_rank(sums: Tensor) -> float:
     """Return exp(H(p)) with p the eigenvalues of the covariance, divided by their sum.
 
-    L for a round cloud, 1 for a line, 0 for a point; between them, the number of directions in effect.
+    L for a round cloud, 1 for a line, 0 for a point.
 
     Args:
         sums: (1 + L, 1 + L) float64, the sum of v v^T over rows v = (1, z).
@@ -88,7 +88,8 @@ def effective_rank(sums: Tensor) -> float:
     Source: Roy, Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
     """
     mean, covariance = mean_and_covariance(sums)
-    # The covariance of a point is the rounding of its products. Codes that are not finite have no rank either.
+    # Codes that all lie in one point have a covariance of rounding errors alone. Codes that are not finite have no
+    # rank either.
     if not torch.isfinite(covariance).all() or covariance.trace() <= 1e-12 * float(mean @ mean):
         return 0.0
     values = torch.linalg.eigvalsh(covariance.cpu()).clamp_min(0.0)

@@ -18,6 +18,7 @@ from raydc.core.objectives.build import build, check_inputs
 from raydc.core.objectives.objective import Objective, ObjectiveInputs, run_pass
 from raydc.core.process import release_memory
 from raydc.core.search.kmeans import LeafSums, leaf_sums
+from raydc.core.search.nearest import nearest
 from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.context import Context, Recorder
@@ -25,16 +26,21 @@ from raydc.core.training.epochs import Trainer
 from raydc.core.training.kmeans_on_codes import (
     calibrated,
     cluster,
-    faiss_start,
     latent_blocks,
+    same_rows_each_pass,
     sample_latents,
     shared_sample,
+    start_centers,
+    start_rows,
 )
 from raydc.core.training.pretrain import pretrain_layers, pretrain_whole
 from raydc.core.training.refine import PairSource, Refinement
 from raydc.core.training.rows import Rows
 from raydc.core.training.settings import FitSettings
 from raydc.core.training.state import Clustering, State, restore, to_checkpoint
+
+_BASELINE_ROWS_PER_LEAF = 10
+"""At least, in the sample of the baseline on the raw rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +169,9 @@ class _Fit:
             release_memory()
         encoder = state.autoencoder.encoder if state.autoencoder is not None else None
         blocks = latent_blocks(trainer, encoder, trainer.arithmetic)
-        sample = sample_latents(trainer, encoder, settings.cluster.init_rows)
-        kmeans = cluster(trainer, blocks, sample, state.generator)
+        sample = sample_latents(trainer, encoder, start_rows(settings.cluster))
+        keep_ids = same_rows_each_pass(trainer, encoder)
+        kmeans = cluster(trainer, blocks, sample, state.generator, keep_ids=keep_ids)
         state.centers = kmeans.centers_KD
         state.kernel, top_q = calibrated(trainer, sample, kmeans.centers_KD)
         name = "autoencoder_kmeans" if encoder is not None else "raw_kmeans"
@@ -180,6 +187,8 @@ class _Fit:
             "inertia": kmeans.inertia,
             "iterations": kmeans.num_iterations,
             "reseeded": kmeans.num_reseeded,
+            "moves": sum(done.num_moves for done in kmeans.rounds if done.kept),
+            "move_rounds": len(kmeans.rounds),
             "alpha": state.kernel.alpha,
             "scale": state.kernel.scale,
             "top_q": top_q,
@@ -192,8 +201,17 @@ class _Fit:
 
     def _raw_kmeans(self) -> Clustering:
         """Return k-means on a sample of the preprocessed rows."""
-        sample = sample_latents(self.trainer, None, self.settings.baseline_rows)
-        centers = faiss_start(self.trainer, sample, stream_seed(self.settings.seed, 3), sampled_by="baseline_rows")
+        # The same start as that of the clusters themselves, so that the comparison is fair.
+        num_rows = max(self.settings.baseline_rows, _BASELINE_ROWS_PER_LEAF * self.settings.cluster.num_leaves)
+        sample = sample_latents(self.trainer, None, num_rows)
+        centers = start_centers(
+            self.trainer, sample, stream_seed(self.settings.seed, 3), whole=True, sampled_by="baseline_rows"
+        )
+        # An empty center is no group, and would be every row's next one in the silhouette.
+        held = torch.zeros(len(centers), dtype=torch.int64)
+        if self.trainer.ranks.rank == 0:
+            held = torch.bincount(nearest(sample.z_NL, centers)[0][:, 0], minlength=len(centers))
+        centers = centers[self.trainer.ranks.broadcast(held) > 0]
         return Clustering(None, centers, calibrated(self.trainer, sample, centers)[0])
 
     def refinement(self) -> Refinement:

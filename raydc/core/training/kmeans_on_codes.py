@@ -1,10 +1,12 @@
-"""k-means on the codes of all rows of all ranks: samples, the FAISS start, Lloyd, the kernel's calibration.
+"""k-means on the codes of all rows of all ranks: samples, the start, moves, Lloyd, the kernel's calibration.
 
 Letters: N rows, K leaves, L width of the code.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +15,25 @@ from torch import Tensor, nn
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.objectives.kernel import Kernel, calibrate
 from raydc.core.objectives.snapshot import compact, encode
-from raydc.core.search.kmeans import KMeans, leaf_sums, lloyd, reseed, start
+from raydc.core.search.kmeans import KMeans, MoveRound, leaf_sums, lloyd, reseed
+from raydc.core.search.merge_split import merge_and_split
 from raydc.core.search.nearest import nearest
+from raydc.core.search.starts import first_centers, least_share, sample_kmeans
 from raydc.core.training.collapse import mean_and_covariance, products
 from raydc.core.training.collectives import Ranks
 from raydc.core.training.epochs import Trainer
-from raydc.core.training.rows import RowStore
+from raydc.core.training.rows import ResidentRows, RowStore
+from raydc.core.training.settings import ClusterSettings
+
+log = logging.getLogger(__name__)
 
 _MARGIN = 1.1
 """Room for a random sample, as a multiple of the size that it was meant to have."""
+
+_START_ROWS_PER_LEAF = 20
+"""Rows of a sample for each leaf, at least: two fine leaves of ten."""
+
+_ROUNDS, _SEARCHED_ROUNDS = 6, 2
 
 Blocks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
@@ -123,13 +135,21 @@ def shared_sample(trainer: Trainer, encoder: nn.Module | None, num_rows: int) ->
     return z_NL, None if bool((weights_N == 1.0).all()) else weights_N
 
 
-def faiss_start(trainer: Trainer, sample: Sample, seed: int, *, sampled_by: str = "cluster.init_rows") -> Tensor:
-    """Return the (K, L) centers of FAISS k-means on rank 0's sample, on every rank (CPU).
+def start_rows(plan: ClusterSettings) -> int:
+    """Return how many rows to sample for a start: those that are set, and at least twenty for each leaf."""
+    return max(plan.init_rows, _START_ROWS_PER_LEAF * plan.num_leaves)
+
+
+def start_centers(
+    trainer: Trainer, sample: Sample, seed: int, *, whole: bool = False, sampled_by: str = "cluster.init_rows"
+) -> Tensor:
+    """Return the (K, L) centers of the k-means start on rank 0's sample, on every rank (CPU).
 
     Args:
         trainer: for the settings and the ranks.
         sample: on rank 0.
-        seed: of the first restart.
+        seed: of the start.
+        whole: go on to the end of k-means on the sample, where no passes over all rows follow.
         sampled_by: field of FitSettings that decides the size of the sample, for the message.
 
     Raises:
@@ -142,11 +162,62 @@ def faiss_start(trainer: Trainer, sample: Sample, seed: int, *, sampled_by: str 
             f"the k-means start has a sample of {size} rows for {plan.num_leaves} leaves. Raise {sampled_by}."
         )
     if ranks.rank == 0:
-        restarts, weights_N = plan.num_restarts, sample.weights_N
-        centers = start(sample.z_NL, plan.num_leaves, num_restarts=restarts, seed=seed, weights_N=weights_N)
+        options: dict[str, Any] = {"seed": seed, "how": plan.start, "num_restarts": plan.num_restarts}
+        options["weights_N"] = sample.weights_N
+        if whole:
+            centers = sample_kmeans(sample.z_NL, plan.num_leaves, moves=plan.moves, **options)
+        else:
+            centers = first_centers(sample.z_NL, plan.num_leaves, **options)
     else:
         centers = torch.empty(plan.num_leaves, sample.z_NL.shape[1])
     return ranks.broadcast(centers)
+
+
+def find_optimum(
+    trainer: Trainer, blocks: Blocks, centers_KL: Tensor, generator: torch.Generator, *, keep_ids: bool
+) -> KMeans:
+    """Return k-means over all rows of all ranks from its start: merge-and-split moves, if they are on, and Lloyd.
+
+    Args:
+        trainer: for the settings and the ranks.
+        blocks: gives this rank's codes and weights, anew at each call.
+        centers_KL: the start.
+        generator: CPU generator in the same state on all ranks.
+        keep_ids: whether blocks() gives the same rows each time; else every pass of a round searches the nearest center
+            anew, and two rounds are all.
+    """
+    ranks, plan = trainer.ranks, trainer.settings.cluster
+    separation = least_share(plan.moves, plan.start, plan.num_leaves)
+    if separation is None:
+        return run_lloyd(trainer, blocks, centers_KL, generator)
+    moved = merge_and_split(
+        blocks,
+        centers_KL.to(ranks.device),
+        all_sum=ranks.sum,
+        share=ranks.broadcast,
+        seed=stream_seed(trainer.settings.seed, 17),
+        num_rounds=_ROUNDS if keep_ids else _SEARCHED_ROUNDS,
+        least_share=separation,
+        keep_ids=keep_ids,
+        on_round=_log_round if ranks.rank == 0 else None,
+    )
+    return replace(run_lloyd(trainer, blocks, moved.centers_KD, generator), rounds=moved.rounds)
+
+
+def _log_round(number: int, done: MoveRound) -> None:
+    log.info(
+        "k-means moves: round %d, %d merges and splits %s, SSE %.6g -> %.6g",
+        number,
+        done.num_moves,
+        "kept" if done.kept else "undone",
+        done.before,
+        done.after,
+    )
+
+
+def same_rows_each_pass(trainer: Trainer, encoder: nn.Module | None) -> bool:
+    """Return whether `latent_blocks` gives the same rows in each pass: kept codes, or rows in memory."""
+    return encoder is not None or isinstance(trainer.rows, ResidentRows)
 
 
 def run_lloyd(
@@ -167,25 +238,32 @@ def run_lloyd(
     )
 
 
-def cluster(trainer: Trainer, blocks: Blocks, sample: Sample, generator: torch.Generator) -> KMeans:
+def cluster(
+    trainer: Trainer, blocks: Blocks, sample: Sample, generator: torch.Generator, *, keep_ids: bool = True
+) -> KMeans:
     """Return the k-means of all rows of all ranks, among the codes or among their directions; centers are codes.
 
     Args:
         trainer: for the settings and the ranks.
         blocks: gives this rank's codes and weights, anew at each call.
-        sample: for the FAISS start; shrunk after it.
+        sample: for the start; shrunk after it.
         generator: CPU generator in the same state on all ranks.
+        keep_ids: see `find_optimum`.
     """
     seed = stream_seed(trainer.settings.seed, 4)
     if trainer.settings.cluster.space == "codes":
-        first = faiss_start(trainer, sample, seed)
+        first = start_centers(trainer, sample, seed)
         sample.shrink_to_calibrate(len(first))
-        return run_lloyd(trainer, blocks, first, generator)
+        return find_optimum(trainer, blocks, first, generator, keep_ids=keep_ids)
     ranks = trainer.ranks
     to_directions = Directions.from_blocks(blocks(), sample.z_NL.shape[1], ranks)
-    first = faiss_start(trainer, Sample(to_directions(sample.z_NL), sample.weights_N), seed)
+    first = start_centers(trainer, Sample(to_directions(sample.z_NL), sample.weights_N), seed)
     sample.shrink_to_calibrate(len(first))
-    kmeans = run_lloyd(trainer, lambda: ((to_directions(z), weights) for z, weights in blocks()), first, generator)
+
+    def turned_blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        return ((to_directions(z), weights) for z, weights in blocks())
+
+    kmeans = find_optimum(trainer, turned_blocks, first, generator, keep_ids=keep_ids)
 
     def assign(z_NL: Tensor) -> tuple[Tensor, Tensor]:
         return nearest(to_directions(z_NL), kmeans.centers_KD)[0][:, 0], z_NL.square().sum(dim=1)
@@ -195,11 +273,11 @@ def cluster(trainer: Trainer, blocks: Blocks, sample: Sample, generator: torch.G
     sums = leaf_sums(blocks(), origin, all_sum=ranks.sum, assign=assign)
     sums = replace(sums, sse_K=sums.sse_around_means(origin))
     centers = reseed(sums.means(origin).float(), sums, generator)
-    return KMeans(centers, float(sums.sse_K.sum()), kmeans.num_iterations, kmeans.num_reseeded)
+    return replace(kmeans, centers_KD=centers, inertia=float(sums.sse_K.sum()))
 
 
 _LEAST_VARIANCE = 1e-6
-"""Share of the largest variance below which an axis is left out: it holds rounding."""
+"""Least variance of an axis, as a share of the largest. Below it an axis holds rounding and is left out."""
 
 
 @dataclass(frozen=True)

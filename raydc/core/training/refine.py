@@ -14,7 +14,16 @@ from raydc.core.process import release_memory
 from raydc.core.training import checkpoint
 from raydc.core.training.context import Recorder
 from raydc.core.training.epochs import Epoch, Trainer, make_optimizer
-from raydc.core.training.kmeans_on_codes import calibrated, faiss_start, latent_blocks, run_lloyd, sample_latents
+from raydc.core.training.kmeans_on_codes import (
+    calibrated,
+    find_optimum,
+    latent_blocks,
+    run_lloyd,
+    same_rows_each_pass,
+    sample_latents,
+    start_centers,
+    start_rows,
+)
 from raydc.core.training.rows import Batch, Step
 from raydc.core.training.state import State
 
@@ -61,19 +70,22 @@ class Refinement:
         state.phase = "done"
 
     def recluster(self, *, anew: bool) -> tuple[Tensor, Kernel]:
-        """Return (K, L) centers by Lloyd's iterations over all rows, and the kernel calibrated to them.
+        """Return (K, L) centers by k-means over all rows, and the kernel calibrated to them.
 
-        They go on from the objective's centers, or `anew` from a k-means start on a sample.
+        Lloyd's iterations go on from the objective's centers, or all begins `anew` from a start on a sample.
         """
         trainer, objective = self.trainer, self.objective
-        sample = sample_latents(trainer, objective.encoder, trainer.settings.cluster.init_rows)
-        centers = objective.centers.detach()
+        sample = sample_latents(trainer, objective.encoder, start_rows(trainer.settings.cluster))
+        blocks, generator = latent_blocks(trainer, objective.encoder, trainer.arithmetic), self.state.generator
         if anew:
-            centers = faiss_start(trainer, sample, stream_seed(trainer.settings.seed, 4))
-        sample.shrink_to_calibrate(len(centers))
-        blocks = latent_blocks(trainer, objective.encoder, trainer.arithmetic)
-        centers = run_lloyd(trainer, blocks, centers, self.state.generator).centers_KD
-        return centers, calibrated(trainer, sample, centers)[0]
+            first = start_centers(trainer, sample, stream_seed(trainer.settings.seed, 4))
+            sample.shrink_to_calibrate(len(first))
+            keep_ids = same_rows_each_pass(trainer, objective.encoder)
+            kmeans = find_optimum(trainer, blocks, first, generator, keep_ids=keep_ids)
+        else:
+            sample.shrink_to_calibrate(len(objective.centers))
+            kmeans = run_lloyd(trainer, blocks, objective.centers.detach(), generator)
+        return kmeans.centers_KD, calibrated(trainer, sample, kmeans.centers_KD)[0]
 
 
 class RefineEpoch(Epoch):

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from pydantic.dataclasses import dataclass
 
 from raydc.core.objectives.table import ObjectiveName, info
+from raydc.core.search.choices import Moves, Start
 
 OPERATIONAL: dict[str, JsonValue] = {"operational": True}
 
@@ -82,16 +83,33 @@ class PretrainSettings:
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class ClusterSettings:
-    """k-means: a FAISS start on a sample, then Lloyd's iterations over all rows."""
+    """k-means: a start on a sample, moves that leave a poor optimum, then Lloyd's iterations over all rows."""
 
     num_leaves: int = Field(default=1000, ge=2)
     """Number of leaf clusters (K)."""
 
+    start: Start = "auto"
+    """Where k-means starts. auto is tree from 50 leaves on, and restarts below.
+
+    tree makes eight small leaves of the sample for each leaf, joins them by Ward and cuts the tree at num_leaves. It
+    finds clusters that restarts miss, and costs less than one of them. restarts takes the best of num_restarts FAISS
+    runs, which is as good for few leaves. A sample of fewer than eight rows for each leaf takes one FAISS run."""
+
+    moves: Moves = "auto"
+    """Moves after the start: two leaves are joined and a third is split where that lowers the squared error.
+
+    separated splits a leaf only in two parts that lie apart. all takes every move that lowers the error; where sizes
+    are very uneven it splits the largest cluster and joins small ones. none leaves the start as it is. auto is
+    separated after tree, and none after restarts. A round costs five passes over the rows, two of which search the
+    nearest center. There are at most six rounds (two if rows are streamed), and most often none or one pays."""
+
     init_rows: int = Field(default=1_000_000, ge=1)
-    """Rows sampled for the FAISS start. Lloyd's iterations and the labels take every row."""
+    """Rows sampled for the start, at least 20 for each leaf. Lloyd's iterations and the labels take every row.
+
+    One worker holds the sample in memory, as float32."""
 
     num_restarts: int = Field(default=5, ge=1)
-    """FAISS starts; the one with the lowest inertia is kept."""
+    """FAISS runs of start=restarts; the one with the lowest inertia is kept."""
 
     num_iterations: int = Field(default=50, ge=1)
     """Most Lloyd iterations over all rows."""

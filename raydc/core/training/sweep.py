@@ -277,7 +277,7 @@ def _on_sample(
     if len(few) >= 8 * num_leaves:
         seed = stream_seed(settings.seed, 11)
         entry["stability"], entry["stability_error"] = stability(
-            few, num_leaves, num_repeats=plan.num_repeats, seed=seed
+            few, num_leaves, num_repeats=plan.num_repeats, seed=seed, how=settings.cluster.start
         )
     if sample.classes_N is not None and (sample.classes_N >= 0).any():
         known = sample.classes_N >= 0

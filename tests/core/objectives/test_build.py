@@ -50,7 +50,8 @@ def alone():
     return of
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Layer by layer there are many more epochs than in the others.
+@pytest.mark.parametrize("name", [pytest.param(v, marks=pytest.mark.slow) if v == "layerwise" else v for v in VARIANTS])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_loss_curve_is_the_same_on_any_number_of_ranks(world_size, name, alone):
     results = run_ranks(world_size, fit_blobs, VARIANTS[name])

@@ -206,7 +206,7 @@ def losses(result):
     return np.array([h["loss"] for h in result["history"] if "loss" in h])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_loss_curve_is_the_same_on_any_number_of_ranks(world_size, on_one_rank):
     for result in run_ranks(world_size, fit_blobs, VADE):
         np.testing.assert_allclose(losses(result), losses(on_one_rank), rtol=1e-4, atol=1e-3)

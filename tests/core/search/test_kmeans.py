@@ -141,3 +141,12 @@ def test_centers_that_float32_cannot_tell_apart_are_ranked_by_float64(offset):
     assert torch.equal(ids, order)
     torch.testing.assert_close(squared, exact.gather(1, order), rtol=1e-12, atol=0.0)
     assert torch.equal(torch.cat([distances(row) for row in z.split(1)]), distances(z))
+
+
+@pytest.mark.parametrize("num_distinct", [1, 5])
+def test_lloyd_ends_where_there_are_fewer_distinct_rows_than_leaves(num_distinct):
+    generator = np.random.default_rng(3)
+    distinct = (5.0 + generator.normal(size=(num_distinct, 8))).astype(np.float32)
+    x = distinct[generator.integers(0, num_distinct, 200)]
+    _, inertias, _ = run_lloyd(Ranks(), x, x[:6] + generator.normal(0, 0.1, (6, 8)).astype(np.float32))
+    assert len(inertias) < 10

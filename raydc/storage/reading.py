@@ -1,0 +1,248 @@
+"""Reading by URI: local folders, s3://, gs:// and whatever else fsspec knows."""
+
+import io
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from raydc.errors import DataError
+from raydc.storage import listing
+from raydc.storage.listing import PassedOver, passed_over_text
+from raydc.storage.secrets import refuse_credentials
+
+_S3 = ("s3", "s3a", "s3n")
+
+# As `_beside` names them; a stranger's file may be hidden and end in .tmp as well.
+_STAGED = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file in storage."""
+
+    uri: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of an input, and what else lies there."""
+
+    files: list[StoredFile]
+    passed_over: dict[str, PassedOver]
+    """By kind."""
+
+    notes: list[str]
+
+
+class Reading:
+    """The half of a Lake that reads."""
+
+    def __init__(
+        self,
+        *,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        profile: str | None = None,
+        anonymous: bool = False,
+        max_attempts: int = 8,
+        timeout_seconds: float = 30.0,
+    ) -> None:
+        client = {"region_name": region} if region else {}
+        s3: dict[str, Any] = {"endpoint_url": endpoint_url, "profile": profile, "client_kwargs": client}
+        self._s3_options = {k: v for k, v in s3.items() if v}
+        self._s3_options |= {"max_attempts": max_attempts, "timeout_seconds": timeout_seconds}
+        self._anonymous = anonymous
+
+    def file_system(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+        """Return the fsspec file system of `uri` and the path inside it.
+
+        Raises:
+            ConfigError: the URI carries credentials.
+            DataError: nothing is installed that knows its scheme.
+        """
+        refuse_credentials(uri, "uri")
+        protocol = uri.partition("://")[0] if "://" in uri else "file"
+        if protocol in _S3:
+            from raydc.storage.s3 import PatientS3
+
+            fs = PatientS3(**self._s3_options, **({"anon": True} if self._anonymous else {}))
+            return fs, fs._strip_protocol(absolute(uri))
+        options = {"token": "anon"} if self._anonymous and protocol in ("gs", "gcs") else {}
+        try:
+            fs, path = url_to_fs(uri, **options)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"storage {uri}: {error}") from None
+        return fs, path
+
+    def list_parquet(self, uris: str | list[str]) -> list[StoredFile]:
+        """Return the Parquet files of folders, globs and files; see `find_parquet`."""
+        return self.find_parquet(uris).files
+
+    def find_parquet(self, uris: str | list[str]) -> Listing:
+        """Return the Parquet files of folders, globs and files, sorted by URI, each once, and what was passed over.
+
+        See raydc.storage.listing for what counts as one.
+
+        Raises:
+            DataError: an entry names nothing, or a file could not be looked at.
+        """
+        files: dict[str, StoredFile] = {}
+        passed_over: dict[str, PassedOver] = {}
+        notes: list[str] = []
+        for uri in [uris] if isinstance(uris, str) else uris:
+            fs, path = self.file_system(uri)
+            fs.invalidate_cache()
+            try:
+                found = listing.find_parquet(fs, path)
+            except PermissionError as error:
+                raise DataError(f"input.path={uri}: {error}. Check the access rights.") from None
+            if not found.files:
+                passed = passed_over_text(found.passed_over)
+                raise DataError(
+                    f"input.path={uri}: no Parquet file there{f' ({passed})' if passed else ''}. "
+                    "Check the path and the access rights."
+                )
+            named = ((_with_scheme(uri, path), details["size"]) for path, details in found.files.items())
+            files.update({name: StoredFile(name, size) for name, size in named})
+            for kind, some in found.passed_over.items():
+                known = passed_over.setdefault(kind, PassedOver(example=some.example))
+                known.count += some.count
+            notes += found.notes
+        return Listing([files[name] for name in sorted(files)], passed_over, notes)
+
+    @contextmanager
+    def open_parquet(self, uri: str) -> Iterator[pa.NativeFile]:
+        """Open a file for random access by pyarrow.parquet."""
+        fs, path = self.file_system(uri)
+        if isinstance(fs, LocalFileSystem):
+            with pa.memory_map(path) as handle:
+                yield handle
+        else:
+            with fs.open(path, "rb", cache_type="readahead", block_size=2**20) as remote:
+                yield pa.PythonFile(remote, mode="r")
+
+    def exists(self, uri: str) -> bool:
+        """Return whether a file or folder is there."""
+        fs, path = self.file_system(uri)
+        fs.invalidate_cache()
+        return fs.exists(path)
+
+    def size(self, uri: str) -> int:
+        """Return the bytes of a file."""
+        fs, path = self.file_system(uri)
+        return fs.info(path)["size"]
+
+    def read_bytes(self, uri: str) -> bytes:
+        """Return a whole file."""
+        fs, path = self.file_system(uri)
+        return fs.cat_file(path)
+
+    def read_range(self, uri: str, start: int, stop: int) -> bytes:
+        """Return the bytes of a file from `start` to before `stop`, fewer where it ends earlier."""
+        fs, path = self.file_system(uri)
+        return fs.cat_file(path, start=start, end=stop)
+
+    def read_json(self, uri: str) -> Any:
+        """Return a JSON document.
+
+        Raises:
+            DataError: it is not one.
+        """
+        try:
+            return json.loads(self.read_bytes(uri))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{uri}: not valid JSON ({error}). Restore the file.") from None
+
+    def read_array(self, uri: str) -> npt.NDArray[Any]:
+        """Return the array of an .npy file; one that holds Python objects is refused unread.
+
+        Raises:
+            DataError: it is no array of numbers, or not whole.
+        """
+        try:
+            return np.load(io.BytesIO(self.read_bytes(uri)), allow_pickle=False)
+        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError) as error:
+            raise DataError(f"{uri}: not a whole array of numbers ({_line(error)}). Restore the file.") from None
+
+    def find(self, uri: str) -> list[StoredFile]:
+        """Return every file below a folder, sorted by URI; nothing if the folder is not there."""
+        fs, path = self.file_system(uri)
+        fs.invalidate_cache()
+        details = fs.find(path, detail=True)
+        return [StoredFile(_below(uri, path, p), details[p]["size"]) for p in sorted(details)]
+
+    def names(self, uri: str) -> list[str]:
+        """Return the names directly in a folder, those of folders included, in order.
+
+        Nothing if it is not there; an empty name if it is a file.
+        """
+        fs, path = self.file_system(uri)
+        fs.invalidate_cache()
+        try:
+            entries = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        root, found = path.rstrip("/"), set()
+        for entry in entries:
+            name = entry["name"].rstrip("/")[len(root) :].lstrip("/")
+            # Tools for object stores mark a folder by an object of its name, without bytes.
+            if name or not (entry["type"] == "directory" or (entry["name"].endswith("/") and not entry["size"])):
+                found.add(name)
+        return sorted(found)
+
+
+def join(uri: str, *names: str) -> str:
+    """Return the URI of a name below a folder."""
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def is_staged(uri: str) -> bool:
+    """Return whether this is a temporary file of `Lake.staged`, left behind by a process that was killed."""
+    return _STAGED.fullmatch(posixpath.basename(uri)) is not None
+
+
+def absolute(uri: str) -> str:
+    """Return `uri` so that it means the same in another process, with one name for each scheme.
+
+    Plain local paths become absolute ones; s3a:// and s3n:// become s3://, gcs:// becomes gs://.
+    """
+    if uri.startswith("file://"):
+        uri = uri.removeprefix("file://")
+    scheme, separator, rest = uri.partition("://")
+    if separator:
+        return f"{_ONE_NAME.get(scheme, scheme)}://{rest}"
+    return os.path.abspath(os.path.expanduser(uri))
+
+
+_ONE_NAME = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+
+
+def _below(uri: str, root: str, path: str) -> str:
+    """Return the URI of a path at or below `root`, which is the path of `uri`."""
+    inside = path[len(root) :].strip("/")
+    folder = absolute(uri).rstrip("/")
+    return f"{folder}/{inside}" if inside else folder
+
+
+def _with_scheme(uri: str, path: str) -> str:
+    """Return the URI of a path in the file system of `uri`."""
+    scheme, separator, _ = absolute(uri).partition("://")
+    return f"{scheme}://{path.lstrip('/')}" if separator and "://" not in path else absolute(path)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
