@@ -28,7 +28,7 @@ _LOOKED_AT = 3
 _MANY_NUMBERS = 8
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Resolved:
     """What the footers say of the embedding columns."""
 
@@ -122,7 +122,7 @@ def _from_npy(wanted: EmbeddingColumn, footers: Sequence[Footer], lake: Lake, fo
             found.add(f.uri, f"has {f.num_rows} rows, and {uri} has {head.num_rows}: they are not the same rows")
         else:
             found.arrays.append([uri.rsplit("/", 1)[-1], head.num_rows, head.dim, head.dtype])
-    return Column(wanted.name, dim, dtype, wanted.weight, wanted.scale, npy=wanted.npy)
+    return Column(name=wanted.name, dim=dim, dtype=dtype, weight=wanted.weight, scale=wanted.scale, npy=wanted.npy)
 
 
 def _from_parts(group: list[EmbeddingColumn], footers: Sequence[Footer], found: Resolved) -> Column | None:
@@ -149,7 +149,14 @@ def _from_parts(group: list[EmbeddingColumn], footers: Sequence[Footer], found: 
             dtypes |= here
     if not usable:
         return None
-    return Column(name, len(parts), widest(dtypes or {"float32"}), first.weight, first.scale, parts)
+    return Column(
+        name=name,
+        dim=len(parts),
+        dtype=widest(dtypes or {"float32"}),
+        weight=first.weight,
+        scale=first.scale,
+        parts=parts,
+    )
 
 
 def _judge_parts(parts: Sequence[str], wanted: EmbeddingColumn, footer: Footer) -> tuple[str, set[str]]:
@@ -215,7 +222,7 @@ def _from_column(
     if len(dtypes) > 1:
         counts = ", ".join(f"{t} in {n}" for t, n in dtypes.most_common())
         found.notes.append(f"column {wanted.name!r} has several element types ({counts} files), read as {dtype}")
-    return Column(wanted.name, dim, dtype, wanted.weight, wanted.scale)
+    return Column(name=wanted.name, dim=dim, dtype=dtype, weight=wanted.weight, scale=wanted.scale)
 
 
 def _dim(footer: Footer, layout: Layout, name: str) -> int | None:

@@ -17,7 +17,7 @@ from raydc.storage.lake import Lake, StoredFile
 NOT_THE_FILE = (ConnectionError, TimeoutError, PermissionError, MemoryError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Footer:
     """What a Parquet footer says, or why it could not be read."""
 
@@ -56,9 +56,9 @@ def _read_footer(lake: Lake, file: StoredFile) -> Footer:
     except NOT_THE_FILE as error:
         raise DataError(f"{file.uri}: {first_line(error)}. Check the network and the access rights.") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        return Footer(file.uri, file.size, problem=first_line(error))
+        return Footer(uri=file.uri, size=file.size, problem=first_line(error))
     if twice := sorted(name for name, n in Counter(schema.names).items() if n > 1):
-        return Footer(file.uri, file.size, problem=f"has more than one column {', '.join(map(repr, twice))}")
+        return Footer(uri=file.uri, size=file.size, problem=f"has more than one column {', '.join(map(repr, twice))}")
     seen = hashlib.sha256(str((file.size, metadata.num_rows)).encode())
     groups, num_values = [], dict.fromkeys(schema.names, 0)
     for g in range(metadata.num_row_groups):
@@ -73,7 +73,15 @@ def _read_footer(lake: Lake, file: StoredFile) -> Footer:
             stats = chunk.statistics
             extremes = _extremes(stats) if stats is not None and stats.has_min_max else None
             seen.update(repr((chunk.path_in_schema, chunk.num_values, chunk.total_compressed_size, extremes)).encode())
-    return Footer(file.uri, file.size, metadata.num_rows, tuple(groups), schema, num_values, seen.hexdigest()[:16])
+    return Footer(
+        uri=file.uri,
+        size=file.size,
+        num_rows=metadata.num_rows,
+        row_groups=tuple(groups),
+        schema=schema,
+        num_values=num_values,
+        digest=seen.hexdigest()[:16],
+    )
 
 
 def _extremes(stats: Any) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ REMEDIES = {
 """What to do about a bad row, by reason, where `Fix the export` says too little."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowBatch:
     """Consecutive rows of one slice: the good ones as arrays, the bad ones as rejects."""
 
@@ -155,7 +155,15 @@ def _decode(
     positions = np.arange(len(table), dtype=np.int64)
     if good.all():
         rejects = rejects_schema(spec.arrow_id_type).empty_table()
-        return RowBatch(part.first_key + row + positions, x, ids, weights, labels, carry, rejects)
+        return RowBatch(
+            keys=part.first_key + row + positions,
+            x=x,
+            ids=ids,
+            weights=weights,
+            labels=labels,
+            carry=carry,
+            rejects=rejects,
+        )
     bad = np.flatnonzero(~good)
     if spec.on_bad_rows == "fail":
         where = int(bad[0])
@@ -165,13 +173,13 @@ def _decode(
         )
     keep = pa.array(good)
     return RowBatch(
-        part.first_key + row + positions[good],
-        x[good],
-        ids.filter(keep),
-        weights[good] if weights is not None else None,
-        labels.filter(keep) if labels is not None else None,
-        carry.filter(keep) if carry is not None else None,
-        _rejects(ids.take(pa.array(bad)), part, part.first_row + row + bad, reasons[bad], spec),
+        keys=part.first_key + row + positions[good],
+        x=x[good],
+        ids=ids.filter(keep),
+        weights=weights[good] if weights is not None else None,
+        labels=labels.filter(keep) if labels is not None else None,
+        carry=carry.filter(keep) if carry is not None else None,
+        rejects=_rejects(ids.take(pa.array(bad)), part, part.first_row + row + bad, reasons[bad], spec),
     )
 
 
@@ -281,11 +289,11 @@ def _lost_rows(lake: Lake, part: Slice, group: int, start: int, row: int, stop: 
         ids = pa.nulls(len(rows), spec.arrow_id_type)
     rejects = _rejects(ids, part, rows, np.full(len(rows), "unreadable_file"), spec)
     return RowBatch(
-        np.empty(0, np.int64),
-        np.empty((0, spec.dim), spec.dtype),
-        pa.array([], spec.arrow_id_type),
-        np.empty(0, np.float32) if spec.weight_column else None,
-        None,
-        None,
-        rejects,
+        keys=np.empty(0, np.int64),
+        x=np.empty((0, spec.dim), spec.dtype),
+        ids=pa.array([], spec.arrow_id_type),
+        weights=np.empty(0, np.float32) if spec.weight_column else None,
+        labels=None,
+        carry=None,
+        rejects=rejects,
     )

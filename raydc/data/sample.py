@@ -64,7 +64,7 @@ def profile_input(config: Config, lake: Lake, preprocess: Preprocess | None = No
     return profile
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Seen:
     """What was seen of the sample's rows."""
 
@@ -126,7 +126,7 @@ def _look(
 ) -> _Seen:
     """Return what the sample's rows say; rows of a larger squared norm than `most_square` stay out of the moments."""
     zeros = np.zeros(profile.spec.dim)
-    seen = _Seen(Moments(0, zeros, zeros))
+    seen = _Seen(moments=Moments(0, zeros, zeros))
     for part, batch in _batches(profile, wanted, lake):
         with np.errstate(over="ignore"):
             squares = np.einsum("ij,ij->i", batch.x, batch.x, dtype=np.float64, casting="unsafe")

@@ -17,7 +17,7 @@ from raydc.data.footers import Footer
 from raydc.data.layouts import is_whole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Column:
     """One embedding column of the checked input."""
 
@@ -102,7 +102,7 @@ class InputSpec:
         return RowGuard(blocks, self.refuse_zero_norm, self.factor, self.offset)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slice:
     """A range of row groups of one file."""
 
@@ -146,7 +146,18 @@ def plan_slices(footers: Sequence[Footer], slice_bytes: int) -> list[Slice]:
         for part_name, groups in zip(part_names, parts, strict=True):
             rows = sum(footer.row_groups[g][0] for g in groups)
             size = sum(footer.row_groups[g][1] for g in groups)
-            slices.append(Slice(len(slices), part_name, footer.uri, tuple(groups), row, key, rows, size))
+            slices.append(
+                Slice(
+                    index=len(slices),
+                    name=part_name,
+                    uri=footer.uri,
+                    row_groups=tuple(groups),
+                    first_row=row,
+                    first_key=key,
+                    num_rows=rows,
+                    num_bytes=size,
+                )
+            )
             row += rows
             key += rows
     return slices

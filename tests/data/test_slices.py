@@ -30,7 +30,10 @@ DTYPES = ["float16", "float32", "float64"]
 
 def spec(dtype: str = "float32", dim: int = 4, **changes: object) -> InputSpec:
     return InputSpec(
-        **({"columns": (Column("embedding", dim, dtype),), "id_column": "id", "id_type": "int64"} | changes)
+        **(
+            {"columns": (Column(name="embedding", dim=dim, dtype=dtype),), "id_column": "id", "id_type": "int64"}
+            | changes
+        )
     )
 
 
@@ -189,7 +192,7 @@ def test_float64_beyond_the_range_of_float32_is_not_finite(tmp_path):
 def test_float64_beyond_the_range_of_float32_is_found_in_each_of_several_columns(tmp_path):
     x = shards.vectors(4).astype(np.float64)
     x[2, 1] = 1e39
-    both = spec(columns=(Column("text", 4, "float64"), Column("embedding", 4, "float32")))
+    both = spec(columns=(Column(name="text", dim=4, dtype="float64"), Column(name="embedding", dim=4, dtype="float32")))
     assert bad_rows(tmp_path, shards.vectors(4), both, text=shards.column(x)) == {2: "not_finite"}
 
 
@@ -203,7 +206,7 @@ def test_a_row_of_zeros_is_bad_only_where_its_direction_counts(tmp_path):
 def test_zeros_in_one_of_several_columns_are_bad_under_l2(tmp_path):
     x, text = shards.vectors(4) + 100, shards.vectors(4) + 100
     x[0], text[2] = 0, 0
-    columns = (Column("embedding", 4, "float32"), Column("text", 4, "float32"))
+    columns = (Column(name="embedding", dim=4, dtype="float32"), Column(name="text", dim=4, dtype="float32"))
     found = bad_rows(tmp_path, x, spec(columns=columns, refuse_zero_norm=True), text=shards.column(text))
     assert found == {0: "zero_norm", 2: "zero_norm"}
 
@@ -264,7 +267,12 @@ def test_several_columns_stand_side_by_side(tmp_path):
     image, text = shards.vectors(9, dim=3), shards.vectors(9, dim=2, seed=1).astype(np.float16)
     table = shards.rows(image, text=shards.column(text, "list"))
     shards.write(tmp_path / "a.parquet", table, row_group_size=4)
-    both = spec(columns=(Column("text", 2, "float16", 0.5), Column("embedding", 3, "float32", 2.0)))
+    both = spec(
+        columns=(
+            Column(name="text", dim=2, dtype="float16", weight=0.5),
+            Column(name="embedding", dim=3, dtype="float32", weight=2.0),
+        )
+    )
     assert (both.dim, both.dtype) == (5, np.float32)
     assert both.blocks == [(0, 2, 0.5), (2, 5, 2.0)]
     x = np.concatenate([b.x for b in read(tmp_path, both, block_rows=4)])
@@ -329,7 +337,7 @@ def test_nested_folders_may_hold_equal_names(tmp_path):
 
 
 def footers(*uris: str, row_groups: int = 1) -> list[Footer]:
-    return [Footer(u, 100, row_groups, ((1, 100),) * row_groups) for u in uris]
+    return [Footer(uri=u, size=100, num_rows=row_groups, row_groups=((1, 100),) * row_groups) for u in uris]
 
 
 def test_the_parts_of_a_file_never_take_the_name_of_another():
@@ -363,7 +371,10 @@ def test_names_are_unique_and_end_in_parquet_whatever_the_input_is_called():
     st.integers(1, 120),
 )
 def test_a_plan_holds_every_row_group_once_and_in_order(files, slice_bytes):
-    made = [Footer(f"/in/{i}.parquet", 1, sum(r for r, _ in g), tuple(g)) for i, g in enumerate(files)]
+    made = [
+        Footer(uri=f"/in/{i}.parquet", size=1, num_rows=sum(r for r, _ in g), row_groups=tuple(g))
+        for i, g in enumerate(files)
+    ]
     parts = plan_slices(made, slice_bytes)
     for footer in made:
         own = [p for p in parts if p.uri == footer.uri]
@@ -396,7 +407,7 @@ def test_a_column_name_may_have_dots(tmp_path):
     shards.write(tmp_path / "a.parquet", pa.table(columns))
     (footer,) = read_footers(Lake(), Lake().list_parquet(str(tmp_path)))
     assert footer.num_values == {"id": 5, "image.embedding": 20, "image": 5, "image.e": 5}
-    (batch,) = read(tmp_path, spec(columns=(Column("image.embedding", 4, "float32"),)))
+    (batch,) = read(tmp_path, spec(columns=(Column(name="image.embedding", dim=4, dtype="float32"),)))
     assert np.array_equal(batch.x, x)
 
 

@@ -27,7 +27,10 @@ from tests.data.test_shapes import IDS
 from tests.data.test_slices import damage_page
 
 SPEC = InputSpec(
-    columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64", on_bad_rows="quarantine"
+    columns=(Column(name="embedding", dim=2, dtype="float32"),),
+    id_column="id",
+    id_type="int64",
+    on_bad_rows="quarantine",
 )
 
 
@@ -375,7 +378,7 @@ def test_statistics_are_whole_after_their_way_through_bytes(tmp_path):
 def test_every_layout_gives_the_same_labels(tmp_path, caplog, layout, dtype):
     x, leaf = shards.near_corners(60)
     shards.write(tmp_path / "in" / "a.parquet", shards.rows(shards.column(x.astype(dtype), layout)))
-    spec = dataclasses.replace(SPEC, columns=(Column("embedding", 2, dtype),))
+    spec = dataclasses.replace(SPEC, columns=(Column(name="embedding", dim=2, dtype=dtype),))
     with caplog.at_level(logging.ERROR):
         columns = [{"name": "embedding", "dtype": dtype if layout == "fixed_size_binary" else None}]
         shards.label_all(job(tmp_path / "out", spec=spec), slices(tmp_path / "in", embedding_columns=columns))

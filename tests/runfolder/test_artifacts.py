@@ -141,7 +141,16 @@ def test_the_sum_of_the_statistics_holds_counts_and_no_rows(run):
 
 
 def test_the_neighbors_of_a_slice_come_back_with_what_the_search_says_of_itself(run):
-    part = Slice(0, "day=1/part-0.parquet", "in/part-0.parquet", (0,), 0, 0, 3, 10)
+    part = Slice(
+        index=0,
+        name="day=1/part-0.parquet",
+        uri="in/part-0.parquet",
+        row_groups=(0,),
+        first_row=0,
+        first_key=0,
+        num_rows=3,
+        num_bytes=10,
+    )
     keys, neighbors = np.array([0, 2]), np.array([[2, 1], [0, 1]])
     artifacts.NEIGHBORS.write(run, part, keys, neighbors, np.ones((2, 2), np.float32), {"exact": True})
     back = artifacts.NEIGHBORS.read(run, part)
@@ -167,7 +176,16 @@ def test_the_weights_of_a_network_come_back(run):
 
 
 def test_a_slice_has_a_file_of_its_name_in_each_folder():
-    part = Slice(0, "day=1/part-0.parquet", "in/part-0.parquet", (0,), 0, 0, 3, 10)
+    part = Slice(
+        index=0,
+        name="day=1/part-0.parquet",
+        uri="in/part-0.parquet",
+        row_groups=(0,),
+        first_row=0,
+        first_key=0,
+        num_rows=3,
+        num_bytes=10,
+    )
     assert artifacts.LABELS.of(part).path == "labels/day=1/part-0.parquet"
     assert artifacts.SLICES.of(part).path == "slices/day=1/part-0.npz"
 

@@ -12,10 +12,19 @@ from tests import shards
 
 
 def profile(num_rows: int = 1000, dim: int = 8, dtype: str = "float32") -> Profile:
-    spec = InputSpec(columns=(Column("embedding", dim, dtype),), id_column="id", id_type="int64")
+    spec = InputSpec(columns=(Column(name="embedding", dim=dim, dtype=dtype),), id_column="id", id_type="int64")
     half = num_rows // 2
     parts = [
-        Slice(i, f"{i}.parquet", f"/in/{i}.parquet", (0,), 0, i * half, half, half * dim * spec.dtype.itemsize)
+        Slice(
+            index=i,
+            name=f"{i}.parquet",
+            uri=f"/in/{i}.parquet",
+            row_groups=(0,),
+            first_row=0,
+            first_key=i * half,
+            num_rows=half,
+            num_bytes=half * dim * spec.dtype.itemsize,
+        )
         for i in range(2)
     ]
     return Profile(spec=spec, slices=parts, fingerprint="f", moments=Moments(1, np.zeros(dim), np.zeros(dim)))

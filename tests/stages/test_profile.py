@@ -42,7 +42,7 @@ def test_a_profile_knows_rows_widths_types_and_moments(tmp_path):
     fill(tmp_path)
     profile = found(tmp_path)
     assert profile.num_rows == 30
-    assert profile.spec.columns == (Column("embedding", 4, "float32", 1.0),)
+    assert profile.spec.columns == (Column(name="embedding", dim=4, dtype="float32", weight=1.0),)
     assert (profile.spec.id_type, profile.spec.dim) == ("int64", 4)
     assert [s.num_rows for s in profile.slices] == [10, 10, 10]
     assert profile.num_bytes > 30 * 16
@@ -73,7 +73,7 @@ def test_every_layout_is_profiled(tmp_path, layout, dtype):
     shards.write(tmp_path / "b.parquet", shards.rows(shards.column(x, layout)).slice(0, 0))
     columns = [{"name": "embedding", "dtype": dtype if layout == "fixed_size_binary" else None}]
     profile = found(tmp_path, input={"embedding_columns": columns})
-    assert profile.spec.columns == (Column("embedding", 4, dtype),)
+    assert profile.spec.columns == (Column(name="embedding", dim=4, dtype=dtype),)
     assert profile.num_rows == profile.moments.num_rows == 12
 
 

@@ -282,7 +282,10 @@ def test_slices_are_labeled_from_s3_to_s3(bucket, tmp_path):
     assert len(slices) > 3
     shards.corner_model().save(lake, f"{bucket}/run/model")
     spec = InputSpec(
-        columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64", label_column="label"
+        columns=(Column(name="embedding", dim=2, dtype="float32"),),
+        id_column="id",
+        id_type="int64",
+        label_column="label",
     )
     model = Model.load(f"{bucket}/run", lake)
     job = shards.corner_labeling(lake, f"{bucket}/run", spec, model=model, block_rows=16)

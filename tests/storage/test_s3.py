@@ -286,7 +286,10 @@ def test_slices_are_read_whole_through_a_faulty_store(faulty, lake, bucket):
         pq.write_table(shards.rows(shards.vectors(4000, dim=64)), path, row_group_size=500)
     faulty.share, faulty.most_in_a_row = 0.3, 2
     spec = InputSpec(
-        columns=(Column("embedding", 64, "float32"),), id_column="id", id_type="int64", on_bad_files="quarantine"
+        columns=(Column(name="embedding", dim=64, dtype="float32"),),
+        id_column="id",
+        id_type="int64",
+        on_bad_files="quarantine",
     )
     (part,) = plan_slices(read_footers(lake, lake.list_parquet(f"{bucket}/in")), 2**30)
     batches = list(read_slice(lake, part, spec))
@@ -297,7 +300,10 @@ def test_slices_are_read_whole_through_a_faulty_store(faulty, lake, bucket):
 def test_an_outage_never_counts_as_a_bad_file(faulty, lake, bucket):
     fill(lake, bucket)
     spec = InputSpec(
-        columns=(Column("embedding", 4, "float32"),), id_column="id", id_type="int64", on_bad_files="quarantine"
+        columns=(Column(name="embedding", dim=4, dtype="float32"),),
+        id_column="id",
+        id_type="int64",
+        on_bad_files="quarantine",
     )
     files = lake.list_parquet(f"{bucket}/in")
     (part,) = plan_slices(read_footers(lake, files), 2**30)

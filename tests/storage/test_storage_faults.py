@@ -101,7 +101,7 @@ def tiny(tmp_path):
 def labeling(folder, output) -> tuple[Labeling, list]:
     x, _ = shards.near_corners(60_000)
     shards.write(folder / "a.parquet", shards.rows(x))
-    spec = InputSpec(columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64")
+    spec = InputSpec(columns=(Column(name="embedding", dim=2, dtype="float32"),), id_column="id", id_type="int64")
     slices = plan_slices(read_footers(Lake(), Lake().list_parquet(str(folder))), 2**30)
     return shards.corner_labeling(Lake(), str(output), spec), slices
 

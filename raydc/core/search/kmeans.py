@@ -88,7 +88,7 @@ class MoveRound:
     """Whether the SSE fell; else the moves were undone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KMeans:
     """Result of Lloyd's iterations, and of the moves before them."""
 
@@ -245,7 +245,7 @@ def lloyd(
         if settled:
             break
         previous = inertia
-    return KMeans(centers, inertia, iteration, reseeded)
+    return KMeans(centers_KD=centers, inertia=inertia, num_iterations=iteration, num_reseeded=reseeded)
 
 
 def leaf_sums(

@@ -87,7 +87,7 @@ class Moved:
     rounds: tuple[MoveRound, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Partition:
     """Leaves as the rows' nearest centers make them, and what is known of them."""
 
@@ -314,7 +314,7 @@ def partition_of(
     off_KD = sums.means(centers_KD) - centers_KD.double()
     power_KD = power_KD - (sums.weights_K * (off_KD @ probe_D.double()))[:, None] * off_KD
     sse = float(share(sums.sse_around_means(centers_KD).sum()[None])[0])
-    return Partition(centers_KD, sums, sse, power_KD, ids if keep_ids else None)
+    return Partition(centers_KD=centers_KD, sums=sums, sse=sse, power_KD=power_KD, ids=ids if keep_ids else None)
 
 
 def split_leaves(blocks: Blocks, partition: Partition, *, all_sum: Callable[[Tensor], Tensor]) -> Halves:
