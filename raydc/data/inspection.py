@@ -22,7 +22,7 @@ from raydc.data.records import BadFile
 from raydc.data.slices import InputSpec, plan_slices
 from raydc.errors import ConfigError, DataError
 from raydc.storage.lake import Lake
-from raydc.storage.listing import passed_over_text
+from raydc.storage.listing import PassedOver, passed_over_text
 
 _MOST_LISTED = 20
 
@@ -50,11 +50,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
     others = _other_columns(config, filled)
     general = [*embeddings.general, *others.problems]
     if embeddings.general and "*.npy" in listing.passed_over:
-        arrays = listing.passed_over["*.npy"]
-        general[0] += (
-            f". {arrays.count} .npy files lie there, such as {arrays.example}: if they hold the rows in the same "
-            "order, set input.embedding_columns={npy: 'FOLDER/NAME_{number}.npy'}"
-        )
+        general[0] += _arrays_hint(listing.passed_over["*.npy"])
 
     good = [f for f in readable if f.uri not in file_problems]
     num_rows = sum(f.num_rows for f in good)
@@ -94,6 +90,14 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
         notes=notes,
     )
     return profile, general, settings
+
+
+def _arrays_hint(arrays: PassedOver) -> str:
+    """Return what to set where rows may lie in .npy files beside the Parquet files."""
+    return (
+        f". {arrays.count} .npy files lie there, such as {arrays.example}: if they hold the rows in the same order, "
+        "set input.embedding_columns={npy: 'FOLDER/NAME_{number}.npy'}"
+    )
 
 
 def _remedy(problem: str, num_rows: int) -> str:

@@ -124,30 +124,25 @@ def merge_and_split(
 ) -> Moved:
     """Return centers after rounds of moves over all rows of all ranks; the SSE never rises.
 
-    A round: the gain of splitting each leaf along its first principal direction, and the cost of merging each into
-    another. The cheapest merges are paired with the best splits while a split gains more than 1.02 times what the merge
-    costs. Two passes of Lloyd's follow. If the SSE has not fallen, the moves are undone and half as many are tried;
-    the third such failure ends it.
+    A round pairs the cheapest merges of two leaves with the best splits of one along its first principal direction,
+    while a split gains more than 1.02 times what the merge costs. Two passes of Lloyd's follow. If the SSE has not
+    fallen, the moves are undone and half as many are tried; the third such failure ends it.
 
-    Every decision comes from sums over all rows, so it is the same on any number of ranks. A round takes two passes
-    that search the nearest center, and three that only look at a row's own leaf. With very uneven clusters a lower SSE
-    may mean that the largest cluster is split and two small ones are joined; `least_share` prevents that.
+    Every decision comes from sums over all rows, so it is the same on any number of ranks. With very uneven clusters a
+    lower SSE may mean that the largest cluster is split and two small ones are joined; `least_share` prevents that.
 
     Args:
         blocks: gives this rank's rows as (z (n, D) float32, weights (n,)) blocks, anew at each call.
         centers_KD: (K, D) float32 start, the same on all ranks.
         all_sum: elementwise sum over the ranks; the identity for one.
-        share: gives every rank the first one's numbers; the identity for one. Costs are products, whose last bits may
-            differ between processors.
+        share: gives every rank the first one's numbers; costs may differ in their last bits between processors.
         seed: of the vector from which the directions start.
         num_rounds: most rounds with moves.
-        least_share: split no leaf whose parts hold a smaller share of the scatter between them; see `Halves.share_K`
-            and SEPARATED.
+        least_share: split no leaf whose parts hold a smaller share of the scatter between them; see SEPARATED.
         keep_ids: keep each row's leaf between passes, 4 bytes a row. False where blocks() gives other rows each time.
         on_round: called with (round, from 1; what it did).
 
-    Source: after Fritzke, "The k-means-u* algorithm", arXiv:1706.09059, and Fränti, Sieranoja, "How much can k-means be
-    improved by using better initialization and repeats?", Pattern Recognition 93, 2019.
+    Source: after Fritzke, "The k-means-u* algorithm", arXiv:1706.09059.
     """
 
     def after_two_passes(centers: Tensor) -> Partition:
