@@ -12,6 +12,7 @@ from scipy.cluster.hierarchy import linkage
 
 from raydc.config import parse_config
 from raydc.core.tree import order
+from raydc.core.tree.levels import levels as cut_levels
 from raydc.errors import StageError
 from raydc.report import page
 from raydc.runfolder.folder import RunDir
@@ -52,7 +53,7 @@ def make_run(
     merges = linkage(centers, "ward")
     merges = order.relabel(merges, order.leaf_order(merges))
     rows = 5 + np.arange(num_leaves) * 7 % 20
-    groups = levels(merges, list(levels), rows)
+    groups = cut_levels(merges, list(levels), rows)
     columns = {f"level_{k}": groups[k] for k in groups}
     write_tree(run, merges, columns)
     names = [label(leaf) for leaf in range(num_leaves)]
