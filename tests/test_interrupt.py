@@ -6,9 +6,12 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from tests import shards
 
 
+@pytest.mark.ray
 def test_an_interrupt_in_fit_exits_130_and_says_how_to_go_on(tmp_path):
     x, _ = shards.near_corners(2000)
     shards.write(tmp_path / "in" / "a.parquet", shards.rows(x))

@@ -205,7 +205,7 @@ def test_streamed_rows_train_on_two_workers(streamed):
     assert all(h["steps"] >= 28 for h in fit["history"] if h["phase"] == "pretrain")
 
 
-def test_bad_rows_are_refused_with_their_number(with_bad_rows, tmp_path):
+def test_bad_rows_are_refused_with_their_number(ray_cluster, with_bad_rows, tmp_path):
     with pytest.raises(DataError, match="36 not_finite"):
         pipeline.run(settings(with_bad_rows, tmp_path / "runs"), "failing")
 
