@@ -15,12 +15,13 @@ from typing import Any
 _NAMES = {
     "Config": "raydc.config",
     "Model": "raydc.model",
+    "fit_array": "raydc.core.api",
     "load_config": "raydc.config",
     "parse_config": "raydc.config",
     "run": "raydc.pipeline",
 }
 
-__all__ = ["Config", "Model", "load_config", "parse_config", "run"]
+__all__ = ["Config", "Model", "fit_array", "load_config", "parse_config", "run"]
 
 
 def __getattr__(name: str) -> Any:
