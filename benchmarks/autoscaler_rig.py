@@ -7,6 +7,7 @@ The nodes are raylets of Ray's own fake provider; the autoscaler, its decisions 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from typing import Any
 import ray
 
 _HEAD_ID = "f" * 51 + "00000"
+# The fake provider knows its head by this name.
+_HEAD_TYPE = "ray.head.default"
 _MEMORY = 120_000_000
 _NODES: dict[str, dict[str, Any]] = {
     "cpu": {"resources": {"CPU": 2, "object_store_memory": _MEMORY}, "max_workers": 3},
@@ -78,6 +81,7 @@ class Autoscaled:
     def say(self, text: str) -> None:
         """Note what happened now."""
         self.events.append((round(time.monotonic() - self._started, 1), text))
+        print(f"[{self.events[-1][0]:6.1f} s] {text}", flush=True)
 
     def wait(self, condition: Callable[[], Any], seconds: float) -> bool:
         """Return whether a condition comes true within so many seconds."""
@@ -119,6 +123,7 @@ class Autoscaled:
             time.sleep(2)
             for pid in self._processes():
                 _signal(pid, number)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _processes(self) -> list[int]:
         """Return every process whose command names the folder of this cluster."""
@@ -147,7 +152,7 @@ class Autoscaled:
 
     def _config(self, idle_seconds: float) -> dict[str, Any]:
         types = {name: {**node, "node_config": {}, "min_workers": 0} for name, node in _NODES.items()}
-        types["head"] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+        types[_HEAD_TYPE] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
         return {
             "cluster_name": "nodes",
             "max_workers": 4,
@@ -164,7 +169,7 @@ class Autoscaled:
                 "gcs_address": self.address,
             },
             "available_node_types": types,
-            "head_node_type": "head",
+            "head_node_type": _HEAD_TYPE,
             "file_mounts_sync_continuously": False,
             **{name: {} for name in _EMPTY_MAPS},
             **{name: [] for name in _EMPTY_LISTS},
