@@ -1,7 +1,5 @@
 """What helps against a failure of the workers: Ray's own errors, as they come."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from ray.exceptions import OutOfDiskError, OutOfMemoryError
@@ -10,7 +8,9 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.vade import UnitRange
 from raydc.core.training import checkpoint
 from raydc.core.training.collectives import Ranks
+from raydc.core.training.epochs import Trainer
 from raydc.core.training.fit import fit
+from raydc.core.training.kmeans_on_codes import Sample, start_centers
 from raydc.runtime.remedies import advice, remedy
 from tests.core.ranks import SETTINGS, PlainContext, blobs, make_rows
 
@@ -60,8 +60,18 @@ def test_a_loss_that_is_not_finite_names_the_setting_that_scales_the_rows():
 
 
 def test_too_small_a_sample_of_the_baseline_names_its_setting():
-    text = refusal(replace(SETTINGS, baseline_rows=1))
-    assert text.endswith("Raise baseline_rows.")
+    trainer = Trainer(
+        rows=make_rows(Ranks(), blobs()[0]),
+        preprocess=Preprocess(),
+        settings=SETTINGS,
+        ranks=Ranks(),
+        arithmetic="float32",
+    )
+    # A fit takes twenty rows for each leaf at least, so the sample is given here.
+    with pytest.raises(ValueError) as refused:
+        start_centers(trainer, Sample(torch.zeros(3, 12), torch.ones(3)), seed=0, sampled_by="baseline_rows")
+    text = str(refused.value)
+    assert text.endswith("a sample of 3 rows for 6 leaves. Raise baseline_rows.")
     assert advice(text).endswith("Raise baseline_rows. It is the setting evaluate.baseline_rows.")
 
 
