@@ -13,7 +13,7 @@ import pyarrow as pa
 from raydc.core.metrics.partition_stats import Tally
 from raydc.errors import DataError
 
-_TABLES = ("exemplars", "map_rows", "near_rows")
+_TABLES = ("exemplars", "map_rows", "near_rows", "files")
 
 _CUT_ROWS = 200_000
 """Exemplars that wait for one cut."""
@@ -55,6 +55,9 @@ class Statistics:
     near_rows: pa.Table | None = None
     """key, preprocessed row and the leaf by each method, on the sample among which neighbors are looked up."""
 
+    files: pa.Table | None = None
+    """The files of labels and rejects, by raydc.data.label_files."""
+
     def merge(self, other: "Statistics", num_exemplars: int) -> None:
         """Add the rows of another slice."""
         self.rows += other.rows
@@ -67,6 +70,7 @@ class Statistics:
             self.exemplars = nearest_rows(stacked(self.exemplars, other.exemplars), num_exemplars)
         self.map_rows = stacked(self.map_rows, other.map_rows)
         self.near_rows = stacked(self.near_rows, other.near_rows)
+        self.files = stacked(self.files, other.files)
 
     def without_rows(self) -> "Statistics":
         """Return the counts alone."""
@@ -119,6 +123,9 @@ def summed(items: Iterable[Statistics], num_exemplars: int) -> Statistics:
             total.merge(waiting, num_exemplars)
             waiting, num_waiting = Statistics(), 0
     total.merge(waiting, num_exemplars)
+    if total.files is not None:
+        # A chunk for each slice would be carried up the tree otherwise.
+        total.files = total.files.combine_chunks()
     return total
 
 

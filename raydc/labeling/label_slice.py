@@ -7,7 +7,9 @@ actor that dies after it was written has lost nothing.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
+from raydc.data import label_files
 from raydc.data.columns import class_names
 from raydc.data.ids import readable
 from raydc.data.reader import RowBatch, all_rejected, read_slice
@@ -30,7 +33,7 @@ from raydc.errors import DataError
 from raydc.labeling.nearest_so_far import NearestSoFar
 from raydc.model import Model, Prediction
 from raydc.runfolder import artifacts
-from raydc.runfolder.formats import Place
+from raydc.runfolder.formats import Artifact, Place
 from raydc.storage.lake import Lake
 
 _Item = TypeVar("_Item")
@@ -105,7 +108,8 @@ def label_slice(
     batches = read_slice(
         job.lake, part, job.spec, block_rows=job.block_rows, with_labels=True, with_carry=bool(job.spec.carry_columns)
     )
-    with job.lake.staged(artifacts.LABELS.of(part).uri(place)) as path, pq.ParquetWriter(path, schema) as writer:
+    labels = artifacts.LABELS.of(part)
+    with _recorded(job, labels, statistics) as path, pq.ParquetWriter(path, schema) as writer:
         for batch in _ahead(batches):
             statistics.rows += len(batch.keys) + len(batch.rejects)
             if len(batch.rejects):
@@ -129,7 +133,7 @@ def label_slice(
     if rejects:
         table = pa.concat_tables(rejects)
         statistics.rejects = len(table)
-        with job.lake.staged(artifacts.REJECTS.of(part).uri(place)) as path:
+        with _recorded(job, artifacts.REJECTS.of(part), statistics) as path:
             pq.write_table(table.cast(rejects_schema(job.spec.arrow_id_type)), path)
     done.write(place, statistics.to_bytes())
     nearest.take(part.name, statistics.exemplars, job.model.num_leaves)
@@ -149,16 +153,24 @@ def reject_slice(job: Labeling, part: Slice, reason: str, *, with_ids: bool) -> 
     """
     if (known := completed(job, part)) is not None:
         return known
-    place = job.place
-    with job.lake.staged(artifacts.LABELS.of(part).uri(place)) as path:
+    statistics = Statistics(rows=part.num_rows, rejects=part.num_rows)
+    with _recorded(job, artifacts.LABELS.of(part), statistics) as path:
         pq.write_table(labels_schema(job.spec.arrow_id_type, list(job.model.levels)).empty_table(), path)
     schema = rejects_schema(job.spec.arrow_id_type)
-    with job.lake.staged(artifacts.REJECTS.of(part).uri(place)) as path, pq.ParquetWriter(path, schema) as writer:
+    rejects = artifacts.REJECTS.of(part)
+    with _recorded(job, rejects, statistics) as path, pq.ParquetWriter(path, schema) as writer:
         for table in all_rejected(job.lake, part, job.spec, reason, with_ids=with_ids):
             writer.write_table(table)
-    statistics = Statistics(rows=part.num_rows, rejects=part.num_rows)
-    artifacts.SLICES.of(part).write(place, statistics.to_bytes())
+    artifacts.SLICES.of(part).write(job.place, statistics.to_bytes())
     return statistics
+
+
+@contextmanager
+def _recorded(job: Labeling, file: Artifact, statistics: Statistics) -> Iterator[Path]:
+    """Yield a path to write a Parquet file to, and note what it is like when it is whole."""
+    with job.lake.staged(file.uri(job.place)) as path:
+        yield path
+        statistics.files = stacked(statistics.files, label_files.record(file.path, path))
 
 
 def _refuse_lost(part: Slice, batch: RowBatch, found: Prediction) -> None:

@@ -283,6 +283,9 @@ LABELS = SliceFiles("labels")
 REJECTS = SliceFiles("rejects")
 SLICES = SliceStatistics("slices")
 STATISTICS = StatisticsFile("statistics.npz")
+LABEL_FILES = TableFile("label_files.parquet")
+"""Rows, bytes, checksums and ranges of each file of labels and rejects, by raydc.data.label_files."""
+
 EXEMPLARS = TableFile("exemplars.parquet")
 MAP_ROWS = TableFile("map_rows.parquet")
 AGREEMENT = JsonFile[AgreementRecord]("agreement.json")
@@ -312,7 +315,17 @@ WRITES: dict[StageName, tuple[Artifact, ...]] = {
     "neighbors": (NEIGHBORS, attempts("neighbors")),
     "fit": (CHECKPOINTS, FIT, attempts("fit")),
     "merge": (TREE, MODEL, attempts("merge")),
-    "assign": (LABELS, REJECTS, SLICES, STATISTICS, EXEMPLARS, MAP_ROWS, AGREEMENT, attempts("assign")),
+    "assign": (
+        LABELS,
+        REJECTS,
+        SLICES,
+        STATISTICS,
+        LABEL_FILES,
+        EXEMPLARS,
+        MAP_ROWS,
+        AGREEMENT,
+        attempts("assign"),
+    ),
     "evaluate": (METRICS, LEAF_TABLE),
     "report": (REPORT,),
     "publish": (MANIFEST,),

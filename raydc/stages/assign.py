@@ -79,6 +79,8 @@ def _label(config: Config, run: RunDir, profile: Profile) -> None:
     for file, table in ((artifacts.EXEMPLARS, total.exemplars), (artifacts.MAP_ROWS, total.map_rows)):
         if table is not None:
             file.write(run, table.sort_by("key"))
+    if total.files is not None:
+        artifacts.LABEL_FILES.write(run, total.files.sort_by("path"))
     # What the slices took on their way.
     give_back()
     if (found := neighbor_agreement(config, total)) is not None:
