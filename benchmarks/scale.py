@@ -1,4 +1,7 @@
-"""Runs on clusters that grow and shrink: `python -m benchmarks scale --autoscaler` writes docs/scale.md."""
+"""How a run grows: `python -m benchmarks scale` writes docs/scale.md, each part of it by itself.
+
+`--autoscaler` runs a job on a cluster that grows and shrinks. `--files N` simulates the driver of up to N files.
+"""
 
 import argparse
 import tempfile
@@ -7,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import fault_rig
+from benchmarks import fault_rig, scale_driver
 from benchmarks.autoscaler_rig import Autoscaled
 from benchmarks.record import made
 from raydc.runfolder.folder import RunDir
@@ -15,6 +18,9 @@ from raydc.storage.lake import Lake
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 _NODES = 3
+_AUTOSCALER, _DRIVER = "Autoscaler", "Driver"
+_SIZES = (1000, 10_000, 100_000)
+_MOST_FILES = 100_000
 
 # Rows enough, in blocks small enough, that a slice lasts seconds: the autoscaler needs some for a node.
 _SETTINGS: dict[str, Any] = {
@@ -28,11 +34,26 @@ _SETTINGS: dict[str, Any] = {
 
 
 def main(options: argparse.Namespace) -> None:
-    """Measure a run on an autoscaled cluster and write the page."""
-    with tempfile.TemporaryDirectory(prefix="raydc-scale-") as folder:
-        found = grow_and_shrink(Path(folder))
-    PAGE.write_text(page(found))
+    """Measure what is asked for, both parts by default, and write their sections of the page."""
+    both = not options.autoscaler and options.files is None
+    if options.autoscaler or both:
+        with tempfile.TemporaryDirectory(prefix="raydc-scale-") as folder:
+            found = grow_and_shrink(Path(folder))
+        _put(_AUTOSCALER, autoscaler_section(found))
+    if options.files is not None or both:
+        most = options.files or _MOST_FILES
+        sizes = [size for size in _SIZES if size < most] + [most]
+        _put(_DRIVER, scale_driver.section(scale_driver.measured(sizes), made()))
     print(PAGE.read_text())
+
+
+def _put(title: str, lines: list[str]) -> None:
+    """Write one section of the page; the other one stays as it is."""
+    text = PAGE.read_text() if PAGE.exists() else ""
+    sections = {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in text.split("\n## ")[1:]}
+    sections[title] = "\n".join(lines).strip()
+    parts = [f"## {name}\n\n{sections[name]}\n" for name in (_DRIVER, _AUTOSCALER) if name in sections]
+    PAGE.write_text("\n".join(["# Scale\n", *parts]))
 
 
 def grow_and_shrink(folder: Path) -> dict[str, Any]:
@@ -95,14 +116,10 @@ def _ask_for_a_gpu(cluster: Autoscaled, config: Path) -> dict[str, Any]:
     return {"gpu": found, "gone_again": gone, "events": cluster.events}
 
 
-def page(found: dict[str, Any]) -> str:
-    """Return docs/scale.md."""
+def autoscaler_section(found: dict[str, Any]) -> list[str]:
+    """Return the lines of the section."""
     about = made()
-    lines = [
-        "# Scale",
-        "",
-        "## Autoscaler",
-        "",
+    return [
         "Written by `python -m benchmarks scale --autoscaler`: Ray's autoscaler (v2) on one machine.",
         "The head has no CPU. Up to three nodes of two CPUs and one with a GPU are raylets that it starts.",
         f"The job clusters {found['rows_in']:,} rows in 48 files. When three nodes are there, the newest is killed.",
@@ -118,4 +135,3 @@ def page(found: dict[str, Any]) -> str:
         "|---|---|",
         *(f"| {seconds:.0f} | {text.replace('|', '/')} |" for seconds, text in found["events"]),
     ]
-    return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.kernel import Kernel
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
-from raydc.labeling.label_slice import Labeling, label_slice
+from raydc.labeling.label_slice import Labeling, completed, label_slice
 from raydc.model import Model
 from raydc.storage.lake import Lake
 
@@ -105,5 +105,5 @@ def label_all(job: Labeling, slices: Iterable[Slice]) -> Statistics:
     """Return the sum of the statistics of all slices, labeled one by one in this process."""
     total = Statistics()
     for part in slices:
-        total.merge(Statistics.from_bytes(label_slice(job, part)), job.num_exemplars)
+        total.merge(completed(job, part) or label_slice(job, part), job.num_exemplars)
     return total

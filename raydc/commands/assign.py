@@ -3,14 +3,12 @@
 import hashlib
 import logging
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any, get_args
 
 from raydc.config import Config, ElementType, EmbeddingColumn, digest
 from raydc.data.profile import Profile
 from raydc.data.sample import profile_input
 from raydc.data.schema import FORMAT_VERSION
-from raydc.data.slices import InputSpec
 from raydc.errors import ConfigError, DataError, StageError
 from raydc.labeling.label_slice import Labeling
 from raydc.model import CENTROIDS, HEAD, PREDICTOR, WEIGHTS, Model
@@ -20,7 +18,7 @@ from raydc.runfolder.ownership import LABELS, OwnedFolder, overlaps
 from raydc.runfolder.signals import stoppable
 from raydc.runtime import session
 from raydc.runtime.board import bounded
-from raydc.stages.assign import label_all
+from raydc.stages.assign import label_all, shared
 from raydc.storage.lake import Lake, absolute, join
 
 log = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
         lease.release("stopped by SIGTERM")
         log.error("assign: stopped by SIGTERM; the same command continues")
 
-    load = partial(_load, config, model_uri, output, profile.spec)
+    job = Labeling(lake=lake, output=folder.root, spec=profile.spec, model=model, block_rows=config.assign.block_rows)
     with lease, stoppable(lease):
         # Another driver may have worked here since the first look.
         _refuse_others(folder, made_from)
@@ -75,7 +73,7 @@ def label_new_rows(config: Config, model_uri: str, output: str) -> tuple[int, in
             stoppable(lease, give_back),
             bounded("assign", config, folder, folder.tell, stall_seconds=config.assign.stall_seconds) as bound,
         ):
-            total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, folder)
+            total = label_all(config, shared(job), profile.slices, config.evaluate.num_exemplars, bound, folder)
     return total.rows, total.labels, total.rejects
 
 
@@ -144,9 +142,3 @@ def _model_digests(lake: Lake, model_uri: str) -> dict[str, str | None]:
         "model": digest([checksum(name) for name in (HEAD, WEIGHTS, CENTROIDS)]),
         "predictor": digest(checksum(PREDICTOR)) if lake.exists(join(found, PREDICTOR)) else None,
     }
-
-
-def _load(config: Config, model_uri: str, output: str, spec: InputSpec) -> Labeling:
-    lake = make_lake(config)
-    model = Model.load(absolute(model_uri), lake)
-    return Labeling(lake=lake, output=absolute(output), spec=spec, model=model, block_rows=config.assign.block_rows)

@@ -3,7 +3,8 @@
 import io
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ import pyarrow as pa
 from raydc.core.metrics.partition_stats import Tally
 from raydc.errors import DataError
 
-_TABLES = ("exemplars", "map_rows", "near_rows")
+_TABLES = ("exemplars", "map_rows", "near_rows", "files")
+
+_CUT_ROWS = 200_000
+"""Exemplars that wait for one cut."""
 
 # What reading statistics that are damaged, or were never ours, may end in.
 _DAMAGE = (
@@ -51,19 +55,22 @@ class Statistics:
     near_rows: pa.Table | None = None
     """key, preprocessed row and the leaf by each method, on the sample among which neighbors are looked up."""
 
+    files: pa.Table | None = None
+    """The files of labels and rejects, by raydc.data.label_files."""
+
     def merge(self, other: "Statistics", num_exemplars: int) -> None:
         """Add the rows of another slice."""
         self.rows += other.rows
         self.labels += other.labels
         self.rejects += other.rejects
         for name, tally in other.tallies.items():
-            if name in self.tallies:
-                self.tallies[name].merge(tally)
-            else:
-                self.tallies[name] = tally
-        self.exemplars = nearest_rows(stacked(self.exemplars, other.exemplars), num_exemplars)
+            # Into arrays of its own: those of the other may lie in shared memory that nobody may write to.
+            self.tallies.setdefault(name, Tally(tally.num_groups)).merge(tally)
+        if other.exemplars is not None:
+            self.exemplars = nearest_rows(stacked(self.exemplars, other.exemplars), num_exemplars)
         self.map_rows = stacked(self.map_rows, other.map_rows)
         self.near_rows = stacked(self.near_rows, other.near_rows)
+        self.files = stacked(self.files, other.files)
 
     def without_rows(self) -> "Statistics":
         """Return the counts alone."""
@@ -103,6 +110,23 @@ class Statistics:
                 "and stages/assign.json of the run, and run it again."
             ) from None
         return cls(rows=rows, labels=labels, rejects=rejects, tallies=tallies, **tables)
+
+
+def summed(items: Iterable[Statistics], num_exemplars: int) -> Statistics:
+    """Return the sum of statistics. Their exemplars are cut together: a cut sorts all that are kept."""
+    total, waiting, num_waiting = Statistics(), Statistics(), 0
+    for item in items:
+        waiting.exemplars = stacked(waiting.exemplars, item.exemplars)
+        num_waiting += 0 if item.exemplars is None else item.exemplars.num_rows
+        total.merge(replace(item, exemplars=None), num_exemplars)
+        if num_waiting > _CUT_ROWS:
+            total.merge(waiting, num_exemplars)
+            waiting, num_waiting = Statistics(), 0
+    total.merge(waiting, num_exemplars)
+    if total.files is not None:
+        # A chunk for each slice would be carried up the tree otherwise.
+        total.files = total.files.combine_chunks()
+    return total
 
 
 def nearest_rows(table: pa.Table | None, num: int) -> pa.Table | None:

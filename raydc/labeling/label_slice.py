@@ -1,12 +1,15 @@
 """The labeling of one slice: read, encode, assign, write, and count, in one go.
 
 A slice's label file stands 1:1 beside its input and is published whole; the statistics file comes last and says that
-the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
+the slice is complete, so a retried or resumed slice neither loses nor doubles a row. That file alone is counted: an
+actor that dies after it was written has lost nothing.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +22,7 @@ from torch import Tensor
 from raydc.core.hashing import sample_mask, stream_seed
 from raydc.core.metrics.partition_stats import Tally
 from raydc.core.search.nearest import own_and_other
+from raydc.data import label_files
 from raydc.data.columns import class_names
 from raydc.data.ids import readable
 from raydc.data.reader import RowBatch, all_rejected, read_slice
@@ -26,9 +30,10 @@ from raydc.data.schema import labels_schema, level_column, rejects_schema
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics, nearest_rows, stacked
 from raydc.errors import DataError
+from raydc.labeling.nearest_so_far import NearestSoFar
 from raydc.model import Model, Prediction
 from raydc.runfolder import artifacts
-from raydc.runfolder.formats import Place
+from raydc.runfolder.formats import Artifact, Place
 from raydc.storage.lake import Lake
 
 _Item = TypeVar("_Item")
@@ -66,22 +71,36 @@ class Labeling:
         return Place(self.lake, self.output)
 
 
-def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambda: None) -> bytes:
-    """Label one slice and return its `Statistics` as they are stored; a slice that is complete is not done again.
+def completed(job: Labeling, part: Slice) -> Statistics | None:
+    """Return the statistics of a slice that is complete, None of another.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    done = artifacts.SLICES.of(part)
+    return Statistics.from_bytes(done.read(job.place)) if done.exists(job.place) else None
+
+
+def label_slice(
+    job: Labeling,
+    part: Slice,
+    progress: Callable[[], None] = lambda: None,
+    *,
+    nearest: NearestSoFar | None = None,
+) -> Statistics:
+    """Label one slice, complete or not, and return its statistics.
 
     Args:
         job: the same for all slices.
         part: the slice.
         progress: called after each block of rows.
+        nearest: leaves out rows that cannot be among the exemplars of the run, and learns of those of this slice.
 
     Raises:
-        DataError: a bad row or unreadable bytes that the settings do not let pass, or damaged statistics.
+        DataError: a bad row or unreadable bytes that the settings do not let pass.
     """
     place, done = job.place, artifacts.SLICES.of(part)
-    if done.exists(place):
-        stored = done.read(place)
-        Statistics.from_bytes(stored)  # Whoever reads them here can name the slice.
-        return stored
+    nearest = NearestSoFar(job.num_exemplars) if nearest is None else nearest
     statistics = Statistics()
     rejects: list[pa.Table] = []
     schema = labels_schema(job.spec.arrow_id_type, list(job.model.levels))
@@ -89,7 +108,8 @@ def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambd
     batches = read_slice(
         job.lake, part, job.spec, block_rows=job.block_rows, with_labels=True, with_carry=bool(job.spec.carry_columns)
     )
-    with job.lake.staged(artifacts.LABELS.of(part).uri(place)) as path, pq.ParquetWriter(path, schema) as writer:
+    labels = artifacts.LABELS.of(part)
+    with _recorded(job, labels, statistics) as path, pq.ParquetWriter(path, schema) as writer:
         for batch in _ahead(batches):
             statistics.rows += len(batch.keys) + len(batch.rejects)
             if len(batch.rejects):
@@ -100,33 +120,28 @@ def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambd
             x = torch.from_numpy(np.require(batch.x, requirements=["C", "W"]))
             z = job.model.encode(x, block_rows=job.block_rows)
             found = job.model.label(z, block_rows=job.block_rows)
-            if len(lost := found.beyond_float32()):
-                row = part.first_row + int(batch.keys[lost[0]]) - part.first_key
-                raise DataError(
-                    f"assign: {part.uri} row {row} leaves the range of float32 on its way through the network. Set its "
-                    "values right, or leave the row out."
-                )
+            _refuse_lost(part, batch, found)
             writer.write_table(_label_table(batch, found, schema))
             classes = class_names(batch.labels)
             _count(statistics, job, z, found, classes)
             if sampled:
                 _count_sample(statistics, job, batch, x, z, found, classes)
-            candidates = _exemplars(job, batch, found, classes)
+            candidates = _exemplars(job, batch, found, classes, nearest)
             statistics.exemplars = nearest_rows(stacked(statistics.exemplars, candidates), job.num_exemplars)
             statistics.labels += len(found.leaf)
             progress()
     if rejects:
         table = pa.concat_tables(rejects)
         statistics.rejects = len(table)
-        with job.lake.staged(artifacts.REJECTS.of(part).uri(place)) as path:
+        with _recorded(job, artifacts.REJECTS.of(part), statistics) as path:
             pq.write_table(table.cast(rejects_schema(job.spec.arrow_id_type)), path)
-    stored = statistics.to_bytes()
-    done.write(place, stored)
-    return stored
+    done.write(place, statistics.to_bytes())
+    nearest.take(part.name, statistics.exemplars, job.model.num_leaves)
+    return statistics
 
 
-def reject_slice(job: Labeling, part: Slice, reason: str, *, with_ids: bool) -> bytes:
-    """Put every row of a slice into its reject file, and return its `Statistics` as they are stored.
+def reject_slice(job: Labeling, part: Slice, reason: str, *, with_ids: bool) -> Statistics:
+    """Put every row of a slice into its reject file, and return its statistics.
 
     Its label file is there too, without a row. A slice that is complete stays as it is.
 
@@ -136,18 +151,35 @@ def reject_slice(job: Labeling, part: Slice, reason: str, *, with_ids: bool) -> 
         reason: one of REJECT_REASONS.
         with_ids: whether the ids are read; null otherwise.
     """
-    place, done = job.place, artifacts.SLICES.of(part)
-    if done.exists(place):
-        return done.read(place)
-    with job.lake.staged(artifacts.LABELS.of(part).uri(place)) as path:
+    if (known := completed(job, part)) is not None:
+        return known
+    statistics = Statistics(rows=part.num_rows, rejects=part.num_rows)
+    with _recorded(job, artifacts.LABELS.of(part), statistics) as path:
         pq.write_table(labels_schema(job.spec.arrow_id_type, list(job.model.levels)).empty_table(), path)
     schema = rejects_schema(job.spec.arrow_id_type)
-    with job.lake.staged(artifacts.REJECTS.of(part).uri(place)) as path, pq.ParquetWriter(path, schema) as writer:
+    rejects = artifacts.REJECTS.of(part)
+    with _recorded(job, rejects, statistics) as path, pq.ParquetWriter(path, schema) as writer:
         for table in all_rejected(job.lake, part, job.spec, reason, with_ids=with_ids):
             writer.write_table(table)
-    stored = Statistics(rows=part.num_rows, rejects=part.num_rows).to_bytes()
-    done.write(place, stored)
-    return stored
+    artifacts.SLICES.of(part).write(job.place, statistics.to_bytes())
+    return statistics
+
+
+@contextmanager
+def _recorded(job: Labeling, file: Artifact, statistics: Statistics) -> Iterator[Path]:
+    """Yield a path to write a Parquet file to, and note what it is like when it is whole."""
+    with job.lake.staged(file.uri(job.place)) as path:
+        yield path
+        statistics.files = stacked(statistics.files, label_files.record(file.path, path))
+
+
+def _refuse_lost(part: Slice, batch: RowBatch, found: Prediction) -> None:
+    if len(lost := found.beyond_float32()):
+        row = part.first_row + int(batch.keys[lost[0]]) - part.first_key
+        raise DataError(
+            f"assign: {part.uri} row {row} leaves the range of float32 on its way through the network. Set its values "
+            "right, or leave the row out."
+        )
 
 
 def _label_table(batch: RowBatch, found: Prediction, schema: pa.Schema) -> pa.Table:
@@ -235,8 +267,15 @@ def _count_sample(
     statistics.map_rows = stacked(statistics.map_rows, pa.table(columns))
 
 
-def _exemplars(job: Labeling, batch: RowBatch, found: Prediction, classes: npt.NDArray[np.str_] | None) -> pa.Table:
-    order = np.lexsort((batch.keys, found.distance, found.leaf))
+def _exemplars(
+    job: Labeling,
+    batch: RowBatch,
+    found: Prediction,
+    classes: npt.NDArray[np.str_] | None,
+    nearest: NearestSoFar,
+) -> pa.Table:
+    near = np.flatnonzero(nearest.may_hold(found.leaf, found.distance))
+    order = near[np.lexsort((batch.keys[near], found.distance[near], found.leaf[near]))]
     leaf = found.leaf[order]
     kept = order[np.arange(len(leaf)) - np.searchsorted(leaf, leaf, side="left") < job.num_exemplars]
     take = pa.array(kept)

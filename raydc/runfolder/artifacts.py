@@ -6,7 +6,7 @@ loads torch is imported where it is needed, because the readers of rows are star
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from raydc.data.metrics import AgreementRecord, Metrics, NeighborFacts
 from raydc.data.records import Header, LevelRecord, Manifest, ProfileRecord, StageMarker, SweepRecord
 from raydc.data.schema import MODEL_FOLDER, level_column
 from raydc.runfolder.formats import Artifact, BytesFile, Folder, JsonFile, Place, TableFile
-from raydc.storage.lake import join
+from raydc.storage.lake import absolute, join
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,6 +203,12 @@ class SliceStatistics(SliceFiles):
         """Return the file of a slice, of bytes of raydc.data.statistics."""
         return BytesFile(join(self.path, part.name.removesuffix(".parquet") + ".npz"))
 
+    def incomplete(self, place: Place, parts: "Sequence[Slice]") -> "list[Slice]":
+        """Return the slices that have no file, by one listing for all of them."""
+        prefix = absolute(place.root).rstrip("/") + "/"
+        found = {stored.uri.removeprefix(prefix) for stored in place.lake.find(self.uri(place))}
+        return [part for part in parts if self.of(part).path not in found]
+
 
 class NeighborFiles(SliceFiles):
     """The neighbors of the trained rows of each slice: key, neighbors and similarities, with facts in the metadata."""
@@ -277,6 +283,9 @@ LABELS = SliceFiles("labels")
 REJECTS = SliceFiles("rejects")
 SLICES = SliceStatistics("slices")
 STATISTICS = StatisticsFile("statistics.npz")
+LABEL_FILES = TableFile("label_files.parquet")
+"""Rows, bytes, checksums and ranges of each file of labels and rejects, by raydc.data.label_files."""
+
 EXEMPLARS = TableFile("exemplars.parquet")
 MAP_ROWS = TableFile("map_rows.parquet")
 AGREEMENT = JsonFile[AgreementRecord]("agreement.json")
@@ -306,7 +315,17 @@ WRITES: dict[StageName, tuple[Artifact, ...]] = {
     "neighbors": (NEIGHBORS, attempts("neighbors")),
     "fit": (CHECKPOINTS, FIT, attempts("fit")),
     "merge": (TREE, MODEL, attempts("merge")),
-    "assign": (LABELS, REJECTS, SLICES, STATISTICS, EXEMPLARS, MAP_ROWS, AGREEMENT, attempts("assign")),
+    "assign": (
+        LABELS,
+        REJECTS,
+        SLICES,
+        STATISTICS,
+        LABEL_FILES,
+        EXEMPLARS,
+        MAP_ROWS,
+        AGREEMENT,
+        attempts("assign"),
+    ),
     "evaluate": (METRICS, LEAF_TABLE),
     "report": (REPORT,),
     "publish": (MANIFEST,),

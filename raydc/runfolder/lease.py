@@ -146,6 +146,24 @@ class Fence:
         self.generation += 1
 
 
+class Looks:
+    """A check that looks no more often than every so many seconds; travels to workers, where each begins with a look.
+
+    Thousands of workers that look before each slice would ask the store for one key as often as it answers at all.
+    """
+
+    def __init__(self, check: Callable[[], None], seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._check, self._seconds, self._clock = check, seconds, clock
+        self._last: float | None = None
+
+    def __call__(self) -> None:
+        """Check, if the last look is long enough ago."""
+        now = self._clock()
+        if self._last is None or now - self._last >= self._seconds:
+            self._check()
+            self._last = now
+
+
 class Lease:
     """The lease that this process holds, with its heartbeat; a context manager that gives it back."""
 

@@ -5,8 +5,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -21,19 +20,24 @@ from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, ne
 from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
 from raydc.data.metrics import AgreementRecord, Baseline, MethodAgreement
+from raydc.data.profile import Profile
 from raydc.data.records import AssignMetrics
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
-from raydc.labeling.label_slice import Labeling, label_slice, reject_slice
+from raydc.labeling.label_slice import Labeling, completed, label_slice, reject_slice
+from raydc.labeling.nearest_so_far import NearestSoFar
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
+from raydc.runfolder.formats import Place
+from raydc.runfolder.lease import Looks
 from raydc.runfolder.ownership import OwnedFolder
 from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
 from raydc.runtime.session import can_grow
+from raydc.runtime.slice_sums import sum_of_slices
 from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
@@ -42,7 +46,15 @@ _LOG_SECONDS = 10.0
 _FULL_POOL = 0.75
 _LESS_MEMORY = "If memory was short, lower assign.num_actors, or give the workers more."
 _CONTINUES = "Complete slices are kept; the same command continues."
-_RESULTS = pa.schema([("statistics", pa.large_binary()), ("kind", pa.string()), ("failure", pa.string())])
+_RESULTS = pa.schema([("rows", pa.int64()), ("kind", pa.string()), ("failure", pa.string())])
+
+_TASKS = 4000
+_TASKS_OF_AN_ACTOR = 4
+"""Tasks at least: so many in all, and for each actor, so that all of them end at about the same time."""
+
+_LOOK_SECONDS = 5.0
+_LOOKS_A_SECOND = 100.0
+"""An actor looks at the lease as seldom as this, and all of them together no more often: it is one key in the store."""
 
 
 def run(config: Config, run: RunDir) -> AssignMetrics:
@@ -52,22 +64,39 @@ def run(config: Config, run: RunDir) -> AssignMetrics:
     are looked up are not kept.
     """
     profile = artifacts.PROFILE.read(run)
-    load = partial(_load, config, run, profile.spec, profile.num_rows)
+    # Written last: a driver that died after it has only the files of the slices to remove.
+    if not artifacts.STATISTICS.exists(run):
+        _label(config, run, profile)
+    total = artifacts.STATISTICS.read(run)
+    run.remove(artifacts.SLICES.path)
+    return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
+
+
+def _label(config: Config, run: RunDir, profile: Profile) -> None:
+    load = shared(_labeling(config, run, profile.spec, profile.num_rows))
     with bounded("assign", config, run, stall_seconds=config.assign.stall_seconds) as bound:
         total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, run)
     for file, table in ((artifacts.EXEMPLARS, total.exemplars), (artifacts.MAP_ROWS, total.map_rows)):
         if table is not None:
             file.write(run, table.sort_by("key"))
+    if total.files is not None:
+        artifacts.LABEL_FILES.write(run, total.files.sort_by("path"))
     # What the slices took on their way.
     give_back()
     if (found := neighbor_agreement(config, total)) is not None:
         artifacts.AGREEMENT.write(run, found)
     artifacts.STATISTICS.write(run, total)
-    return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
 
 
-def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeling:
-    """Return what an actor needs, read from the run folder by the actor itself."""
+def shared(job: Labeling) -> Callable[[], Labeling]:
+    """Return what gives the same labeling in any process; each node fetches it once, and nobody reads the store."""
+    # As bytes: arrays that lie in shared memory could not be written to, which torch warns of.
+    body = ray.put(ray.cloudpickle.dumps(job))
+    return lambda: ray.cloudpickle.loads(ray.get(body))
+
+
+def _labeling(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeling:
+    """Return what an actor needs."""
     model, leaves = artifacts.MODEL.load(run), artifacts.LEAVES.read(run)
     baselines = {}
     for name in get_args(Baseline):
@@ -151,11 +180,13 @@ def label_all(
     slices: list[Slice],
     num_exemplars: int,
     bound: Bound,
-    run: OwnedFolder | None = None,
+    place: Place,
     *,
     slots: int | None = None,
 ) -> Statistics:
     """Return the sum of all slices' statistics, after every slice was labeled.
+
+    The slices that are complete are told by one listing. The actors hand over counts of rows alone.
 
     A slice that kills its process stops the run after `bound.most` deaths; under on_bad_files=quarantine its rows go to
     the rejects instead. It is on_bad_files because the file is what cannot be used: no row of it was seen to be bad.
@@ -163,36 +194,25 @@ def label_all(
     Args:
         config: for the resources of the actors.
         load: called once in each actor.
-        slices: to be labeled; those that are complete already are only counted.
+        slices: to be labeled; those that have a file in `place` already are only counted.
         num_exemplars: nearest rows kept for each leaf.
         bound: on the attempts at a slice.
-        run: gets the progress; its lease is checked before each slice is written. Default: neither.
+        place: the folder that `load` names; an OwnedFolder gets the progress, and its lease is looked at.
         slots: actors for which there is room at the start. Default: what the cluster offers now.
 
     Raises:
         DataError: a bad row or file that the settings do not let pass, or a slice that kills its process.
         StageError: a worker failed for good, or rows in are not labels + rejects.
     """
-    total = Statistics()
-    started = logged = time.monotonic()
-    expected = sum(s.num_rows for s in slices)
-    check = run.check_owner if run is not None else None
     # Closed at once when something stops the loop: an error's traceback would keep the actors and their readers alive.
     slots = free_slots(config) if slots is None else slots
-    with closing(_labeled(config, load, slices, bound, check, slots)) as labeled:
-        for done, statistics in enumerate(labeled, 1):
-            total.merge(statistics, num_exemplars)
-            now = time.monotonic()
-            rate = total.rows / (now - started)
-            left = (expected - total.rows) / max(rate, 1e-9)
-            # Slices without rows come first at times: nothing is known of the speed then.
-            ending = f", {left:.0f} s left" if total.rows else ""
-            line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s{ending}"
-            if run is not None:
-                run.tell(line)
-            if now - logged > _LOG_SECONDS:
-                logged = now
-                log.info("assign: %s", line)
+    left = artifacts.SLICES.incomplete(place, slices)
+    expected = sum(s.num_rows for s in slices)
+    told = _Progress(place, len(slices), len(slices) - len(left), expected, sum(s.num_rows for s in left))
+    with closing(_labeled(config, load, left, bound, place, slots)) as labeled:
+        for rows in labeled:
+            told.add(rows)
+    total = sum_of_slices(place, slices, num_exemplars)
     if not total.rows == total.labels + total.rejects == expected:
         raise StageError(
             f"assign: {expected} rows in, but {total.labels} labels and {total.rejects} rejects out. The input changed "
@@ -201,49 +221,60 @@ def label_all(
     return total
 
 
+class _Progress:
+    """How far the labeling is, told to the folder and now and then to the log."""
+
+    def __init__(self, place: Place, slices: int, done: int, rows: int, rows_left: int) -> None:
+        self._place, self._slices, self._done, self._rows, self._left = place, slices, done, rows, rows_left
+        self._first = rows_left
+        self._started = self._logged = time.monotonic()
+
+    def add(self, rows: int) -> None:
+        """Count a slice."""
+        self._done += 1
+        self._left -= rows
+        now = time.monotonic()
+        rate = (self._first - self._left) / max(now - self._started, 1e-9)
+        # Slices without rows come first at times: nothing is known of the speed then.
+        ending = f", {self._left / rate:.0f} s left" if rate else ""
+        line = f"{self._done} of {self._slices} slices, {self._rows - self._left:,} rows, {rate:,.0f} rows/s{ending}"
+        if isinstance(self._place, OwnedFolder):
+            self._place.tell(line)
+        if now - self._logged > _LOG_SECONDS:
+            self._logged = now
+            log.info("assign: %s", line)
+
+
 def _labeled(
     config: Config,
     load: Callable[[], Labeling],
     slices: list[Slice],
     bound: Bound,
-    check: Callable[[], None] | None,
+    place: Place,
     slots: int,
-) -> Generator[Statistics]:
+) -> Generator[int]:
+    """Label the slices and yield the rows of each as it is complete."""
+    if not slices:
+        return
     section = config.assign
+    groups = grouped(slices, slots)
     # Where nodes may join, no count of today bounds the pool: Ray Data adds actors as it finds room, and asks for twice
     # the room while all are busy. On a cluster that cannot grow it finds none, and asks in vain.
-    most = section.num_actors or (len(slices) if can_grow(config) else slots)
-    actors = min(most, max(len(slices), 1))
-
-    class Labeler:
-        """One actor: the model stays loaded from slice to slice."""
-
-        def __init__(self) -> None:
-            prepare_process(section.cpus_per_actor)
-            self.job: Labeling | None = None
-
-        def __call__(self, batch: pa.Table) -> pa.Table:
-            return pa.Table.from_pylist([self._label(row) for row in batch.to_pylist()], _RESULTS)
-
-        def _label(self, row: dict[str, Any]) -> dict[str, Any]:
-            # An error comes back as a row: raised here, it would reach the driver without its cause.
-            try:
-                if self.job is None:
-                    self.job = _loaded(load, row["name"], bound, use_gpu=section.use_gpu)
-                return {"statistics": label_or_reject(self.job, Slice.from_row(row), bound, check)}
-            except Exception as error:
-                log.exception("slice %s", row["name"])
-                return {"kind": type(error).__name__, "failure": f"slice {row['name']}: {error}"}
-
-    items = [asdict(s) for s in slices]
+    most = section.num_actors or (len(groups) if can_grow(config) else slots)
+    actors = min(most, len(groups))
+    look = None
+    if isinstance(place, OwnedFolder):
+        look = Looks(place.check_owner, max(_LOOK_SECONDS, actors / _LOOKS_A_SECOND))
+    labeler = _labeler(load, bound, look, cpus=section.cpus_per_actor, use_gpu=section.use_gpu)
     # Ray Data's own measure of a pool that may grow counts on tasks that wait at an actor; here none does.
     ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = _FULL_POOL
+    items = [{"slices": [dict(vars(part)) for part in group]} for group in groups]
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Labeler,
+        labeler,
         batch_size=1,
         batch_format="pyarrow",
         # As many as there is room for start at once: Ray Data would add one after the other. One is enough to go on.
-        # One slice each: a second one would wait at a busy actor while another has none.
+        # One group each: a second one would wait at a busy actor while another has none.
         compute=ActorPoolStrategy(
             min_size=1, max_size=actors, initial_size=min(slots, actors), max_tasks_in_flight_per_actor=1
         ),
@@ -261,17 +292,70 @@ def _labeled(
         ) from error
 
 
-def _counted(row: dict[str, Any]) -> Statistics:
-    """Return the statistics that an actor sent, or raise what it met."""
+def _labeler(
+    load: Callable[[], Labeling],
+    bound: Bound,
+    look: Callable[[], None] | None,
+    *,
+    cpus: int,
+    use_gpu: bool,
+) -> type:
+    class Labeler:
+        """One actor: the model stays loaded from slice to slice."""
+
+        def __init__(self) -> None:
+            prepare_process(cpus)
+            self.job: Labeling | None = None
+            self.nearest: NearestSoFar | None = None
+
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            parts = [Slice.from_row(row) for group in batch["slices"].to_pylist() for row in group]
+            rows: list[dict[str, Any]] = []
+            may_be_done = True
+            for part in parts:
+                # An error comes back as a row: raised here, it would reach the driver without its cause.
+                try:
+                    if self.job is None:
+                        self.job = _loaded(load, part.name, bound, use_gpu=use_gpu)
+                        self.nearest = NearestSoFar(self.job.num_exemplars)
+                    # A group is done in order. If its first slice is new, so are the others, and nobody has to ask.
+                    done = completed(self.job, part) if may_be_done else None
+                    may_be_done = done is not None
+                    if done is None:
+                        done = label_or_reject(self.job, part, bound, look, self.nearest)
+                    rows.append({"rows": done.rows})
+                except Exception as error:
+                    log.exception("slice %s", part.name)
+                    rows.append({"kind": type(error).__name__, "failure": f"slice {part.name}: {error}"})
+                    break
+            return pa.Table.from_pylist(rows, _RESULTS)
+
+    return Labeler
+
+
+def grouped(slices: list[Slice], slots: int) -> list[list[Slice]]:
+    """Return the slices in groups, one for each task: a task costs the driver milliseconds, a slice microseconds."""
+    size = -(-len(slices) // max(_TASKS, _TASKS_OF_AN_ACTOR * slots))
+    return [slices[first : first + size] for first in range(0, len(slices), size)]
+
+
+def _counted(row: dict[str, Any]) -> int:
+    """Return the rows of a slice that an actor has labeled, or raise what it met."""
     if row["kind"] == DataError.__name__:
         raise DataError(f"assign: {row['failure']}")
     if row["kind"] is not None:
         told = f"{row['kind']}: {row['failure']}"
         raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
-    return Statistics.from_bytes(row["statistics"])
+    return int(row["rows"])
 
 
-def label_or_reject(job: Labeling, part: Slice, bound: Bound, check: Callable[[], None] | None = None) -> bytes:
+def label_or_reject(
+    job: Labeling,
+    part: Slice,
+    bound: Bound,
+    check: Callable[[], None] | None = None,
+    nearest: NearestSoFar | None = None,
+) -> Statistics:
     """Return the statistics of a slice, labeled, or all in the rejects if it kills its process each time.
 
     Args:
@@ -279,6 +363,7 @@ def label_or_reject(job: Labeling, part: Slice, bound: Bound, check: Callable[[]
         part: the slice.
         bound: on its attempts.
         check: called before it is begun.
+        nearest: what this process knows of the exemplars.
 
     Raises:
         DataError: it does, under on_bad_files=fail, or even while its ids or nothing of it is read.
@@ -287,7 +372,7 @@ def label_or_reject(job: Labeling, part: Slice, bound: Bound, check: Callable[[]
         if check is not None:
             check()
         if not bound.is_left_out(part, lost, job.spec.on_bad_files):
-            return label_slice(job, part, bound.progress(part.name))
+            return label_slice(job, part, bound.progress(part.name), nearest=nearest)
         beyond = lost.beyond(bound.most)
         if beyond > 1:
             raise DataError(f"{part.uri}: its rows could not even be put into the rejects; it {bound.ending(lost)}")

@@ -2,12 +2,16 @@
 
 import hashlib
 import logging
+import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config import Config
+from raydc.data import label_files
 from raydc.data.profile import Profile
 from raydc.data.records import FileEntry, Manifest, PublishMetrics
 from raydc.data.schema import FORMAT_VERSION, labels_schema
@@ -22,13 +26,17 @@ from raydc.tables.common import LabelFile
 log = logging.getLogger(__name__)
 
 _BLOCK = 8 * 2**20
+_READERS = 8
+_PROBES = 16
+_MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 def run(config: Config, run: RunDir) -> PublishMetrics:
     """Check that the counts add up, register the label files in the tables of the settings and write _MANIFEST.json.
 
-    The manifest lists path, rows, bytes and checksum of every file, and the version of every table. The files stay as
-    they are; done again, the stage changes nothing.
+    The manifest lists path, rows, bytes and checksum of every file, and the version of every table. Those of label
+    files were noted when they were written; a listing tells whether they are still the same. The files stay as they
+    are; done again, the stage changes nothing.
 
     Raises:
         StageError: files are missing or too many, or another driver has taken the run over.
@@ -40,8 +48,10 @@ def run(config: Config, run: RunDir) -> PublishMetrics:
     for leftover in [f for f in stored if is_staged(f.uri)]:
         run.lake.remove(leftover.uri)
         stored.remove(leftover)
-    with ThreadPoolExecutor(8) as pool:
-        entries = list(pool.map(lambda f: _entry(run, f, f.uri.removeprefix(prefix)), stored))
+    files = {f.uri.removeprefix(prefix): f for f in stored}
+    known = _as_written(run, files)
+    read = _read(run, {path: f for path, f in files.items() if path not in known})
+    entries = [_noted(known[path]) if path in known else read[path] for path in files]
     profile = artifacts.PROFILE.read(run)
     labels, rejects = (_rows_in(folder, entries) for folder in (artifacts.LABELS, artifacts.REJECTS))
     missing = {artifacts.LABELS.of(s).path for s in profile.slices} - {e["path"] for e in entries}
@@ -54,7 +64,9 @@ def run(config: Config, run: RunDir) -> PublishMetrics:
         )
     if run.fence is not None:
         run.fence.advance("publish")
-    registered = register.register(config, run, _label_files(run, entries), _labels_schema(config, run, profile))
+    registered = register.register(
+        config, run, _label_files(run, entries, files, known), _labels_schema(config, run, profile)
+    )
     for table in registered:
         log.info(
             "publish: %s %s, %s %s",
@@ -84,7 +96,43 @@ def _rows_in(folder: Folder, entries: list[FileEntry]) -> int:
     return sum(e.get("rows", 0) for e in entries if folder.holds(e["path"]))
 
 
-def _label_files(run: RunDir, entries: list[FileEntry]) -> list[LabelFile]:
+def _as_written(run: RunDir, files: Mapping[str, StoredFile]) -> dict[str, dict[str, Any]]:
+    """Return what was noted of label files when they were written, of those that are still the same by the listing.
+
+    The same size, and the same MD5 where the store names contents by it. Some stores, and buckets with keys of their
+    own, name them otherwise: that is so if no name is an MD5 that was noted, while the contents are.
+    """
+    if not artifacts.LABEL_FILES.exists(run):
+        return {}
+    noted = {row["path"]: row for row in artifacts.LABEL_FILES.read(run).to_pylist()}
+    of_size = {path: noted[path] for path, f in files.items() if path in noted and noted[path]["bytes"] == f.size}
+    other = {path for path in of_size if _MD5.fullmatch(files[path].etag or "") is not None}
+    same = {path for path in other if files[path].etag == of_size[path]["md5"]}
+    other -= same
+    if other and not same:
+        read = _read(run, {path: files[path] for path in sorted(other)[:_PROBES]})
+        if all(entry["sha256"] == of_size[path]["sha256"] for path, entry in read.items()):
+            other = set()
+    if changed := len(noted.keys() & files.keys()) - len(of_size) + len(other):
+        log.warning("publish: %s label files are not as they were written; they are read again", f"{changed:,}")
+    return {path: row for path, row in of_size.items() if path not in other}
+
+
+def _noted(row: Mapping[str, Any]) -> FileEntry:
+    return {"path": row["path"], "bytes": row["bytes"], "sha256": row["sha256"], "rows": row["rows"]}
+
+
+def _read(run: RunDir, files: Mapping[str, StoredFile]) -> dict[str, FileEntry]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(files, pool.map(lambda path: _entry(run, files[path], path), files), strict=True))
+
+
+def _label_files(
+    run: RunDir,
+    entries: list[FileEntry],
+    files: Mapping[str, StoredFile],
+    known: Mapping[str, Mapping[str, Any]],
+) -> list[LabelFile]:
     folder = artifacts.LABELS
     return [
         LabelFile(
@@ -93,6 +141,8 @@ def _label_files(run: RunDir, entries: list[FileEntry]) -> list[LabelFile]:
             size=e["bytes"],
             rows=e["rows"],
             sha256=e["sha256"],
+            modified=files[e["path"]].modified,
+            columns=label_files.from_record(known[e["path"]]) if e["path"] in known else None,
         )
         for e in entries
         if folder.holds(e["path"])

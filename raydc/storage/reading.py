@@ -1,5 +1,6 @@
 """Reading by URI: local folders, s3://, gs:// and whatever else fsspec knows."""
 
+import datetime
 import io
 import json
 import os
@@ -35,6 +36,12 @@ class StoredFile:
     uri: str
     size: int
     """Bytes."""
+
+    modified: float | None = None
+    """Unix time of the last change, where a listing tells it."""
+
+    etag: str | None = None
+    """What the store calls this content, where it does; the MD5 of the bytes, or not."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,10 @@ class Reading:
         fs, path = self.file_system(uri)
         fs.invalidate_cache()
         details = fs.find(path, detail=True)
-        return [StoredFile(_below(uri, path, p), details[p]["size"]) for p in sorted(details)]
+        return [
+            StoredFile(_below(uri, path, p), details[p]["size"], _modified(details[p]), _etag(details[p]))
+            for p in sorted(details)
+        ]
 
     def names(self, uri: str) -> list[str]:
         """Return the names directly in a folder, those of folders included, in order.
@@ -242,6 +252,17 @@ def _with_scheme(uri: str, path: str) -> str:
     """Return the URI of a path in the file system of `uri`."""
     scheme, separator, _ = absolute(uri).partition("://")
     return f"{scheme}://{path.lstrip('/')}" if separator and "://" not in path else absolute(path)
+
+
+def _modified(details: dict[str, Any]) -> float | None:
+    """Return the time that a listing of local files or of S3 tells."""
+    found = details.get("mtime", details.get("LastModified"))
+    return found.timestamp() if isinstance(found, datetime.datetime) else found
+
+
+def _etag(details: dict[str, Any]) -> str | None:
+    found = details.get("ETag")
+    return found.strip('"') if isinstance(found, str) else None
 
 
 def _line(error: BaseException) -> str:

@@ -5,12 +5,13 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import pyarrow as pa
 
+from raydc.data.label_files import ColumnFacts
 from raydc.data.records import TableEntry
 from raydc.data.schema import RUN_COLUMN
 from raydc.errors import StageError, StorageUnavailable
@@ -35,6 +36,11 @@ class LabelFile:
 
     rows: int
     sha256: str
+    modified: float | None = None
+    """Unix time of its last change; None where nobody has looked."""
+
+    columns: Mapping[str, ColumnFacts] | None = None
+    """Ranges of its columns, taken when it was written; None where its footer is to be read."""
 
 
 @dataclass(frozen=True)

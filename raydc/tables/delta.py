@@ -16,6 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from raydc.config import Config, StorageConfig
+from raydc.data.label_files import column_facts
 from raydc.data.schema import RUN_COLUMN
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
@@ -184,33 +185,34 @@ def _said(error: Exception) -> str:
 
 
 def _add_action(run: RunDir, target: _Target, file: LabelFile) -> AddAction:
-    fs, location = run.lake.file_system(file.uri)
     path = below(target.root, file.uri)
     assert path is not None, f"{file.uri} is not below {target.root}"
     return AddAction(
         path=path,
         size=file.size,
         partition_values=target.partition,
-        modification_time=int(fs.modified(location).timestamp() * 1000),
+        modification_time=int(_modified(run.lake, file) * 1000),
         data_change=True,
-        stats=json.dumps(_statistics(run.lake, file)),
+        stats=json.dumps(file_statistics(run.lake, file)),
     )
 
 
-def _statistics(lake: Lake, file: LabelFile) -> dict[str, Any]:
+def _modified(lake: Lake, file: LabelFile) -> float:
+    if file.modified is not None:
+        return file.modified
+    fs, location = lake.file_system(file.uri)
+    return float(fs.modified(location).timestamp())
+
+
+def file_statistics(lake: Lake, file: LabelFile) -> dict[str, Any]:
     """Return rows, and least and largest value of each integer column, with which readers skip files."""
-    least: dict[str, int] = {}
-    largest: dict[str, int] = {}
-    with lake.open_parquet(file.uri) as handle:
-        metadata = pq.ParquetFile(handle).metadata
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            found = chunk.statistics
-            if chunk.physical_type in ("INT32", "INT64") and found is not None and found.has_min_max:
-                name = chunk.path_in_schema
-                least[name] = min(least.get(name, found.min), found.min)
-                largest[name] = max(largest.get(name, found.max), found.max)
+    columns = file.columns
+    if columns is None:
+        with lake.open_parquet(file.uri) as handle:
+            columns = column_facts(pq.ParquetFile(handle).metadata)
+    whole = {name: facts for name, facts in columns.items() if isinstance(facts["least"], int)}
+    least = {name: facts["least"] for name, facts in whole.items()}
+    largest = {name: facts["largest"] for name, facts in whole.items()}
     return {"numRecords": file.rows, "minValues": least, "maxValues": largest}
 
 

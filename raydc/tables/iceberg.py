@@ -14,16 +14,26 @@ import pyarrow.fs
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.exceptions import CommitFailedException, NoSuchTableError, TableAlreadyExistsError
 from pyiceberg.expressions import EqualTo
-from pyiceberg.io.pyarrow import PyArrowFileIO, parquet_file_to_data_file
-from pyiceberg.manifest import DATA_FILE_TYPE, DataFile
+from pyiceberg.io import FileIO
+from pyiceberg.io.pyarrow import (
+    DataFileStatistics,
+    MetricModeTypes,
+    PyArrowFileIO,
+    StatsAggregator,
+    compute_statistics_plan,
+    parquet_file_to_data_file,
+)
+from pyiceberg.manifest import DATA_FILE_TYPE, DataFile, DataFileContent, FileFormat
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table, TableProperties
+from pyiceberg.table.metadata import TableMetadata
 from pyiceberg.transforms import IdentityTransform
 from pyiceberg.typedef import Record
 from pyiceberg.types import FloatType, IcebergType, IntegerType, LongType, NestedField, StringType
 
 from raydc.config import Config
+from raydc.data.label_files import ColumnFacts
 from raydc.data.schema import RUN_COLUMN
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
@@ -50,6 +60,7 @@ _TYPES: dict[pa.DataType, IcebergType] = {
 }
 # A property of this process's client: the settings of the storage that pyiceberg has no name for.
 _PATIENCE = "raydc.storage"
+_PHYSICAL = {IntegerType: "INT32", LongType: "INT64", FloatType: "FLOAT", StringType: "BYTE_ARRAY"}
 _PARTITION = next(i for i, field in enumerate(DATA_FILE_TYPE[2].fields) if field.name == "partition")
 
 
@@ -152,14 +163,59 @@ def _commit_once(
             transaction.set_properties({TableProperties.DEFAULT_NAME_MAPPING: mapping})
         update = transaction.update_snapshot(snapshot_properties=summary)
         with update.overwrite() if earlier else update.fast_append() as snapshot:
-            for file in earlier:
-                snapshot.delete_data_file(file)
-            for location in wanted:
-                found = parquet_file_to_data_file(table.io, transaction.table_metadata, location)
+            for known in earlier:
+                snapshot.delete_data_file(known)
+            for file in files:
+                found = data_file(table.io, transaction.table_metadata, file)
                 # The files have no such column: readers take the value from the metadata.
                 found[_PARTITION] = Record(run_id)
                 snapshot.append_data_file(found)
     return Registered("iceberg", identifier, _snapshot(table), True)
+
+
+def data_file(io: FileIO, metadata: TableMetadata, file: LabelFile) -> DataFile:
+    """Return what the table is told of a file; its footer is read only where nobody noted what is in it."""
+    location = _location(file.uri)
+    if file.columns is None:
+        return parquet_file_to_data_file(io, metadata, location)
+    schema = metadata.schema()
+    plan = compute_statistics_plan(schema, metadata.properties)
+    ids = {field.name: field.field_id for field in schema.fields}
+    ranges: dict[int, StatsAggregator] = {}
+    counted: dict[str, ColumnFacts] = {}
+    for name, facts in file.columns.items():
+        collector = plan[ids[name]]
+        if collector.mode.type == MetricModeTypes.NONE:
+            continue
+        counted[name] = facts
+        if collector.mode.type != MetricModeTypes.COUNTS and facts["least"] is not None:
+            aggregate = StatsAggregator(
+                collector.iceberg_type, _PHYSICAL[type(collector.iceberg_type)], collector.mode.length
+            )
+            aggregate.update_min(facts["least"])
+            aggregate.update_max(facts["largest"])
+            ranges[ids[name]] = aggregate
+    found = DataFileStatistics(
+        record_count=file.rows,
+        column_sizes={ids[name]: facts["bytes"] for name, facts in file.columns.items()},
+        value_counts={ids[name]: file.rows for name in counted},
+        null_value_counts={ids[name]: nulls for name, f in counted.items() if (nulls := f["nulls"]) is not None},
+        nan_value_counts={},
+        column_aggregates=ranges,
+        split_offsets=[],
+    )
+    return DataFile.from_args(
+        content=DataFileContent.DATA,
+        file_path=location,
+        file_format=FileFormat.PARQUET,
+        partition=Record(),
+        file_size_in_bytes=file.size,
+        sort_order_id=None,
+        spec_id=metadata.default_spec_id,
+        equality_ids=None,
+        key_metadata=None,
+        **{**found.to_serialized_dict(), "split_offsets": None},
+    )
 
 
 def _open_or_create(catalog: Catalog, identifier: str, schema: Schema) -> Table:

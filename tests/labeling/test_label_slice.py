@@ -19,7 +19,7 @@ from raydc.data.schema import labels_schema, rejects_schema
 from raydc.data.slices import Column, InputSpec, Slice
 from raydc.data.statistics import Statistics, nearest_rows
 from raydc.errors import DataError
-from raydc.labeling.label_slice import Labeling, label_slice
+from raydc.labeling.label_slice import Labeling, completed, label_slice
 from raydc.runfolder import artifacts
 from raydc.storage.lake import Lake
 from tests import shards
@@ -200,7 +200,7 @@ def test_damaged_statistics_of_a_complete_slice_are_refused_where_the_slice_is_k
     label_slice(job(tmp_path / "out"), part)
     Path(artifacts.SLICES.of(part).uri(job(tmp_path / "out").place)).write_bytes(b"no statistics")
     with pytest.raises(DataError, match="statistics of the labels: damaged"):
-        label_slice(job(tmp_path / "out"), part)
+        completed(job(tmp_path / "out"), part)
 
 
 def test_the_same_job_writes_the_same_bytes_whatever_the_block_size(tmp_path):

@@ -66,7 +66,7 @@ def job(ray_cluster, tmp_path):
             return shards.corner_labeling(lake, out, profile.spec)
 
         with bounded("assign", config, Place(Lake(), out)) as bound:
-            return label_all(config, load, profile.slices, 3, bound)
+            return label_all(config, load, profile.slices, 3, bound, Place(Lake(), out))
 
     return SimpleNamespace(label=label, out=tmp_path / "out", kills=lambda: len(list((tmp_path / "kills").iterdir())))
 
@@ -147,7 +147,7 @@ def test_an_actor_that_hangs_is_seen_and_replaced(ray_cluster, tmp_path, caplog)
         caplog.at_level(logging.WARNING),
         bounded("assign", config, Lake(), str(tmp_path), stall_seconds=config.assign.stall_seconds) as bound,
     ):
-        total = label_all(config, load, profile.slices, 3, bound)
+        total = label_all(config, load, profile.slices, 3, bound, Place(Lake(), str(tmp_path / "out")))
     assert (total.rows, total.labels) == (150, 150)
     assert time.monotonic() - started < 300
     for name in ("part-0.parquet", "part-1.parquet"):

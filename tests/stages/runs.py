@@ -76,5 +76,6 @@ def _assign(run: RunDir) -> Statistics:
     )
     total = shards.label_all(job, profile.slices)
     artifacts.EXEMPLARS.write(run, total.exemplars.sort_by("key"))
+    artifacts.LABEL_FILES.write(run, total.files.sort_by("path"))
     artifacts.STATISTICS.write(run, total)
     return total

@@ -4,21 +4,24 @@ import os
 import threading
 import time
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 from raydc.data.sample import profile_input
+from raydc.data.slices import Slice
 from raydc.errors import DataError
 from raydc.labeling.label_slice import Labeling
+from raydc.runfolder import artifacts
+from raydc.runfolder.formats import Place
 from raydc.runtime import session
 from raydc.runtime.attempts import Bound
 from raydc.runtime.board import watched
-from raydc.stages import assign
+from raydc.stages import assign, publish
 from raydc.stages.assign import label_all
 from raydc.storage.lake import Lake
 from tests import shards
+from tests.stages.runs import fill, labeled_run
 
 
 def readers() -> list[str]:
@@ -33,17 +36,21 @@ def test_no_reader_outlives_a_labeling_that_fails(ray_cluster, tmp_path):
     profile = profile_input(config, Lake())
     (tmp_path / "in" / "part-01.parquet").write_bytes(b"no parquet")
 
-    def load() -> Labeling:
-        return shards.corner_labeling(Lake(), str(tmp_path / "out"), profile.spec)
+    class SlowLake(Lake):
+        def exists(self, uri):
+            time.sleep(1)
+            return super().exists(uri)
 
     # Slices enough for twenty seconds are left when the error comes.
-    slow: Any = SimpleNamespace(check_owner=lambda: time.sleep(1), tell=lambda line: None)
+    def load() -> Labeling:
+        return shards.corner_labeling(SlowLake(), str(tmp_path / "out"), profile.spec)
+
     with (
         watched("assign") as board,
         pytest.raises(DataError, match=r"part-01\.parquet") as caught,
     ):
         bound = Bound(board=board, most=5)
-        label_all(config, load, profile.slices, 3, bound, slow)
+        label_all(config, load, profile.slices, 3, bound, Place(Lake(), str(tmp_path / "out")))
     # The traceback is alive, as it is while a command leaves its cluster.
     assert caught.tb is not None
     session.await_readers()
@@ -69,7 +76,8 @@ def test_no_slice_waits_at_a_busy_actor_while_the_pool_can_grow(ray_cluster, tmp
 
     # Room for one at the start.
     with watched("assign") as board:
-        total = label_all(config, load, profile.slices, 3, Bound(board=board, most=5), slots=1)
+        bound, place = Bound(board=board, most=5), Place(Lake(), str(tmp_path / "out"))
+        total = label_all(config, load, profile.slices, 3, bound, place, slots=1)
     assert total.labels == sum(s.num_rows for s in profile.slices)
     assert len(list(seen.iterdir())) == 2
 
@@ -81,3 +89,31 @@ def test_actors_start_for_the_cores_that_a_single_machine_has(ray_cluster, tmp_p
     assert assign.free_slots(settings(assign={"cpus_per_actor": 2})) == 1
     # A number that was asked for is a number that was meant.
     assert assign.free_slots(settings(ray={"num_cpus": 5})) == 5
+
+
+def test_a_driver_that_died_after_the_sum_was_written_leaves_only_files_to_remove(tmp_path):
+    fill(tmp_path / "in", num_bad=3)
+    config, run = labeled_run(tmp_path)
+    expected = {"rows": 100, "labels": 97, "rejects": 3, "slices": 3}
+    files = sorted(p for p in Path(run.uri("slices")).rglob("*") if p.is_file())
+    assert len(files) == 3
+    before = artifacts.STATISTICS.read(run).to_bytes()
+    # While they were removed; a labeling would need a cluster, which is not there.
+    files[1].unlink()
+    for _ in range(2):
+        assert assign.run(config, run) == expected
+        assert not Path(run.uri("slices")).exists()
+    assert artifacts.STATISTICS.read(run).to_bytes() == before
+    publish.run(config, run)
+    assert artifacts.MANIFEST.read(run)["rows"] == {"input": 100, "labels": 97, "rejects": 3}
+
+
+def test_slices_share_a_task_where_they_are_many():
+    parts = [Slice(i, f"{i}.parquet", "", (0,), 0, i, 1, 1) for i in range(100_000)]
+    groups = assign.grouped(parts[:3000], 8)
+    assert [len(g) for g in groups] == [1] * 3000
+    groups = assign.grouped(parts, 8)
+    assert [p.index for g in groups for p in g] == list(range(100_000))
+    assert {len(g) for g in groups} == {25} and len(groups) == 4000
+    # Actors enough for more tasks get four each at least.
+    assert len(assign.grouped(parts, 6400)) == 25_000

@@ -1,6 +1,7 @@
 """publish: the manifest comes last, lists every file as it is, and is not written where rows are missing."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -159,3 +160,103 @@ def test_a_manifest_that_is_there_stays_if_it_says_the_same_and_gives_way_if_not
     run.lake.write_json(run.uri(artifacts.MANIFEST.path), first | {"files": []})
     publish.run(config, run)
     assert artifacts.MANIFEST.read(run)["files"] == first["files"]
+
+
+class CountingLake(Lake):
+    """A lake that remembers which files were opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened = []
+
+    def file_system(self, uri):
+        self.opened.append(uri)
+        return super().file_system(uri)
+
+
+def test_no_label_file_is_read_again(tmp_path):
+    fill(tmp_path / "in", num_bad=3)
+    config, run = labeled_run(tmp_path, publish={"delta": {}, "iceberg": {}})
+    lake = CountingLake()
+    counted = RunDir(lake, str(tmp_path / "runs"), "r1")
+    publish.run(config, counted)
+    opened = [uri for uri in lake.opened if "/labels/" in uri or "/rejects/" in uri]
+    assert opened == []
+    # Nothing noted, as by an earlier version: read, to the same end.
+    first = artifacts.MANIFEST.read(run)
+    run.remove(artifacts.LABEL_FILES.path)
+    publish.run(config, counted)
+    assert len([uri for uri in lake.opened if "/labels/" in uri]) >= 3
+    again = artifacts.MANIFEST.read(run)
+    assert [f for f in first["files"] if f["path"] != artifacts.LABEL_FILES.path] == again["files"]
+    # The tables held these files already.
+    assert first["tables"] == again["tables"]
+
+
+def test_a_label_file_that_was_written_again_is_read(tmp_path, caplog):
+    fill(tmp_path / "in")
+    config, run = labeled_run(tmp_path)
+    path = Path(run.uri("labels", "part-0.parquet"))
+    table = pq.read_table(path)
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    publish.run(config, run)
+    assert "publish: 1 label files are not as they were written; they are read again" in caplog.text
+    entry = next(f for f in artifacts.MANIFEST.read(run)["files"] if f["path"] == "labels/part-0.parquet")
+    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class NamingLake(Lake):
+    """A lake whose listing names contents, by MD5 or otherwise."""
+
+    def __init__(self, named) -> None:
+        super().__init__()
+        self.named, self.opened = named, []
+
+    def find(self, uri):
+        return [replace(f, etag=self.named(f.uri)) for f in super().find(uri)]
+
+    def file_system(self, uri):
+        self.opened.append(uri)
+        return super().file_system(uri)
+
+
+@pytest.mark.parametrize(
+    ("named", "num_read"),
+    [
+        ("md5", 0),
+        # Pieces of an upload, whose sum nobody can make again.
+        ("md5-of-pieces", 0),
+        # Names of encrypted contents: some files are looked at, and none is different.
+        ("other", 3),
+        ("one other", 1),
+    ],
+)
+def test_a_file_of_the_same_size_is_told_by_its_name_in_the_store(tmp_path, named, num_read):
+    fill(tmp_path / "in")
+    config, run = labeled_run(tmp_path)
+    changed = run.uri("labels", "part-0.parquet")
+
+    def name(uri):
+        md5 = hashlib.md5(Path(uri).read_bytes()).hexdigest()
+        if named == "other" or (named == "one other" and uri == changed):
+            return hashlib.md5(md5.encode()).hexdigest()
+        return f"{md5}-2" if named == "md5-of-pieces" else md5
+
+    lake = NamingLake(name)
+    publish.run(config, RunDir(lake, str(tmp_path / "runs"), "r1"))
+    read = {uri for uri in lake.opened if "/labels/part" in uri}
+    assert len(read) == num_read
+
+
+def test_a_byte_that_changed_in_place_is_seen_where_contents_are_named(tmp_path, caplog):
+    fill(tmp_path / "in")
+    config, run = labeled_run(tmp_path)
+    path = Path(run.uri("labels", "part-0.parquet"))
+    body = bytearray(path.read_bytes())
+    body[40] ^= 1
+    path.write_bytes(body)
+    lake = NamingLake(lambda uri: hashlib.md5(Path(uri).read_bytes()).hexdigest())
+    publish.run(config, RunDir(lake, str(tmp_path / "runs"), "r1"))
+    assert "1 label files are not as they were written" in caplog.text
+    entry = next(f for f in artifacts.MANIFEST.read(run)["files"] if f["path"] == "labels/part-0.parquet")
+    assert entry["sha256"] == hashlib.sha256(body).hexdigest()

@@ -14,7 +14,6 @@ import pytest
 
 from raydc.data.footers import read_footers
 from raydc.data.slices import Column, InputSpec, plan_slices
-from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
 from raydc.labeling.label_slice import Labeling, label_slice
 from raydc.storage.lake import Lake, is_staged
@@ -116,7 +115,7 @@ def test_a_full_disk_names_its_folder_and_the_run_goes_on_when_there_is_room(tmp
     (tiny / "ballast").unlink()
     # 60,000 rows of labels need more than one MiB: give it a disk of its own size, in the same place.
     subprocess.run(["mount", "-o", "remount,size=16m", str(tiny)], check=True)
-    assert Statistics.from_bytes(label_slice(job, part)).labels == 60_000
+    assert label_slice(job, part).labels == 60_000
     assert pq.read_metadata(tiny / "labels" / "a.parquet").num_rows == 60_000
 
 

@@ -5,6 +5,7 @@ import json
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -16,6 +17,7 @@ import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
 from raydc.config import Config, parse_config
+from raydc.data import label_files
 from raydc.data.schema import labels_schema
 from raydc.errors import ConfigError, StageError, StorageUnavailable
 from raydc.runfolder import artifacts
@@ -472,3 +474,34 @@ def test_tables_in_s3_hold_no_credentials(bucket, s3_endpoint, tmp_path, form, m
     assert len(bodies) >= 3
     for body in bodies:
         assert b"a-secret-of-the-test" not in body and b"testing" not in body
+
+
+def test_what_was_noted_of_a_file_makes_the_same_commit_as_its_footer(runs):
+    """Ranges of integers, floats and text, of two row groups and of none."""
+    wide = labels(0, 20, id_type=pa.string())
+    files = runs.write("r1", a=wide, none=labels(0, 0, id_type=pa.string()))
+    run = runs.run("r1")
+    noted = [
+        replace(f, columns=label_files.from_record(label_files.record(f.path, Path(f.uri)).to_pylist()[0]))
+        for f in files
+    ]
+    if runs.form == "delta":
+        for file, known in zip(files, noted, strict=True):
+            assert delta.file_statistics(run.lake, file) == delta.file_statistics(run.lake, known)
+    done = runs.commit("r1", noted, schema=wide.schema)
+    assert done.committed and len(runs.rows()) == 20
+    if runs.form == "iceberg":
+        table = runs.table()
+        for file, known in zip(files, noted, strict=True):
+            ours, theirs = (iceberg.data_file(table.io, table.metadata, f) for f in (known, file))
+            for name in (
+                "file_path",
+                "file_size_in_bytes",
+                "record_count",
+                "column_sizes",
+                "value_counts",
+                "null_value_counts",
+                "lower_bounds",
+                "upper_bounds",
+            ):
+                assert getattr(ours, name) == getattr(theirs, name), name
