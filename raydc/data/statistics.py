@@ -65,7 +65,7 @@ class Statistics:
         self.rejects += other.rejects
         for name, tally in other.tallies.items():
             # Into arrays of its own: those of the other may lie in shared memory that nobody may write to.
-            self.tallies.setdefault(name, Tally(tally.num_groups)).merge(tally)
+            self.tallies.setdefault(name, Tally(num_groups=tally.num_groups)).merge(tally)
         if other.exemplars is not None:
             self.exemplars = nearest_rows(stacked(self.exemplars, other.exemplars), num_exemplars)
         self.map_rows = stacked(self.map_rows, other.map_rows)
