@@ -204,7 +204,7 @@ def _statistics(noted: pa.Table) -> Statistics:
     """Return what labeling counts in one slice: a hundred rows, ten of them near enough for exemplars."""
     leaf = np.arange(ROWS) % LEAVES
     distance = np.linspace(0.1, 1.0, ROWS)
-    tallies = {"leaf": Tally(LEAVES), "level_10": Tally(10)}
+    tallies = {"leaf": Tally(num_groups=LEAVES), "level_10": Tally(num_groups=10)}
     tallies["leaf"].add(leaf, distance, 2 * distance, None)
     tallies["level_10"].add(leaf // 10, distance, 2 * distance, None)
     exemplars = pa.table({"leaf": leaf, "key": leaf, "id": leaf, "distance": distance}).slice(0, 10)
