@@ -47,7 +47,7 @@ from raydc.storage.lake import Lake, StoredFile
 ROWS = 100
 LEAVES = 100
 _LEVELS = {10: np.arange(LEAVES, dtype=np.int32) // 10}
-_SPEC = InputSpec(columns=(Column("embedding", 2, "float32"),), id_column="id", id_type="int64")
+_SPEC = InputSpec(columns=(Column(name="embedding", dim=2, dtype="float32"),), id_column="id", id_type="int64")
 
 STEPS = {
     "plan": "plan of slices from footers",
@@ -146,7 +146,10 @@ def driver(num_files: int, folder: Path) -> dict[str, Any]:
         return result
 
     run = RunDir(Lake(), str(folder / "runs"), "r1")
-    footers = [Footer(f"/in/part-{i:06d}.parquet", 1, ROWS, ((ROWS, 8 * ROWS),)) for i in range(num_files)]
+    footers = [
+        Footer(uri=f"/in/part-{i:06d}.parquet", size=1, num_rows=ROWS, row_groups=((ROWS, 8 * ROWS),))
+        for i in range(num_files)
+    ]
     slices = timed("plan", lambda: plan_slices(footers, 2**28))
     profile = Profile(spec=_SPEC, slices=slices, fingerprint="0", moments=Moments(1, np.zeros(2), np.ones(2)))
     timed("profile", lambda: (artifacts.PROFILE.write(run, profile), artifacts.PROFILE.read(run)))

@@ -109,7 +109,10 @@ def test_a_driver_that_died_after_the_sum_was_written_leaves_only_files_to_remov
 
 
 def test_slices_share_a_task_where_they_are_many():
-    parts = [Slice(i, f"{i}.parquet", "", (0,), 0, i, 1, 1) for i in range(100_000)]
+    parts = [
+        Slice(index=i, name=f"{i}.parquet", uri="", row_groups=(0,), first_row=0, first_key=i, num_rows=1, num_bytes=1)
+        for i in range(100_000)
+    ]
     groups = assign.grouped(parts[:3000], 8)
     assert [len(g) for g in groups] == [1] * 3000
     groups = assign.grouped(parts, 8)
