@@ -28,7 +28,7 @@ _LOOKED_AT = 3
 _MANY_NUMBERS = 8
 
 
-@dataclass(kw_only=True, kw_only=True)
+@dataclass(kw_only=True)
 class Resolved:
     """What the footers say of the embedding columns."""
 

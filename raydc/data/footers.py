@@ -17,7 +17,7 @@ from raydc.storage.lake import Lake, StoredFile
 NOT_THE_FILE = (ConnectionError, TimeoutError, PermissionError, MemoryError)
 
 
-@dataclass(frozen=True, kw_only=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Footer:
     """What a Parquet footer says, or why it could not be read."""
 

@@ -30,7 +30,7 @@ REMEDIES = {
 """What to do about a bad row, by reason, where `Fix the export` says too little."""
 
 
-@dataclass(frozen=True, kw_only=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RowBatch:
     """Consecutive rows of one slice: the good ones as arrays, the bad ones as rejects."""
 

@@ -64,7 +64,7 @@ def profile_input(config: Config, lake: Lake, preprocess: Preprocess | None = No
     return profile
 
 
-@dataclass(kw_only=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Seen:
     """What was seen of the sample's rows."""
 

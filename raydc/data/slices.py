@@ -17,7 +17,7 @@ from raydc.data.footers import Footer
 from raydc.data.layouts import is_whole
 
 
-@dataclass(frozen=True, kw_only=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Column:
     """One embedding column of the checked input."""
 
@@ -102,7 +102,7 @@ class InputSpec:
         return RowGuard(blocks, self.refuse_zero_norm, self.factor, self.offset)
 
 
-@dataclass(frozen=True, kw_only=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Slice:
     """A range of row groups of one file."""
 

@@ -88,7 +88,7 @@ class MoveRound:
     """Whether the SSE fell; else the moves were undone."""
 
 
-@dataclass(frozen=True, kw_only=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class KMeans:
     """Result of Lloyd's iterations, and of the moves before them."""
 

@@ -87,7 +87,7 @@ class Moved:
     rounds: tuple[MoveRound, ...]
 
 
-@dataclass(frozen=True, kw_only=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Partition:
     """Leaves as the rows' nearest centers make them, and what is known of them."""
 
