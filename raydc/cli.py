@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.command(options)
     except RaydcError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. The same command with the same --run-id continues.", file=sys.stderr)

@@ -27,10 +27,11 @@ import pyarrow.fs
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from raydc.errors import DataError
+from raydc.errors import ConfigError, DataError
 from raydc.storage import listing
 from raydc.storage.listing import PassedOver, passed_over_text
 from raydc.storage.local import MORE_ROOM, WholeFiles, check_writable, create_local, renamed_into, told
+from raydc.storage.schemes import why_refused
 from raydc.storage.secrets import refuse_credentials
 
 _S3 = ("s3", "s3a", "s3n")
@@ -84,16 +85,21 @@ class Lake:
         """Return the fsspec file system of `uri` and the path inside it.
 
         Raises:
-            ConfigError: the URI carries credentials.
-            DataError: nothing is installed that knows its scheme.
+            ConfigError: the URI carries credentials, or is of a kind that is not opened.
+            DataError: what knows its scheme is not installed, or cannot take this URI.
         """
         refuse_credentials(uri, "uri")
+        if (reason := why_refused(uri)) is not None:
+            raise ConfigError(f"storage {uri} {reason}.")
         protocol = uri.partition("://")[0] if "://" in uri else "file"
         if protocol in _S3:
             from raydc.storage.s3 import PatientS3
 
             fs = PatientS3(**self._s3_options, **({"anon": True} if self._anonymous else {}))
             return fs, fs._strip_protocol(absolute(uri))
+        if protocol == "file":
+            # fsspec would take a name such as data:x, or one with `::` in it, for a file system.
+            return LocalFileSystem(), LocalFileSystem._strip_protocol(uri)
         options = {"token": "anon"} if self._anonymous and protocol in ("gs", "gcs") else {}
         try:
             fs, path = url_to_fs(uri, **options)
