@@ -4,7 +4,7 @@ A slice's label file stands 1:1 beside its input and is published whole; the sta
 the slice is complete, so a retried or resumed slice neither loses nor doubles a row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -61,9 +61,20 @@ class Labeling:
     block_rows: int = 8192
 
     @property
+    def num_groups(self) -> int:
+        """Groups of all partitions that are counted, together."""
+        return num_groups(self.model, self.baselines.values())
+
+    @property
     def place(self) -> Place:
         """The output folder."""
         return Place(self.lake, self.output)
+
+
+def num_groups(model: Model, baselines: Iterable[Model]) -> int:
+    """Return the groups of all partitions that labeling counts, together."""
+    # The leaves once more, on the sample.
+    return sum(m.num_leaves for m in (model, model, *baselines)) + sum(model.levels)
 
 
 def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambda: None) -> bytes:
@@ -80,7 +91,7 @@ def label_slice(job: Labeling, part: Slice, progress: Callable[[], None] = lambd
     place, done = job.place, artifacts.SLICES.of(part)
     if done.exists(place):
         stored = done.read(place)
-        Statistics.from_bytes(stored)  # Whoever reads them here can name the slice.
+        Statistics.from_bytes(stored, job.num_groups)  # Whoever reads them here can name the slice.
         return stored
     statistics = Statistics()
     rejects: list[pa.Table] = []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
 from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
-from raydc.data.metrics import AgreementRecord, Baseline, MethodAgreement
+from raydc.data.metrics import AgreementRecord, MethodAgreement
 from raydc.data.records import AssignMetrics
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
@@ -69,10 +69,7 @@ def run(config: Config, run: RunDir) -> AssignMetrics:
 def _load(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeling:
     """Return what an actor needs, read from the run folder by the actor itself."""
     model, leaves = artifacts.MODEL.load(run), artifacts.LEAVES.read(run)
-    baselines = {}
-    for name in get_args(Baseline):
-        if (saved := artifacts.baseline(name)).exists(run):
-            baselines[name] = saved.load(run)
+    baselines = artifacts.baselines_of(run)
     section = config.evaluate
     learned = info(config.fit.objective).baseline != "raw_kmeans"
     near_rows = min(section.neighbor_rows, section.baseline_rows) if baselines and learned else 0

@@ -5,7 +5,6 @@ upload is complete. Requests to S3 are tried again as raydc/storage/s3.py says; 
 """
 
 import glob
-import io
 import json
 import os
 import posixpath
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
@@ -29,6 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from raydc.errors import ConfigError, DataError
 from raydc.storage import listing
+from raydc.storage.arrays import array_of
 from raydc.storage.listing import PassedOver, passed_over_text
 from raydc.storage.local import MORE_ROOM, WholeFiles, check_writable, create_local, renamed_into, told
 from raydc.storage.schemes import why_refused
@@ -199,8 +198,8 @@ class Lake:
             DataError: it is no array of numbers, or not whole.
         """
         try:
-            return np.load(io.BytesIO(self.read_bytes(uri)), allow_pickle=False)
-        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError) as error:
+            return array_of(self.read_bytes(uri))
+        except ValueError as error:
             raise DataError(f"{uri}: not a whole array of numbers ({_line(error)}). Restore the file.") from None
 
     def find(self, uri: str) -> list[StoredFile]:
