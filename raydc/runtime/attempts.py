@@ -22,6 +22,7 @@ import ray
 
 from raydc.data.slices import Slice
 from raydc.errors import DataError, StageError
+from raydc.runtime.worker_log import warnings_to
 from raydc.storage.lake import Lake, join
 
 _LOSSES = 4
@@ -186,7 +187,8 @@ class Bound:
                 self.note(piece, lost)
                 longest = min(self.pause_seconds * 2**lost.deaths, _LONGEST_PAUSE)
                 time.sleep(_share(piece) * longest if lost.beyond(self.most) < 0 else 0.0)
-            yield lost
+            with warnings_to(self.board):
+                yield lost
         finally:
             self.board.done.remote(task, worker)
 

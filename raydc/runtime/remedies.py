@@ -23,6 +23,11 @@ LESS_MEMORY: dict[WorkerStage, str] = {
 }
 
 
+def is_want_of_memory(text: str) -> bool:
+    """Return whether a text says for sure that workers had too little memory."""
+    return _KILLED_FOR_MEMORY.search(text) is not None
+
+
 def remedy(stage: WorkerStage, error: BaseException | str) -> str:
     """Return a sentence with a space before it, or nothing where the failure does not tell what would help."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"

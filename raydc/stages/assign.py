@@ -31,9 +31,10 @@ from raydc.runfolder.folder import RunDir
 from raydc.runfolder.ownership import OwnedFolder
 from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
+from raydc.runtime.failures import error_of
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
-from raydc.runtime.session import can_grow
+from raydc.runtime.session import can_grow, root_cause
 from raydc.storage.secrets import masked
 
 log = logging.getLogger(__name__)
@@ -253,8 +254,8 @@ def _labeled(
             yield _counted(row)
     except ray.exceptions.RayError as error:
         told = f"{type(error).__name__}: {error}"
-        raise StageError(
-            f"assign: the actors were lost: {masked(told)}.{remedy('assign', told)} {_CONTINUES}"
+        raise error_of(
+            root_cause(error), f"assign: the actors were lost: {masked(told)}.{remedy('assign', told)} {_CONTINUES}"
         ) from error
 
 
@@ -264,7 +265,7 @@ def _counted(row: dict[str, Any]) -> Statistics:
         raise DataError(f"assign: {row['failure']}")
     if row["kind"] is not None:
         told = f"{row['kind']}: {row['failure']}"
-        raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
+        raise error_of(row["kind"], f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
     return Statistics.from_bytes(row["statistics"])
 
 
