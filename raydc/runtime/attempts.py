@@ -22,7 +22,9 @@ import ray
 
 from raydc.data.slices import Slice
 from raydc.errors import DataError, StageError
+from raydc.runtime.gauges import Gauges
 from raydc.runtime.worker_log import warnings_to
+from raydc.storage import written
 from raydc.storage.lake import Lake, join
 
 _LOSSES = 4
@@ -158,6 +160,9 @@ class Bound:
     stall_seconds: float | None = None
     """An actor without progress for as long is killed, which counts as a death; None waits for ever."""
 
+    gauges: Gauges | None = None
+    """Told what a process has written."""
+
     pause_seconds: float = 0.5
     """Longest pause before the second attempt is twice this; it doubles with each attempt after."""
 
@@ -191,6 +196,8 @@ class Bound:
                 yield lost
         finally:
             self.board.done.remote(task, worker)
+            if self.gauges is not None:
+                self.gauges.set(raydc_written_bytes=written.total())
 
     def note(self, piece: str, attempts: Attempts) -> None:
         """Keep the count of a piece for the next driver."""

@@ -34,6 +34,7 @@ from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost
 from raydc.runfolder.teacher import Teaching
 from raydc.runtime.failures import error_of
+from raydc.runtime.gauges import Gauges
 from raydc.runtime.memory import available_bytes, give_back
 from raydc.runtime.remedies import remedy
 from raydc.runtime.row_dataset import EverySlice
@@ -226,11 +227,13 @@ class RayContext:
         self._job, self._folder = job, folder
         self._seen: list[dict[str, Any]] = []
         self._told: set[str] = set()
+        self._gauges = Gauges(job.run.run_id, "fit")
 
     def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
         """Report to Train, and on rank 0 to the person who watches."""
         if self.rank == 0:
             self._job.board.post.remote(progress_line(metrics))
+            self._gauges.set(raydc_loss=metrics.get("loss"), raydc_rows_per_second=metrics.get("rows_per_second"))
             self._watch(metrics)
             if checkpoint_dir is not None:
                 self._job.check_owner()

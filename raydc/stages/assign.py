@@ -188,15 +188,29 @@ def label_all(
             line = f"{done} of {len(slices)} slices, {total.rows:,} rows, {rate:,.0f} rows/s{ending}"
             if run is not None:
                 run.tell(line)
+            if bound.gauges is not None:
+                bound.gauges.set_at_times(**_measures(total, rate, len(slices) - done))
             if now - logged > _LOG_SECONDS:
                 logged = now
                 log.info("assign: %s", line)
+    if bound.gauges is not None:
+        bound.gauges.set(**_measures(total, total.rows / max(time.monotonic() - started, 1e-9), 0))
     if not total.rows == total.labels + total.rejects == expected:
         raise StageError(
             f"assign: {expected} rows in, but {total.labels} labels and {total.rejects} rejects out. The input changed "
             "while the run was reading it, or files under labels/ were touched; use a new --run-id."
         )
     return total
+
+
+def _measures(total: Statistics, rate: float, slices_left: int) -> dict[str, float]:
+    """Return the values of the gauges while rows are labeled."""
+    return {
+        "raydc_rows": total.rows,
+        "raydc_rows_per_second": rate,
+        "raydc_slices_left": slices_left,
+        "raydc_rejects": total.rejects,
+    }
 
 
 def _labeled(

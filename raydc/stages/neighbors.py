@@ -124,6 +124,8 @@ def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
         line = f"{len(slices) - len(waiting)} of {len(slices)} slices"
         job.run.tell(line)
         log.info("neighbors: %s", line)
+        if job.bound.gauges is not None:
+            job.bound.gauges.set(raydc_slices_left=len(waiting))
 
 
 def _load(job: Job, part: Slice) -> tuple[Shard, int]:

@@ -26,7 +26,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from raydc.errors import ConfigError, DataError
-from raydc.storage import listing
+from raydc.storage import listing, written
 from raydc.storage.arrays import array_of
 from raydc.storage.listing import PassedOver, passed_over_text
 from raydc.storage.local import MORE_ROOM, WholeFiles, check_writable, create_local, renamed_into, told
@@ -240,6 +240,7 @@ class Lake:
                 staged.write_bytes(data)
         else:
             _uploaded(lambda: fs.pipe_file(path, data))
+            written.add(len(data))
 
     def create(self, uri: str, data: bytes) -> bool:
         """Write a file whole if nothing is there; return whether it now holds `data` of this call.
@@ -287,6 +288,7 @@ class Lake:
         if isinstance(fs, LocalFileSystem):
             with told(Path(path).parent, MORE_ROOM):
                 yield from renamed_into(Path(path))
+                written.add(os.path.getsize(path))
         else:
             with (
                 told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
@@ -295,6 +297,7 @@ class Lake:
                 staged = Path(folder) / posixpath.basename(path)
                 yield staged
                 _uploaded(lambda: fs.put_file(str(staged), path))
+                written.add(staged.stat().st_size)
 
     def upload_folder(self, folder: Path, uri: str) -> None:
         """Write every file below a local folder to the same names below `uri`, each whole."""
