@@ -170,7 +170,9 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     from raydc.core.tree.linkage import agglomerate
     from raydc.core.tree.order import cut
     from raydc.core.tree.purity import dendrogram_purity
+    from raydc.labeling.label_slice import num_groups
     from raydc.runfolder import artifacts
+    from raydc.runfolder.artifacts import baselines_of
     from raydc.runfolder.folder import RunDir
     from raydc.storage.lake import Lake
 
@@ -183,7 +185,8 @@ def mnist(folder: str, changes: dict[str, Any] = PIXELS) -> dict[str, Any]:
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     leaves = artifacts.LEAVES.read(run)
     weights, means, sse = leaves.weights_K, leaves.means_KL, leaves.sse_K
-    table, _ = artifacts.STATISTICS.read(run).tallies["leaf"].classes.table()
+    statistics = artifacts.STATISTICS.read(run, num_groups(artifacts.MODEL.load(run), baselines_of(run).values()))
+    table, _ = statistics.tallies["leaf"].classes.table()
     cells = {"method": "minibatch", "cell_size": 50, "top_size": 50}
     found = {
         "exact": agglomerate(means, weights, sse, method="exact").merges,

@@ -83,7 +83,7 @@ def start_up() -> dict[str, Any]:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            for key, pattern in (("resident", r"rows resident on"), ("assigned", r"^assign: done")):
+            for key, pattern in (("resident", r"rows resident on"), ("assigned", r"\bassign: done")):
                 if re.search(pattern, line):
                     marks.setdefault(key, time.perf_counter())
     ended = time.perf_counter()

@@ -6,16 +6,18 @@ import gc
 import logging
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from raydc.commands.supervise import EXIT_TRY_AGAIN, supervised
 from raydc.config import Config, load_config, parse_config
-from raydc.errors import ConfigError, RaydcError, StageError
+from raydc.errors import ConfigError, RaydcError, StageError, TryAgain
 from raydc.storage.lake import Lake, absolute, join
 from raydc.storage.secrets import masked
 
@@ -23,19 +25,27 @@ log = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
 
+MOST_RETRIES = 100
+
 TREE_FORMATS = ("newick", "json", "edges", "topics", "condensed")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit: 0 done, 2 an expected failure (one message), 130 interrupted, 143 on SIGTERM."""
+    """Run the command and exit; docs/operations.md lists the codes.
+
+    0 done, 2 an expected failure that lasts, 75 one that may pass (each one message), 130 interrupted, 143 on SIGTERM.
+    """
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    for name in ("faiss", "fsspec", "botocore", "ray", "py.warnings"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    set_up_logging(sys.stdout)
     try:
+        if getattr(options, "retries", 0):
+            sys.exit(_supervised(options, sys.argv[1:] if arguments is None else arguments))
         options.command(options)
+    except TryAgain as error:
+        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
+        sys.exit(EXIT_TRY_AGAIN)
     except RaydcError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(masked(f"{type(error).__name__}: {error}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted. The same command with the same --run-id continues.", file=sys.stderr)
@@ -46,6 +56,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gc.freeze()
 
 
+def set_up_logging(stream: TextIO) -> None:
+    """Send log lines to a stream: as they are to a terminal, elsewhere with time (UTC) and level before them."""
+    before = "" if stream.isatty() else "%(asctime)s %(levelname)s "
+    lines = logging.Formatter(f"{before}%(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    lines.converter = time.gmtime
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(lines)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for name in ("faiss", "fsspec", "botocore", "ray", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _supervised(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run the command in a process of its own, and again after a failure that may pass."""
+    # The last of two counts.
+    fixed = [*arguments, "--retries", "0"]
+    if options.command is _run and options.run_id is None and not options.dry_run:
+        fixed += ["--run-id", _new_run_id()]
+    return supervised(fixed, options.retries)
+
+
+def _retries(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= MOST_RETRIES:
+        raise argparse.ArgumentTypeError(f"expected 0 to {MOST_RETRIES}")
+    return value
+
+
+def _add_retries(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--retries",
+        type=_retries,
+        default=0,
+        metavar="N",
+        help="try again up to N times after exit code 75 (default: 0)",
+    )
+
+
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `raydc run`, which jobs share."""
     parser.add_argument("--config", metavar="FILE", help="YAML settings, see jobs/; --set alone does too")
@@ -54,6 +102,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run-id", help="name of the run folder; the same one continues an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="check the settings and the input, print the plan, stop")
+    _add_retries(parser)
     parser.set_defaults(command=_run)
 
 
@@ -66,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     resume = commands.add_parser("resume", help="continue a run with the settings in its folder, after any death")
     resume.add_argument("run", metavar="RUN", help="run folder")
     resume.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="other workers, memory, ...")
+    _add_retries(resume)
     resume.set_defaults(command=_resume)
 
     _add_comparisons(commands)
@@ -154,8 +204,12 @@ def _run(options: argparse.Namespace) -> None:
     _execute(config, options.run_id, dry_run=options.dry_run)
 
 
+def _new_run_id() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+
+
 def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> None:
-    run_id = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S") if run_id is None else run_id
+    run_id = _new_run_id() if run_id is None else run_id
     with _loading():
         from raydc.commands import demo
     if dry_run:

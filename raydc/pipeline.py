@@ -18,6 +18,7 @@ from raydc.runfolder.lease import acquire
 from raydc.runfolder.signals import stoppable
 from raydc.runfolder.teacher import load_teacher
 from raydc.runtime import session
+from raydc.runtime.gauges import Gauges
 from raydc.runtime.memory import give_back
 from raydc.runtime.plan import make_plan
 from raydc.stages import assign, evaluate, fit, merge, neighbors, profile, publish, report
@@ -143,6 +144,9 @@ def _run_stages(config: Config, folder: RunDir, settings: Settings, leave: Calla
             continue
         folder.progress.clear()
         folder.progress.update(stage=stage.name, started=now())
+        if stage.on_cluster:
+            # Later the cluster is being left.
+            Gauges(folder.run_id, stage.name).begin()
         _forget_later(folder, stage)
         if folder.marker(stage.name) is None:
             folder.remove(*stage.writes)

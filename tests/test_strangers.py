@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -11,10 +12,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from raydc.core.metrics.contingency import Contingency
+from raydc.core.metrics.partition_stats import Tally
 from raydc.core.training import checkpoint
+from raydc.core.tree.cells import CellMerges
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError
 from raydc.model import Model
+from raydc.runfolder import artifacts, merge_cells
+from raydc.runfolder.artifacts import Leaves
+from raydc.runfolder.formats import Place
 from raydc.storage.lake import Lake
 from tests import shards
 
@@ -86,8 +93,100 @@ def test_crafted_statistics_are_refused_and_run_no_code(tmp_path, how, monkeypat
     else:
         body = zipped({"counts.npy": crafted_arrays(tmp_path / "sprung")[how], "tallies.npy": npy(np.array(["leaf"]))})
     with pytest.raises(DataError, match="statistics of the labels: damaged"):
-        Statistics.from_bytes(body)
+        Statistics.from_bytes(body, 4)
     assert list(tmp_path.parent.glob("escaped*")) == [] and list(tmp_path.iterdir()) == []
+
+
+def peak_bytes(call) -> int:
+    """Return the most memory that Python and numpy took while `call` ran into a DataError."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="damaged"):
+            call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def statistics_of(num_groups: int, **changes: np.ndarray) -> bytes:
+    arrays = {f"leaf.{name}": np.zeros(num_groups) for name in ("distance", "squared", "silhouette")}
+    arrays |= {"leaf.rows": np.zeros(num_groups, np.int64), "leaf.classes": np.array(["a"])}
+    arrays |= {"leaf.class_pairs": np.zeros(1, np.int64), "leaf.class_rows": np.ones(1, np.int64)}
+    arrays |= {"counts": np.array([3, 2, 1]), "tallies": np.array(["leaf"])}
+    return zipped({f"{name}.npy": npy(array) for name, array in (arrays | changes).items()})
+
+
+def test_a_small_file_that_claims_a_lot_is_refused_before_memory_is_taken():
+    bomb = statistics_of(2**22)
+    assert len(bomb) < 2**18 and 4 * 8 * 2**22 > 100 * 2**20
+    assert peak_bytes(lambda: Statistics.from_bytes(bomb, 1000)) < 2**22
+    # A model that has so many groups may count in them.
+    assert Statistics.from_bytes(bomb, 2**22).tallies["leaf"].num_groups == 2**22
+    many = zipped({f"{number}.npy": npy(np.zeros(2**20)) for number in range(16)})
+    assert peak_bytes(lambda: Statistics.from_bytes(many, 1000)) < 2**22
+
+
+def test_an_entry_that_holds_more_than_it_claims_is_refused():
+    body = statistics_of(4, **{"leaf.rows": np.zeros(2**22, np.int64)})
+    size = struct.pack("<I", len(npy(np.zeros(2**22, np.int64))))
+    lying = body.replace(size, struct.pack("<I", len(npy(np.zeros(4, np.int64)))))
+    assert lying.count(size) == 0 and len(lying) == len(body)
+    assert peak_bytes(lambda: Statistics.from_bytes(lying, 4)) < 2**22
+
+
+def test_a_zip_of_another_compression_is_refused():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_BZIP2) as out:
+        out.writestr("counts.npy", npy(np.zeros(3)))
+    with pytest.raises(DataError, match="in a way that numpy never writes"):
+        Statistics.from_bytes(buffer.getvalue(), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"leaf.distance": np.zeros(3)}, "its sums are of different numbers of groups"),
+        ({"leaf.rows": np.zeros((2, 2), np.int64)}, "its sums are of different numbers of groups"),
+        ({"leaf.class_pairs": np.array([2**40])}, "counts of classes that it does not have"),
+        ({"leaf.class_rows": np.zeros(3, np.int64)}, "counts of classes that it does not have"),
+        ({"leaf.classes": np.frombuffer(b"5", np.uint8)}, "not iterable|no list of names|len"),
+        ({"tallies": np.array(["leaf", "leaf.x"])}, "KeyError"),
+    ],
+)
+def test_statistics_whose_arrays_disagree_are_refused(changes, reason):
+    assert Statistics.from_bytes(statistics_of(4), 4).tallies["leaf"].classes.names == ["a"]
+    with pytest.raises(DataError, match=reason):
+        Statistics.from_bytes(statistics_of(4, **changes), 4)
+    with pytest.raises(DataError, match="4 groups are counted, the model has 3"):
+        Statistics.from_bytes(statistics_of(4), 3)
+
+
+def test_long_names_of_classes_take_their_own_room():
+    tally = Tally(2)
+    names = ["x" * 100_000, *map(str, range(2000))]
+    tally.classes = Contingency(2, names, 2 * np.arange(len(names)), np.ones(len(names), np.int64))
+    # As an array of text they would take 800 MB, which a file of this size may not claim.
+    stored = Statistics(tallies={"leaf": tally}).to_bytes()
+    assert Statistics.from_bytes(stored, 2).tallies["leaf"].classes.names == names
+
+
+def test_leaves_and_trees_of_odd_shapes_are_refused(tmp_path):
+    place = Place(Lake(), str(tmp_path))
+    artifacts.LEAVES.write(place, Leaves(np.ones(3), np.ones((2, 4)), np.ones(3)))
+    with pytest.raises(DataError, match="tree/leaves.safetensors: damaged .*different numbers of leaves"):
+        artifacts.LEAVES.read(place)
+    for linkage in (np.ones((3, 3)), np.ones(4), np.ones((3, 4), np.float32)):
+        artifacts.LINKAGE.write(place, linkage)
+        with pytest.raises(DataError, match="tree/linkage.npy: damaged .*is no linkage matrix"):
+            artifacts.LINKAGE.read(place)
+
+
+def test_the_merges_of_a_cell_claim_no_more_than_its_round_has():
+    few = CellMerges(np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros(3), 1, 2, 3, 4)
+    assert len(merge_cells.from_bytes(merge_cells.to_bytes(few), 4).delta_P) == 3
+    many = CellMerges(np.zeros(2**20, np.int64), np.zeros(2**20, np.int64), np.zeros(2**20), 1, 2, 3, 4)
+    with pytest.raises(ValueError, match="claim 25166.*, 4192 are expected at most"):
+        merge_cells.from_bytes(merge_cells.to_bytes(many), 4)
 
 
 def tensors_with(header: dict) -> bytes:
@@ -101,6 +200,18 @@ CRAFTED_TENSORS = {
     "offsets before the file": tensors_with({"centers": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}),
     "a shape that lies": tensors_with({"centers": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 16]}}),
 }
+
+
+@pytest.mark.parametrize("how", CRAFTED_TENSORS)
+def test_crafted_leaves_decoders_and_trees_of_a_run_are_refused(tmp_path, how):
+    place = Place(Lake(), str(tmp_path))
+    for file in (artifacts.LEAVES, artifacts.FIT_DECODER):
+        (tmp_path / file.path).parent.mkdir(exist_ok=True)
+        (tmp_path / file.path).write_bytes(CRAFTED_TENSORS[how])
+    with pytest.raises(DataError, match="tree/leaves.safetensors: damaged"):
+        artifacts.LEAVES.read(place)
+    with pytest.raises(DataError, match="fit/decoder.safetensors: damaged"):
+        artifacts.FIT_DECODER.read_if_there(place)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "centroids.safetensors"])

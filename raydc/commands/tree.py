@@ -1,6 +1,7 @@
 """The tree of a finished run, cut at any size or written in other people's formats."""
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from raydc.core.tree.order import cut
 from raydc.errors import ConfigError, StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What begins a formula: the four signs, also in full width, and blanks that a spreadsheet skips before them."""
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 CONDENSED_SHARE = 0.01
 """Share of the rows that makes a cluster of the condensed tree, where min_rows is not given."""
@@ -131,4 +137,17 @@ def _write_csv(header: Sequence[str], lines: Any, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(header)
-        writer.writerows(lines)
+        writer.writerows([_as_text(cell) for cell in line] for line in lines)
+
+
+def _as_text(cell: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe before it.
+
+    Names come from the labels of the data, which may be somebody else's: `=HYPERLINK(...)` would run where the file is
+    opened. Numbers stay as they are, in a text too.
+
+    Source: OWASP, "CSV Injection".
+    """
+    if not isinstance(cell, str) or not cell.lstrip(" ").startswith(_FORMULA):
+        return cell
+    return cell if _NUMBER.fullmatch(cell) else f"'{cell}"

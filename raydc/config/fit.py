@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from raydc.config.section import check_uri
 from raydc.core.training.settings import CHECKED, OPERATIONAL, ObjectiveSettings
 
 Workers = Annotated[int, Field(ge=1)]
@@ -61,6 +62,13 @@ class FitConfig(ObjectiveSettings):
 
     max_failures: int = Field(default=3, ge=-1, json_schema_extra=OPERATIONAL)
     """Restarts of the workers after a failure; -1 is no limit."""
+
+    @pydantic.field_validator("teacher")
+    @classmethod
+    def _teacher_is_shared_and_free_of_secrets(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_uri(value, "fit.teacher")
+        return value
 
     @pydantic.field_validator("num_workers")
     @classmethod

@@ -1,6 +1,5 @@
 """The settings of what comes after the fit: tree, labels, measurements and tables; and of the job around it."""
 
-import re
 from typing import Annotated, Literal, Self
 
 import pydantic
@@ -9,6 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from raydc.config.section import OPERATIONAL, Section, check_uri
 from raydc.core.training.settings import CHECKED, AgreementSettings, BaselineSettings, StabilitySettings
+from raydc.storage.schemes import is_link_local
 from raydc.storage.secrets import has_credentials
 
 
@@ -114,7 +114,50 @@ class DeltaConfig(Section):
         return value
 
 
-_SECRETS = re.compile(r"secret|token|credential|password|access-key|access_key", re.IGNORECASE)
+CATALOG_PROPERTIES = (
+    "type",
+    "uri",
+    "warehouse",
+    "prefix",
+    "scope",
+    "audience",
+    "resource",
+    "oauth2-server-uri",
+    "snapshot-loading-mode",
+    "rest-page-size",
+    "namespace-separator",
+    "view-endpoints-supported",
+    "rest.sigv4-enabled",
+    "rest.signing-region",
+    "rest.signing-name",
+    "glue.id",
+    "glue.endpoint",
+    "glue.region",
+    "glue.profile-name",
+    "glue.skip-archive",
+    "glue.max-retries",
+    "glue.retry-mode",
+    "dynamodb.region",
+    "dynamodb.profile-name",
+    "table-name",
+    "hive.hive2-compatible",
+    "hive.kerberos-authentication",
+    "hive.kerberos-service-name",
+    "gcp.bigquery.project-id",
+    "gcp.bigquery.location",
+    "client.region",
+    "client.profile-name",
+    "s3.endpoint",
+    "s3.region",
+    "s3.force-virtual-addressing",
+    "gcs.project-id",
+    "gcs.default-bucket-location",
+    "adls.account-name",
+    "adls.account-host",
+    "init_catalog_tables",
+    "pool_pre_ping",
+)
+"""Catalog properties of pyiceberg that hold no secret. Settings are written down, so no other one is taken."""
 
 
 class IcebergConfig(Section):
@@ -127,18 +170,27 @@ class IcebergConfig(Section):
     """Name of the catalog. pyiceberg takes its secrets from PYICEBERG_CATALOG__<NAME>__<KEY> in the environment."""
 
     properties: dict[str, str] = {}
-    """Catalog properties of pyiceberg, such as {type: rest, uri: https://..., warehouse: ...}.
+    """Catalog properties of pyiceberg, such as {type: rest, uri: https://..., warehouse: ...}, without secrets.
+
+    docs/tables.md lists those that are taken; pyiceberg finds all others in its own configuration.
 
     Empty is an embedded catalog in a SQLite file, `_iceberg/` beside the run folders."""
 
     @pydantic.model_validator(mode="after")
-    def _no_secrets(self) -> Self:
-        found = [k for k, v in self.properties.items() if _SECRETS.search(k) or has_credentials(v)]
-        if found:
+    def _properties_are_known_and_free_of_secrets(self) -> Self:
+        refused = [k for k, v in self.properties.items() if k not in CATALOG_PROPERTIES or has_credentials(v)]
+        if refused:
             raise ValueError(
-                f"publish.iceberg.properties: {found} hold a secret, and settings are saved with the run. Put it into "
-                f"the environment as PYICEBERG_CATALOG__{self.catalog.upper()}__<KEY>, __ for a dot and _ for a hyphen"
+                f"publish.iceberg.properties: {refused} may hold a secret, and settings are saved with the run. Put "
+                f"them into the environment as PYICEBERG_CATALOG__{self.catalog.upper()}__<KEY>, __ for a dot and _ "
+                "for a hyphen, or into ~/.pyiceberg.yaml. Taken here, without a password in them: "
+                f"{', '.join(CATALOG_PROPERTIES)}"
             )
+        for name in ("uri", "oauth2-server-uri", "glue.endpoint", "s3.endpoint"):
+            if is_link_local(value := self.properties.get(name, "")):
+                raise ValueError(
+                    f"publish.iceberg.properties: {name}={value} names a link-local address. Use another host"
+                )
         return self
 
 

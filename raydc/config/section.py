@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
 from raydc.core.training.settings import OPERATIONAL
+from raydc.storage.schemes import ONE_PROCESS, why_refused
 from raydc.storage.secrets import REMEDY, has_credentials, masked
 
 __all__ = ["OPERATIONAL", "Section", "check_uri", "description_of", "dump", "fields_of"]
@@ -54,12 +55,14 @@ def is_operational(field: FieldInfo) -> bool:
 
 
 def check_uri(uri: str, setting: str) -> None:
-    """Refuse a URI with credentials in it, or one that no other process can see.
+    """Refuse a URI with credentials in it, one that no other process can see, or one of a kind that is not opened.
 
     Raises:
         ValueError: naming the setting.
     """
     if has_credentials(uri):
         raise ValueError(f"{setting}={masked(uri)} carries credentials. {REMEDY}")
-    if uri.startswith("memory://"):
+    if (reason := why_refused(uri)) is not None:
+        raise ValueError(f"{setting}={uri} {reason}.")
+    if uri.startswith(f"{ONE_PROCESS}://"):
         raise ValueError(f"{setting}={uri} lives in one process, where no worker can see it. Use a folder or a store.")

@@ -5,7 +5,7 @@ the slice is complete, so a retried or resumed slice neither loses nor doubles a
 actor that dies after it was written has lost nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,9 +66,20 @@ class Labeling:
     block_rows: int = 8192
 
     @property
+    def num_groups(self) -> int:
+        """Groups of all partitions that are counted, together."""
+        return num_groups(self.model, self.baselines.values())
+
+    @property
     def place(self) -> Place:
         """The output folder."""
         return Place(self.lake, self.output)
+
+
+def num_groups(model: Model, baselines: Iterable[Model]) -> int:
+    """Return the groups of all partitions that labeling counts, together."""
+    # The leaves once more, on the sample.
+    return sum(m.num_leaves for m in (model, model, *baselines)) + sum(model.levels)
 
 
 def completed(job: Labeling, part: Slice) -> Statistics | None:
@@ -78,7 +89,7 @@ def completed(job: Labeling, part: Slice) -> Statistics | None:
         DataError: they are damaged.
     """
     done = artifacts.SLICES.of(part)
-    return Statistics.from_bytes(done.read(job.place)) if done.exists(job.place) else None
+    return Statistics.from_bytes(done.read(job.place), job.num_groups) if done.exists(job.place) else None
 
 
 def label_slice(

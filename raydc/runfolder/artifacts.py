@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydc.config.stages import StageName
-from raydc.data.metrics import AgreementRecord, Metrics, NeighborFacts
+from raydc.data.metrics import AgreementRecord, Baseline, Metrics, NeighborFacts
 from raydc.data.records import Header, LevelRecord, Manifest, ProfileRecord, StageMarker, SweepRecord
 from raydc.data.schema import MODEL_FOLDER, level_column
 from raydc.runfolder.formats import Artifact, BytesFile, Folder, JsonFile, Place, TableFile
@@ -79,9 +79,12 @@ class LinkageFile(Artifact):
         """Return the matrix.
 
         Raises:
-            DataError: the file holds no array of numbers.
+            DataError: the file holds no such matrix.
         """
-        return place.lake.read_array(self.uri(place))
+        linkage = place.lake.read_array(self.uri(place))
+        if linkage.dtype != np.float64 or linkage.ndim != 2 or linkage.shape[1] != 4:
+            raise self._damaged(place, ValueError(f"{linkage.dtype} of shape {linkage.shape} is no linkage matrix"))
+        return linkage
 
     def write(self, place: Place, linkage: npt.NDArray[np.float64]) -> None:
         """Write the matrix."""
@@ -138,11 +141,21 @@ class LeavesFile(Artifact):
     """The statistics of the leaves, as safetensors: weights, means, sse."""
 
     def read(self, place: Place) -> Leaves:
-        """Return the statistics."""
+        """Return the statistics.
+
+        Raises:
+            DataError: they are damaged.
+        """
         import safetensors.numpy
 
-        tensors = safetensors.numpy.load(place.lake.read_bytes(self.uri(place)))
-        return Leaves(tensors["weights"], tensors["means"], tensors["sse"])
+        try:
+            tensors = safetensors.numpy.load(place.lake.read_bytes(self.uri(place)))
+            leaves = Leaves(tensors["weights"], tensors["means"], tensors["sse"])
+        except (safetensors.SafetensorError, LookupError) as error:
+            raise self._damaged(place, error) from None
+        if not leaves.weights_K.shape == leaves.sse_K.shape == leaves.means_KL.shape[:1] or leaves.means_KL.ndim != 2:
+            raise self._damaged(place, ValueError("its arrays are of different numbers of leaves"))
+        return leaves
 
     def write(self, place: Place, leaves: Leaves) -> None:
         """Write the statistics."""
@@ -157,10 +170,19 @@ class WeightsFile(Artifact):
     """The state_dict of a network, as safetensors."""
 
     def read_if_there(self, place: Place) -> "dict[str, Tensor] | None":
-        """Return the weights, None where there are none."""
+        """Return the weights, None where there are none.
+
+        Raises:
+            DataError: they are damaged.
+        """
         import safetensors.torch
 
-        return safetensors.torch.load(place.lake.read_bytes(self.uri(place))) if self.exists(place) else None
+        if not self.exists(place):
+            return None
+        try:
+            return safetensors.torch.load(place.lake.read_bytes(self.uri(place)))
+        except safetensors.SafetensorError as error:
+            raise self._damaged(place, error) from None
 
     def write(self, place: Place, state_dict: "Mapping[str, Tensor]") -> None:
         """Write the weights."""
@@ -173,15 +195,15 @@ class WeightsFile(Artifact):
 class StatisticsFile(Artifact):
     """The sum of what labeling has counted; tables of rows left out."""
 
-    def read(self, place: Place) -> "Statistics":
-        """Return the statistics.
+    def read(self, place: Place, num_groups: int) -> "Statistics":
+        """Return the statistics of a run whose partitions have so many groups together.
 
         Raises:
-            DataError: they are damaged.
+            DataError: they are damaged, or claim more.
         """
         from raydc.data.statistics import Statistics
 
-        return Statistics.from_bytes(place.lake.read_bytes(self.uri(place)))
+        return Statistics.from_bytes(place.lake.read_bytes(self.uri(place)), num_groups)
 
     def write(self, place: Place, statistics: "Statistics") -> None:
         """Write the counts; the tables of rows have files of their own."""
@@ -344,6 +366,11 @@ def marker(stage: str) -> JsonFile[StageMarker]:
 def baseline(name: str) -> ModelFolder:
     """Return the model of a baseline of the fit."""
     return ModelFolder(join(FIT.path, "baselines", name))
+
+
+def baselines_of(place: Place) -> "dict[str, Model]":
+    """Return the models of the baselines that a fit has kept."""
+    return {name: baseline(name).load(place) for name in get_args(Baseline) if baseline(name).exists(place)}
 
 
 def cell_merges(round_fingerprint: str, cell: int) -> BytesFile:

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydc.errors import DataError
 from raydc.storage.lake import Lake, join
 
 Body = TypeVar("Body")
@@ -43,6 +44,11 @@ class Artifact:
     def remove(self, place: Place) -> None:
         """Remove it, if it is there."""
         place.lake.remove(self.uri(place))
+
+    def _damaged(self, place: Place, error: Exception) -> DataError:
+        """Return the error that says what is wrong with the file, and what to do."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return DataError(f"{self.uri(place)}: damaged ({reason}). Restore the file.")
 
 
 class Folder(Artifact):

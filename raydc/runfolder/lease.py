@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from raydc.errors import StageError
+from raydc.errors import Busy, StageError, TryAgain
 from raydc.runfolder import artifacts
 from raydc.storage.lake import Lake, join
 
@@ -42,7 +42,7 @@ FOLDER = artifacts.LEASE.path
 _LEASE_FILE = re.compile(r"\d{8,}(\.beat)?\.json|\.\d{8,}(\.beat)?\.json\.\d+\.[0-9a-f]{8}\.tmp")
 
 
-class LeaseLost(StageError):
+class LeaseLost(TryAgain):
     """Another driver has taken the run over; this one must not write any more."""
 
 
@@ -234,7 +234,7 @@ def acquire(
         progress: goes with every heartbeat.
 
     Raises:
-        StageError: another driver lives.
+        Busy: another driver lives.
     """
     folder, owner = join(root, FOLDER), Owner.here()
     while True:
@@ -274,7 +274,7 @@ def _wait_until_free(lake: Lake, root: str, last: Holder, stale_seconds: float) 
     """Return when `last` has let go, is dead, or was itself followed.
 
     Raises:
-        StageError: it gives a sign of life.
+        Busy: it gives a sign of life.
     """
     if last.is_free:
         return
@@ -288,7 +288,7 @@ def _wait_until_free(lake: Lake, root: str, last: Holder, stale_seconds: float) 
             return
         alive = now.generation != last.generation or (now.beat is not None and now.beat.count != first)
         if alive:
-            raise StageError(
+            raise Busy(
                 f"run: {root} is driven by {now.owner}, which is alive. A run has one driver: wait until it ends, or "
                 f"stop it. Once it is dead, the same command takes over, {stale_seconds:g} s after its last heartbeat."
             )

@@ -4,13 +4,17 @@ import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from raydc.core.tree.cells import CellMerges, CellState, Runner
+from raydc.errors import DataError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
+from raydc.storage.arrays import arrays_of
 
+_HEADERS_BYTES = 4096
 _ARRAYS = ("left_P", "right_P", "delta_P")
 _COUNTS = ("num_rounds", "num_pairs", "num_searches", "num_exact_searches")
 
@@ -35,10 +39,16 @@ def merge_once(step: Callable[..., CellMerges], run: RunDir, of_round: str, stat
     """Return the merges of a cell, from its file if it is there, else by `step`, which also writes the file."""
     file = artifacts.cell_merges(of_round, cell)
     if file.exists(run):
-        return _from_bytes(file.read(run))
+        try:
+            return from_bytes(file.read(run), len(state.weight_M))
+        except (LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{file.uri(run)}: damaged ({type(error).__name__}: {error}). Delete the file; the same command "
+                "merges the cell again."
+            ) from None
     merges = step(state, cell)
     run.check_owner()
-    file.write(run, _to_bytes(merges))
+    file.write(run, to_bytes(merges))
     return merges
 
 
@@ -52,14 +62,25 @@ def fingerprint(step: Callable[..., CellMerges], state: CellState) -> str:
     return found.hexdigest()[:16]
 
 
-def _to_bytes(merges: CellMerges) -> bytes:
+def to_bytes(merges: CellMerges) -> bytes:
+    """Return the merges of a cell as npz."""
     buffer = io.BytesIO()
     counts = np.array([getattr(merges, name) for name in _COUNTS], np.int64)
     np.savez_compressed(buffer, counts=counts, **{name: getattr(merges, name) for name in _ARRAYS})
     return buffer.getvalue()
 
 
-def _from_bytes(data: bytes) -> CellMerges:
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        counts = dict(zip(_COUNTS, arrays["counts"].tolist(), strict=True))
-        return CellMerges(**{name: arrays[name] for name in _ARRAYS}, **counts)
+def from_bytes(data: bytes, num_clusters: int) -> CellMerges:
+    """Return what `to_bytes` gave.
+
+    Raises:
+        LookupError, TypeError or ValueError: it is damaged, or has more merges than a round of so many clusters.
+    """
+    # Three numbers of eight bytes for each merge, of which a round has fewer than clusters.
+    arrays = arrays_of(data, _HEADERS_BYTES + 24 * num_clusters)
+    shapes = {arrays[name].shape for name in _ARRAYS}
+    if len(shapes) > 1 or arrays[_ARRAYS[0]].ndim != 1:
+        raise ValueError(f"arrays of shapes {sorted(shapes)}")
+    counts = dict(zip(_COUNTS, arrays["counts"].tolist(), strict=True))
+    fields: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+    return CellMerges(**fields, **counts)

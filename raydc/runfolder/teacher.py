@@ -11,7 +11,7 @@ from raydc.core.models.autoencoder import perceptron
 from raydc.core.models.mixture import Mixture
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.models.teacher import Teacher
-from raydc.errors import ConfigError
+from raydc.errors import ConfigError, DataError
 from raydc.model import HEAD, Model
 from raydc.runfolder import artifacts
 from raydc.runfolder.formats import Place
@@ -108,5 +108,9 @@ def _decoder(uri: str, model: Model, lake: Lake) -> nn.Module | None:
     if weights is None:
         return None
     decoder = perceptron(model.widths[::-1])
-    decoder.load_state_dict(weights)
+    try:
+        decoder.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"fit.teacher={uri}: its decoder is damaged ({reason}). Restore the folder.") from None
     return decoder

@@ -22,6 +22,9 @@ import ray
 
 from raydc.data.slices import Slice
 from raydc.errors import DataError, StageError
+from raydc.runtime.gauges import Gauges
+from raydc.runtime.worker_log import warnings_to
+from raydc.storage import written
 from raydc.storage.lake import Lake, join
 
 _LOSSES = 4
@@ -157,6 +160,9 @@ class Bound:
     stall_seconds: float | None = None
     """An actor without progress for as long is killed, which counts as a death; None waits for ever."""
 
+    gauges: Gauges | None = None
+    """Told what a process has written."""
+
     pause_seconds: float = 0.5
     """Longest pause before the second attempt is twice this; it doubles with each attempt after."""
 
@@ -186,9 +192,12 @@ class Bound:
                 self.note(piece, lost)
                 longest = min(self.pause_seconds * 2**lost.deaths, _LONGEST_PAUSE)
                 time.sleep(_share(piece) * longest if lost.beyond(self.most) < 0 else 0.0)
-            yield lost
+            with warnings_to(self.board):
+                yield lost
         finally:
             self.board.done.remote(task, worker)
+            if self.gauges is not None:
+                self.gauges.set(raydc_written_bytes=written.total())
 
     def note(self, piece: str, attempts: Attempts) -> None:
         """Keep the count of a piece for the next driver."""

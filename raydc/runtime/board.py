@@ -19,6 +19,7 @@ from raydc.config import Config
 from raydc.runfolder import artifacts
 from raydc.runfolder.formats import Place
 from raydc.runtime.attempts import Attempts, Bound, Ledger, known_attempts
+from raydc.runtime.gauges import Gauges
 from raydc.runtime.session import node_is_gone
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,13 @@ _BOARD_RESTARTS = 10
 class Board:
     """Lines, lost attempts and the first permanent failure of the workers of one stage."""
 
-    def __init__(self, known: dict[str, Attempts] | None = None, stall_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        known: dict[str, Attempts] | None = None,
+        stall_seconds: float | None = None,
+        gauges: Gauges | None = None,
+    ) -> None:
+        self._gauges, self._num_lost = gauges, 0
         self._lines: list[tuple[int, str]] = []
         self._failure: tuple[str, str] | None = None
         self._ledger = Ledger(known or {}, node_is_gone)
@@ -61,6 +68,9 @@ class Board:
         lost, line = self._ledger.begin(piece, task, worker, node, now=time.monotonic(), actor=actor)
         if line is not None:
             self.post(line, logging.WARNING)
+            self._num_lost += 1
+            if self._gauges is not None:
+                self._gauges.set(raydc_attempts_lost=self._num_lost)
         return lost
 
     def progressed(self, task: str) -> None:
@@ -102,13 +112,15 @@ def bounded(
         stall_seconds: an actor that is at a piece without progress for as long is killed.
     """
     folder = artifacts.attempts(stage).uri(place)
-    with watched(stage, tell, known_attempts(place.lake, folder), stall_seconds) as board:
+    gauges = Gauges(place.root.rstrip("/").rpartition("/")[2], stage)
+    with watched(stage, tell, known_attempts(place.lake, folder), stall_seconds, gauges) as board:
         yield Bound(
             board=board,
             most=config.ray.max_attempts,
             lake=place.lake,
             folder=folder,
             stall_seconds=stall_seconds,
+            gauges=gauges,
         )
 
 
@@ -118,6 +130,7 @@ def watched(
     tell: Callable[[str], None] | None = None,
     known: dict[str, Attempts] | None = None,
     stall_seconds: float | None = None,
+    gauges: Gauges | None = None,
 ) -> Iterator[Any]:
     """Yield a board whose lines are logged, as `<stage>: <line>`, and told, while the block lasts.
 
@@ -126,12 +139,13 @@ def watched(
         tell: called with each line.
         known: attempts that were lost before.
         stall_seconds: see `bounded`.
+        gauges: told of lost attempts.
     """
     # Beside the driver, with which it lives and dies: elsewhere a lost node would take the board along, and every
     # restarted worker asks it. Should its process be killed, it starts again from what was known at first.
     beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"max_restarts": _BOARD_RESTARTS, "max_task_retries": _BOARD_RESTARTS}
-    board = Board.options(scheduling_strategy=beside, **options).remote(known, stall_seconds)  # type: ignore[attr-defined]
+    board = Board.options(scheduling_strategy=beside, **options).remote(known, stall_seconds, gauges)  # type: ignore[attr-defined]
     stop = threading.Event()
 
     def drain() -> None:

@@ -23,6 +23,11 @@ LESS_MEMORY: dict[WorkerStage, str] = {
 }
 
 
+def is_want_of_memory(text: str) -> bool:
+    """Return whether a text says for sure that workers had too little memory."""
+    return _KILLED_FOR_MEMORY.search(text) is not None
+
+
 _ADVICE: list[tuple[str, str]] = [
     ("the loss is not finite", "preprocess.method=scale or standardize gives them such a scale."),
     ("Raise baseline_rows", "It is the setting evaluate.baseline_rows."),

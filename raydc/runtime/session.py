@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import ray
 
 from raydc.config import Config
-from raydc.errors import StageError
+from raydc.errors import ClusterUnavailable, StageError
 from raydc.runtime.environment import LOCAL_CLUSTER
 from raydc.storage.secrets import masked
 
@@ -37,9 +37,11 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise StageError(
-            f"ray: cannot reach the cluster at {address!r}: {error}. Check that it runs and can be reached from "
-            "here, or set ray.address=local for one on this machine."
+        # A head that is down may come back; an address that is none will not.
+        kind = ClusterUnavailable if isinstance(error, ConnectionError) else StageError
+        raise kind(
+            f"ray: cannot reach the cluster at {address!r}: {masked(str(error))}. Check that it runs and can be "
+            "reached from here, or set ray.address=local for one on this machine."
         ) from None
     _quiet_data()
     leaving = threading.Thread(target=_leave)

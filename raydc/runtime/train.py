@@ -29,15 +29,17 @@ from raydc.core.training.rows import Batch, ResidentRows, Rows, StreamedRows
 from raydc.core.training.settings import FitSettings, WatchSettings
 from raydc.data.profile import Profile
 from raydc.data.slices import InputSpec
-from raydc.errors import DataError, StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runfolder.lease import LeaseLost
 from raydc.runfolder.teacher import Teaching
+from raydc.runtime.failures import error_of
+from raydc.runtime.gauges import Gauges
 from raydc.runtime.memory import available_bytes, give_back
 from raydc.runtime.remedies import advice, remedy
 from raydc.runtime.row_dataset import EverySlice
 from raydc.runtime.session import in_one_line, root_cause
+from raydc.runtime.worker_log import warnings_to
 
 Result = TypeVar("Result")
 
@@ -144,7 +146,7 @@ def launch(
         name: of the step, for messages.
 
     Raises:
-        DataError, StageError: the loop returned a failure, or the workers failed too often.
+        DataError, StageError: the loop returned a failure, or the workers failed too often; see error_of.
     """
     file_system, path = run.lake.arrow_file_system(artifacts.CHECKPOINTS.uri(run))
     trainer = _Trainer(
@@ -164,9 +166,9 @@ def launch(
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
-        raise StageError(failed(name, error, config.fit.max_failures + 1)) from error
+        raise error_of(root_cause(error), failed(name, error, config.fit.max_failures + 1)) from error
     if isinstance(outcome, Failure):
-        raise (DataError if outcome.kind == DataError.__name__ else StageError)(f"{name}: {advice(outcome.text)}")
+        raise error_of(outcome.kind, f"{name}: {advice(outcome.text)}")
     return outcome
 
 
@@ -207,7 +209,7 @@ def in_worker(job: Job, work: Callable[["RayContext", Ranks], Result]) -> Result
         # The workers were restarted after an error that no second try mends.
         return Failure(*failure)
     prepare_process(job.num_threads)
-    with tempfile.TemporaryDirectory(prefix="raydc-fit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="raydc-fit-") as folder, warnings_to(job.board):
         context = RayContext(job, Path(folder))
         try:
             return work(context, Ranks(context.rank, context.world_size, context.device))
@@ -225,11 +227,13 @@ class RayContext:
         self._job, self._folder = job, folder
         self._seen: list[dict[str, Any]] = []
         self._told: set[str] = set()
+        self._gauges = Gauges(job.run.run_id, "fit")
 
     def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
         """Report to Train, and on rank 0 to the person who watches."""
         if self.rank == 0:
             self._job.board.post.remote(progress_line(metrics))
+            self._gauges.set(raydc_loss=metrics.get("loss"), raydc_rows_per_second=metrics.get("rows_per_second"))
             self._watch(metrics)
             if checkpoint_dir is not None:
                 self._job.check_owner()

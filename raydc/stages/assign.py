@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,13 @@ from raydc.config import Config
 from raydc.core.metrics.neighbor_agreement import Agreement, agreement, gain, nearest_neighbors
 from raydc.core.objectives.table import info
 from raydc.core.process import prepare_process
-from raydc.data.metrics import AgreementRecord, Baseline, MethodAgreement
+from raydc.data.metrics import AgreementRecord, MethodAgreement
 from raydc.data.profile import Profile
 from raydc.data.records import AssignMetrics
 from raydc.data.slices import InputSpec, Slice
 from raydc.data.statistics import Statistics
 from raydc.errors import DataError, StageError
-from raydc.labeling.label_slice import Labeling, completed, label_slice, reject_slice
+from raydc.labeling.label_slice import Labeling, completed, label_slice, num_groups, reject_slice
 from raydc.labeling.nearest_so_far import NearestSoFar
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
@@ -34,9 +34,11 @@ from raydc.runfolder.lease import Looks
 from raydc.runfolder.ownership import OwnedFolder
 from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
+from raydc.runtime.failures import error_of
+from raydc.runtime.gauges import Gauges
 from raydc.runtime.memory import give_back
 from raydc.runtime.remedies import remedy
-from raydc.runtime.session import can_grow
+from raydc.runtime.session import can_grow, root_cause
 from raydc.runtime.slice_sums import sum_of_slices
 from raydc.storage.secrets import masked
 
@@ -67,7 +69,7 @@ def run(config: Config, run: RunDir) -> AssignMetrics:
     # Written last: a driver that died after it has only the files of the slices to remove.
     if not artifacts.STATISTICS.exists(run):
         _label(config, run, profile)
-    total = artifacts.STATISTICS.read(run)
+    total = artifacts.STATISTICS.read(run, num_groups(artifacts.MODEL.load(run), artifacts.baselines_of(run).values()))
     run.remove(artifacts.SLICES.path)
     return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
 
@@ -98,10 +100,7 @@ def shared(job: Labeling) -> Callable[[], Labeling]:
 def _labeling(config: Config, run: RunDir, spec: InputSpec, num_rows: int) -> Labeling:
     """Return what an actor needs."""
     model, leaves = artifacts.MODEL.load(run), artifacts.LEAVES.read(run)
-    baselines = {}
-    for name in get_args(Baseline):
-        if (saved := artifacts.baseline(name)).exists(run):
-            baselines[name] = saved.load(run)
+    baselines = artifacts.baselines_of(run)
     section = config.evaluate
     learned = info(config.fit.objective).baseline != "raw_kmeans"
     near_rows = min(section.neighbor_rows, section.baseline_rows) if baselines and learned else 0
@@ -208,11 +207,13 @@ def label_all(
     slots = free_slots(config) if slots is None else slots
     left = artifacts.SLICES.incomplete(place, slices)
     expected = sum(s.num_rows for s in slices)
-    told = _Progress(place, len(slices), len(slices) - len(left), expected, sum(s.num_rows for s in left))
+    told = _Progress(place, len(slices), len(slices) - len(left), expected, sum(s.num_rows for s in left), bound.gauges)
     with closing(_labeled(config, load, left, bound, place, slots)) as labeled:
         for rows in labeled:
             told.add(rows)
     total = sum_of_slices(place, slices, num_exemplars)
+    if bound.gauges is not None:
+        bound.gauges.set(**_measures(total, told.rate))
     if not total.rows == total.labels + total.rejects == expected:
         raise StageError(
             f"assign: {expected} rows in, but {total.labels} labels and {total.rejects} rejects out. The input changed "
@@ -224,8 +225,12 @@ def label_all(
 class _Progress:
     """How far the labeling is, told to the folder and now and then to the log."""
 
-    def __init__(self, place: Place, slices: int, done: int, rows: int, rows_left: int) -> None:
+    def __init__(
+        self, place: Place, slices: int, done: int, rows: int, rows_left: int, gauges: Gauges | None = None
+    ) -> None:
         self._place, self._slices, self._done, self._rows, self._left = place, slices, done, rows, rows_left
+        self._gauges = gauges
+        self.rate = 0.0
         self._first = rows_left
         self._started = self._logged = time.monotonic()
 
@@ -234,15 +239,31 @@ class _Progress:
         self._done += 1
         self._left -= rows
         now = time.monotonic()
-        rate = (self._first - self._left) / max(now - self._started, 1e-9)
+        rate = self.rate = (self._first - self._left) / max(now - self._started, 1e-9)
         # Slices without rows come first at times: nothing is known of the speed then.
         ending = f", {self._left / rate:.0f} s left" if rate else ""
         line = f"{self._done} of {self._slices} slices, {self._rows - self._left:,} rows, {rate:,.0f} rows/s{ending}"
         if isinstance(self._place, OwnedFolder):
             self._place.tell(line)
+        if self._gauges is not None:
+            self._gauges.set_at_times(
+                raydc_rows=self._rows - self._left,
+                raydc_rows_per_second=rate,
+                raydc_slices_left=self._slices - self._done,
+            )
         if now - self._logged > _LOG_SECONDS:
             self._logged = now
             log.info("assign: %s", line)
+
+
+def _measures(total: Statistics, rate: float) -> dict[str, float]:
+    """Return the values of the gauges when all rows are labeled."""
+    return {
+        "raydc_rows": total.rows,
+        "raydc_rows_per_second": rate,
+        "raydc_slices_left": 0,
+        "raydc_rejects": total.rejects,
+    }
 
 
 def _labeled(
@@ -287,8 +308,8 @@ def _labeled(
             yield _counted(row)
     except ray.exceptions.RayError as error:
         told = f"{type(error).__name__}: {error}"
-        raise StageError(
-            f"assign: the actors were lost: {masked(told)}.{remedy('assign', told)} {_CONTINUES}"
+        raise error_of(
+            root_cause(error), f"assign: the actors were lost: {masked(told)}.{remedy('assign', told)} {_CONTINUES}"
         ) from error
 
 
@@ -345,7 +366,7 @@ def _counted(row: dict[str, Any]) -> int:
         raise DataError(f"assign: {row['failure']}")
     if row["kind"] is not None:
         told = f"{row['kind']}: {row['failure']}"
-        raise StageError(f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
+        raise error_of(row["kind"], f"assign: {masked(told)}.{remedy('assign', told)} {_CONTINUES}")
     return int(row["rows"])
 
 

@@ -1,6 +1,7 @@
 """evaluate: every metric, from the statistics that assign counted and the tree; no row is read again."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 import numpy as np
@@ -17,6 +18,8 @@ from raydc.data.metrics import External, Internal, InternalOfTree, Measured, Met
 from raydc.data.records import EvaluateMetrics, StageMarker
 from raydc.data.schema import level_column
 from raydc.data.statistics import Statistics, nearest_rows
+from raydc.errors import DataError
+from raydc.labeling.label_slice import num_groups
 from raydc.model import Model
 from raydc.report.verdict import Verdict, verdict
 from raydc.runfolder import artifacts
@@ -30,9 +33,12 @@ _LOW_RECALL = 0.9
 
 def run(config: Config, run: RunDir) -> EvaluateMetrics:
     """Write metrics.json and leaves.parquet, and the medoids into tree/nodes.parquet."""
-    statistics, model = artifacts.STATISTICS.read(run), artifacts.MODEL.load(run)
+    model, baselines = artifacts.MODEL.load(run), artifacts.baselines_of(run)
+    statistics = artifacts.STATISTICS.read(run, num_groups(model, baselines.values()))
     leaves, linkage = artifacts.LEAVES.read(run), artifacts.LINKAGE.read(run)
-    measured = _measured(run, statistics, model, leaves, linkage)
+    models = {"learned": model, **baselines}
+    _check_sizes(run, statistics, models, leaves, linkage)
+    measured = _measured(run, statistics, models, leaves, linkage)
     found = verdict(measured)
     body: Metrics = {
         **measured,
@@ -47,16 +53,52 @@ def run(config: Config, run: RunDir) -> EvaluateMetrics:
     return cast(EvaluateMetrics, {name: body[name] for name in EvaluateMetrics.__annotations__ if name in body})  # type: ignore[literal-required]
 
 
+def _check_sizes(
+    run: RunDir,
+    statistics: Statistics,
+    models: Mapping[str, Model],
+    leaves: Leaves,
+    linkage: npt.NDArray[np.float64],
+) -> None:
+    """Return if the files of a run, each of which is whole, are of one number of leaves.
+
+    Raises:
+        DataError: they are not; all differences in one message.
+    """
+    model, held = models["learned"], {name: tally.num_groups for name, tally in statistics.tallies.items()}
+    expected: dict[str, int] = {"leaf": model.num_leaves} | {level_column(k): k for k in model.levels}
+    for name in get_args(Method):
+        if name in held:
+            expected[name] = models[name].num_leaves if name in models else 0
+    problems = [
+        f"{artifacts.STATISTICS.path} has {held.get(name, 'no')} groups of {name}, the model {groups}"
+        for name, groups in expected.items()
+        if held.get(name) != groups
+    ]
+    others = {artifacts.LEAVES.path: len(leaves.weights_K), artifacts.LINKAGE.path: len(linkage) + 1}
+    problems += [
+        f"{path} has {found} leaves, the model {model.num_leaves}"
+        for path, found in others.items()
+        if found != model.num_leaves
+    ]
+    if problems:
+        raise DataError(f"evaluate: {run.root}: {'; '.join(problems)}. Restore the folder, or use a new --run-id.")
+
+
 def _measured(
-    run: RunDir, statistics: Statistics, model: Model, leaves: Leaves, linkage: npt.NDArray[np.float64]
+    run: RunDir,
+    statistics: Statistics,
+    models: Mapping[str, Model],
+    leaves: Leaves,
+    linkage: npt.NDArray[np.float64],
 ) -> Measured:
     """Return all that was measured, in the order in which metrics.json has it."""
-    markers = {name: run.marker(name) for name in before("evaluate")}
+    model, markers = models["learned"], {name: run.marker(name) for name in before("evaluate")}
     found: Measured = {
         "rows": {"input": statistics.rows, "labels": statistics.labels, "rejects": statistics.rejects},
         "repeated_ids": _repeated_ids(markers["profile"]),
         "internal": _internal(statistics, model, leaves),
-        "baselines": _baselines(statistics, run),
+        "baselines": _baselines(statistics, models),
         "stages": {name: {"seconds": m["seconds"]} for name, m in markers.items() if m and "seconds" in m},
         "fit": run.metrics("fit"),
     }
@@ -96,7 +138,7 @@ def _internal(statistics: Statistics, model: Model, leaves: Leaves) -> InternalO
     return {"leaf": cast(Internal, own), "levels": levels}
 
 
-def _baselines(statistics: Statistics, run: RunDir) -> dict[Method, Scores]:
+def _baselines(statistics: Statistics, models: Mapping[str, Model]) -> dict[Method, Scores]:
     """Return the metrics of each baseline, and of the model itself (`learned`), on the same sample of rows."""
     found: dict[Method, Scores] = {}
     for name in get_args(Method):
@@ -104,8 +146,7 @@ def _baselines(statistics: Statistics, run: RunDir) -> dict[Method, Scores]:
         if tally is None or not tally.num_rows:
             continue
         table, classes = tally.classes.table()
-        saved = artifacts.MODEL if name == "learned" else artifacts.baseline(name)
-        centers = saved.load(run).centers_KL.double().numpy()
+        centers = models[name].centers_KL.double().numpy()
         own = {"rows": tally.num_rows, **(scores.external(table) if classes else {}), **scores.internal(tally, centers)}
         found[name] = cast(Scores, own)
     return found

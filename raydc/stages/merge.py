@@ -25,6 +25,7 @@ from raydc.runfolder.folder import RunDir
 from raydc.runfolder.merge_cells import fingerprint, kept
 from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
+from raydc.runtime.failures import error_of
 from raydc.runtime.remedies import remedy
 from raydc.runtime.session import in_one_line, root_cause
 
@@ -136,9 +137,10 @@ def merge_leaves(
         raise StageError(f"merge: {error}.") from error
     except ray.exceptions.RayError as error:
         cause = root_cause(error)
-        raise StageError(
+        raise error_of(
+            cause,
             f"merge: a cell failed with {in_one_line(cause)}.{remedy('merge', cause)} Cells that are done are kept; "
-            "the same command continues."
+            "the same command continues.",
         ) from error
 
 

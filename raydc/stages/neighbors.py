@@ -28,6 +28,7 @@ from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.runtime.attempts import Bound
 from raydc.runtime.board import bounded
+from raydc.runtime.failures import error_of
 from raydc.runtime.session import in_one_line, root_cause
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,8 @@ def _run(config: Config, run: RunDir, bound: Bound) -> NeighborsMetrics:
             cause = root_cause(error)
             if isinstance(cause, DataError):
                 raise DataError(f"neighbors: {cause}") from error
-            raise StageError(
-                f"neighbors: {in_one_line(cause)}. Complete slices are kept; the same command continues."
-            ) from error
+            text = f"neighbors: {in_one_line(cause)}. Complete slices are kept; the same command continues."
+            raise error_of(cause, text) from error
     metrics = _summary(job, slices)
     if metrics["method"] == "ivf":
         log.info("neighbors: approximate, recall %.4f on %d rows", metrics["recall"], metrics["recall_rows"])
@@ -124,6 +124,8 @@ def _search_all(job: Job, slices: list[Slice], done: set[int]) -> None:
         line = f"{len(slices) - len(waiting)} of {len(slices)} slices"
         job.run.tell(line)
         log.info("neighbors: %s", line)
+        if job.bound.gauges is not None:
+            job.bound.gauges.set(raydc_slices_left=len(waiting))
 
 
 def _load(job: Job, part: Slice) -> tuple[Shard, int]:

@@ -17,7 +17,7 @@ from raydc.data.profile import Profile
 from raydc.data.records import ProfileMetrics
 from raydc.data.sample import profile_input
 from raydc.data.slices import InputSpec, Slice
-from raydc.errors import DataError, StageError
+from raydc.errors import DataError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
@@ -87,6 +87,7 @@ def repeats_by_tasks(
     """
     import ray
 
+    from raydc.runtime.failures import error_of
     from raydc.runtime.session import in_one_line, root_cause
 
     @ray.remote(num_returns=num_parts, max_retries=bound.retries)
@@ -106,7 +107,8 @@ def repeats_by_tasks(
         counts = [count.remote(number, *parts) for number, parts in enumerate(zip(*pieces, strict=True))]
         return duplicate_ids.total(ray.get(counts))
     except ray.exceptions.RayError as error:
-        raise StageError(f"profile: {in_one_line(root_cause(error))}. The same command tries again.") from error
+        cause = root_cause(error)
+        raise error_of(cause, f"profile: {in_one_line(cause)}. The same command tries again.") from error
 
 
 def _keys_or_none(lake: Lake, part: Slice, spec: InputSpec, bound: "Bound") -> npt.NDArray[np.void]:

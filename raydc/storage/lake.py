@@ -20,6 +20,7 @@ import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 from raydc.errors import DataError
+from raydc.storage import written
 from raydc.storage.local import MORE_ROOM, WholeFiles, check_writable, create_local, renamed_into, told
 from raydc.storage.reading import Listing, Reading, StoredFile, absolute, is_staged, join
 
@@ -50,6 +51,7 @@ class Lake(Reading):
                 staged.write_bytes(data)
         else:
             _uploaded(lambda: fs.pipe_file(path, data))
+            written.add(len(data))
 
     def create(self, uri: str, data: bytes) -> bool:
         """Write a file whole if nothing is there; return whether it now holds `data` of this call.
@@ -97,6 +99,7 @@ class Lake(Reading):
         if isinstance(fs, LocalFileSystem):
             with told(Path(path).parent, MORE_ROOM):
                 yield from renamed_into(Path(path))
+                written.add(Path(path).stat().st_size)
         else:
             with (
                 told(Path(tempfile.gettempdir()), "Free space there, or let TMPDIR name a larger folder"),
@@ -105,6 +108,7 @@ class Lake(Reading):
                 staged = Path(folder) / posixpath.basename(path)
                 yield staged
                 _uploaded(lambda: fs.put_file(str(staged), path))
+                written.add(staged.stat().st_size)
 
     def upload_folder(self, folder: Path, uri: str) -> None:
         """Write every file below a local folder to the same names below `uri`, each whole."""

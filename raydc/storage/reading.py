@@ -1,7 +1,6 @@
 """Reading by URI: local folders, s3://, gs:// and whatever else fsspec knows."""
 
 import datetime
-import io
 import json
 import os
 import posixpath
@@ -12,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
-import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from raydc.errors import DataError
+from raydc.errors import ConfigError, DataError
 from raydc.storage import listing
+from raydc.storage.arrays import array_of
 from raydc.storage.listing import PassedOver, passed_over_text
+from raydc.storage.schemes import why_refused
 from raydc.storage.secrets import refuse_credentials
 
 _S3 = ("s3", "s3a", "s3n")
@@ -78,16 +78,21 @@ class Reading:
         """Return the fsspec file system of `uri` and the path inside it.
 
         Raises:
-            ConfigError: the URI carries credentials.
-            DataError: nothing is installed that knows its scheme.
+            ConfigError: the URI carries credentials, or is of a kind that is not opened.
+            DataError: what knows its scheme is not installed, or cannot take this URI.
         """
         refuse_credentials(uri, "uri")
+        if (reason := why_refused(uri)) is not None:
+            raise ConfigError(f"storage {uri} {reason}.")
         protocol = uri.partition("://")[0] if "://" in uri else "file"
         if protocol in _S3:
             from raydc.storage.s3 import PatientS3
 
             fs = PatientS3(**self._s3_options, **({"anon": True} if self._anonymous else {}))
             return fs, fs._strip_protocol(absolute(uri))
+        if protocol == "file":
+            # fsspec would take a name such as data:x, or one with `::` in it, for a file system.
+            return LocalFileSystem(), LocalFileSystem._strip_protocol(uri)
         options = {"token": "anon"} if self._anonymous and protocol in ("gs", "gcs") else {}
         try:
             fs, path = url_to_fs(uri, **options)
@@ -181,8 +186,8 @@ class Reading:
             DataError: it is no array of numbers, or not whole.
         """
         try:
-            return np.load(io.BytesIO(self.read_bytes(uri)), allow_pickle=False)
-        except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError) as error:
+            return array_of(self.read_bytes(uri))
+        except ValueError as error:
             raise DataError(f"{uri}: not a whole array of numbers ({_line(error)}). Restore the file.") from None
 
     def find(self, uri: str) -> list[StoredFile]:

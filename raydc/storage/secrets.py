@@ -2,6 +2,7 @@
 
 import os
 import re
+from urllib.parse import quote
 
 from raydc.errors import ConfigError
 
@@ -17,14 +18,11 @@ _SECRET_QUERY = re.compile(
 # The container of Azure's abfs://container@account stands where others have a user.
 _AZURE = re.compile(r"^(abfss?|az|adl|wasbs?)://[^/@:\s]*@")
 
-_SECRET_VARIABLES = (
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_SECURITY_TOKEN",
-    "AZURE_STORAGE_KEY",
-    "AZURE_STORAGE_SAS_TOKEN",
-    "AZURE_STORAGE_CONNECTION_STRING",
+_SECRET_NAME = re.compile(
+    "TOKEN|SECRET|KEY|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|CONNECTION_STRING|AUTHORIZATION|SIGNATURE", re.IGNORECASE
 )
+_PLAIN_URL = re.compile(r"https?://[^\s;?#@]+")
+_PASSWORD_NAME = re.compile("PASS", re.IGNORECASE)
 # A shorter value would also hit harmless text.
 _SHORTEST_SECRET = 8
 
@@ -53,10 +51,30 @@ REMEDY = (
 
 def masked(text: str) -> str:
     """Return a text without credentials: those in URIs, and the values of the environment's secrets."""
+    for secret in _secrets():
+        text = text.replace(secret, _MASK)
     text = _USER_AND_SECRET.sub(f"{_MASK}@", text)
-    text = _SECRET_QUERY.sub(rf"\1={_MASK}", text)
-    for name in _SECRET_VARIABLES:
-        value = os.environ.get(name, "")
-        if len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, _MASK)
-    return text
+    return _SECRET_QUERY.sub(rf"\1={_MASK}", text)
+
+
+def _secrets() -> list[str]:
+    """Return the values of all variables whose name sounds like a secret, the longest first.
+
+    A value of several lines, such as a key file, counts line by line, because texts are often joined to one line.
+    Errors of HTTP clients show a value as it stands in a URL.
+    """
+    found: set[str] = set()
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and not _is_harmless(name, value):
+            for line in value.splitlines():
+                found |= {line.strip(), quote(line.strip(), safe="")}
+    return sorted((s for s in found if len(s) >= _SHORTEST_SECRET), key=len, reverse=True)
+
+
+def _is_harmless(name: str, value: str) -> bool:
+    """Return whether a value is a place (a file, a plain URL) or a number, whatever its variable's name sounds like."""
+    if _PLAIN_URL.fullmatch(value):
+        return True
+    if value.replace(".", "", 1).isdigit():
+        return not _PASSWORD_NAME.search(name)
+    return value.startswith(("/", "~", ".")) and os.path.exists(os.path.expanduser(value))

@@ -14,7 +14,7 @@ import pyarrow as pa
 from raydc.data.label_files import ColumnFacts
 from raydc.data.records import TableEntry
 from raydc.data.schema import RUN_COLUMN
-from raydc.errors import StageError, StorageUnavailable
+from raydc.errors import Busy, StageError, StorageUnavailable
 from raydc.storage.secrets import masked
 
 _Result = TypeVar("_Result")
@@ -116,7 +116,7 @@ def with_retries(name: str, attempt: Callable[[], _Result], *, sleep: Callable[[
         sleep: waits for some seconds; a test gives its own.
 
     Raises:
-        StageError: the last try of COMMIT_TRIES was a conflict too.
+        Busy: the last try of COMMIT_TRIES was a conflict too.
         StorageUnavailable: the last try was broken off too.
     """
     last: Conflict | AnswerLost
@@ -128,7 +128,7 @@ def with_retries(name: str, attempt: Callable[[], _Result], *, sleep: Callable[[
             sleep(random.uniform(0, 0.05 * 2**number))
     if isinstance(last, AnswerLost):
         raise unavailable(name, str(last)) from last
-    raise StageError(
+    raise Busy(
         f"publish: {name} was changed by others during {COMMIT_TRIES} commits in a row: {last}. The same command tries "
         "again."
     ) from last

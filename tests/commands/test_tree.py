@@ -1,6 +1,7 @@
 """`raydc tree`: a finished run's tree, cut anywhere and in other people's formats."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -119,3 +120,18 @@ def test_refusals(run, tmp_path, capsys):
     assert "one of the arguments --cut --export is required" in capsys.readouterr().err
     with pytest.raises(StageError, match="tree: run 'r2' has no tree yet; stage merge writes it"):
         trees.read(RunDir(Lake(), str(tmp_path / "runs"), "r2"))
+
+
+def test_names_that_a_spreadsheet_would_run_are_written_as_text(run, tmp_path):
+    names = ['=HYPERLINK("http://x")', "+1+1", "-2+3", "@SUM(A1)", " =1", "\t=1", "\uff1d1", "-1", "+2.5e3", "a=b"]
+    tree = trees.read(run)
+    table = pa.table({"leaf": range(len(names)), "name": names, "rows": [-1.0] * len(names)})
+    trees.write_groups(table, tmp_path / "cut.csv")
+    read = rows_of((tmp_path / "cut.csv").read_text())
+    assert [r["name"] for r in read[:7]] == [f"'{name}" for name in names[:7]]
+    # Numbers and harmless text stay what they are.
+    assert [r["name"] for r in read[7:]] == names[7:]
+    assert {r["rows"] for r in read} == {"-1.0"}
+    renamed = dataclasses.replace(tree, names_K=[f"=leaf {k}" for k in range(len(tree.names_K))])
+    trees.export(renamed, "topics", tmp_path / "topics.csv")
+    assert "\n=" not in (tmp_path / "topics.csv").read_text() and ",=" not in (tmp_path / "topics.csv").read_text()

@@ -1,5 +1,6 @@
 """The Kubernetes manifest: keys that exist, versions that agree, a job that can be placed and tried again."""
 
+import argparse
 import copy
 import re
 import subprocess
@@ -10,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from raydc.cli import MOST_RETRIES, add_run_arguments
 from raydc.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +152,21 @@ def test_every_file_names_the_ray_version_that_is_pinned(job: dict) -> None:
 def test_a_lost_head_is_submitted_again_with_the_same_run_id(job: dict) -> None:
     assert job["spec"]["backoffLimit"] >= 1
     assert re.search(r"--run-id \S+", job["spec"]["entrypoint"])
+
+
+def test_what_may_pass_is_tried_again_inside_the_cluster(job: dict) -> None:
+    # No exit code of the driver reaches KubeRay.
+    command = job["spec"]["entrypoint"].split()
+    assert 1 <= int(command[command.index("--retries") + 1]) <= MOST_RETRIES
+    assert "podFailurePolicy" not in RAYJOB["properties"]["spec"]["properties"]
+
+
+def test_the_command_of_the_manifest_is_one_that_raydc_takes(job: dict) -> None:
+    words = job["spec"]["entrypoint"].split()[2:]
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    options = parser.parse_args(words)
+    assert options.run_id == "imagenet-1" and options.retries >= 1
 
 
 def test_the_entrypoint_names_files_of_the_repository(job: dict) -> None:

@@ -135,7 +135,7 @@ def test_the_sum_of_the_statistics_holds_counts_and_no_rows(run):
         rows=3, labels=2, rejects=1, tallies={"leaf": Tally(num_groups=2)}, exemplars=pa.table({"leaf": [0]})
     )
     artifacts.STATISTICS.write(run, total)
-    back = artifacts.STATISTICS.read(run)
+    back = artifacts.STATISTICS.read(run, 2)
     assert (back.rows, back.labels, back.rejects, list(back.tallies)) == (3, 2, 1, ["leaf"])
     assert back.exemplars is None and total.exemplars is not None
 

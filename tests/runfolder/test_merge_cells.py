@@ -85,7 +85,7 @@ def test_a_cell_comes_back_as_it_was_written(run):
     def run_cells(step, state, numbers):
         made = [step.args[0](state, cell) for cell in numbers]
         for first in made:
-            second = merge_cells._from_bytes(merge_cells._to_bytes(first))
+            second = merge_cells.from_bytes(merge_cells.to_bytes(first), len(state.weight_M))
             for name in ("left_P", "right_P", "delta_P"):
                 assert getattr(first, name).dtype == getattr(second, name).dtype
                 np.testing.assert_array_equal(getattr(first, name), getattr(second, name))

@@ -12,7 +12,7 @@ import pytest
 
 from raydc.data.footers import read_footers
 from raydc.data.slices import Column, InputSpec, plan_slices
-from raydc.errors import DataError
+from raydc.errors import ConfigError, DataError
 from raydc.model import Model
 from raydc.storage.lake import Lake, absolute, is_staged, join
 from tests import shards
@@ -95,7 +95,7 @@ def test_an_entry_that_names_nothing_is_refused(tmp_path, uri):
 
 
 def test_an_unknown_protocol_is_refused():
-    with pytest.raises(DataError, match="storage nowhere://bucket/x: Protocol not known: nowhere"):
+    with pytest.raises(ConfigError, match="storage nowhere://bucket/x has the scheme 'nowhere'. Use a path or one of"):
         Lake().list_parquet("nowhere://bucket/x")
 
 

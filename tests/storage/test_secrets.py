@@ -2,6 +2,7 @@
 
 import pytest
 
+from raydc.cli import main
 from raydc.config import parse_config
 from raydc.errors import ConfigError
 from raydc.storage.lake import Lake
@@ -50,11 +51,62 @@ def test_other_uris_are_left_as_they_are(uri):
         assert masked(uri) == uri
 
 
-def test_secrets_of_the_environment_are_masked_in_any_text(monkeypatch):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "short")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AWS_SECRET_ACCESS_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "HF_TOKEN",
+        "DATABRICKS_TOKEN",
+        "RAY_AUTH_TOKEN",
+        "PYICEBERG_CATALOG__RAYDC__CREDENTIAL",
+        "PYICEBERG_CATALOG__RAYDC__HEADER__AUTHORIZATION",
+        "pgpassword",
+    ],
+)
+def test_secrets_of_the_environment_are_masked_in_any_text(monkeypatch, name):
+    monkeypatch.setenv(name, SECRET)
     assert masked(f"the request {SECRET} was refused") == "the request *** was refused"
-    assert masked("a short text") == "a short text"
+    # As a client shows it that had to put it into a URL.
+    assert "K7MDENG" not in masked(f"GET /x/{SECRET.replace('/', '%2F')}/y")
+
+
+def test_a_secret_of_several_lines_and_one_inside_another_are_masked_whole(monkeypatch):
+    monkeypatch.setenv("MY_PRIVATE_KEY", "-----BEGIN KEY-----\nMIIEvQIBADANBg\nkqhkiG9w0BAQ\n-----END KEY-----\n")
+    monkeypatch.setenv("SHORT_TOKEN", "abcdefgh")
+    monkeypatch.setenv("LONG_TOKEN", "abcdefgh-ijklmnop")
+    assert masked("bad key MIIEvQIBADANBg kqhkiG9w0BAQ") == "bad key *** ***"
+    assert masked("of abcdefgh-ijklmnop and abcdefgh") == "of *** and ***"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SESSION_TOKEN", "short"),
+        ("MAX_TOKENS", "86400000"),
+        ("KEY_SHARE", "0.12345678"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", __file__),
+        ("TOKEN_URL", "https://login.example/oauth2/token"),
+        ("HOME_OF_NO_MATTER", "a plain value"),
+    ],
+)
+def test_short_values_numbers_files_and_plain_urls_are_left_to_be_read(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert masked(f"the value {value} is wrong") == f"the value {value} is wrong"
+
+
+def test_a_url_with_a_signature_and_a_number_as_a_password_are_masked(monkeypatch):
+    monkeypatch.setenv("STORE_CONNECTION_STRING", "BlobEndpoint=https://x.example;SharedAccessSignature=sv=1&sig=abc")
+    monkeypatch.setenv("DB_PASSWORD", "1234567890")
+    assert masked("no BlobEndpoint=https://x.example;SharedAccessSignature=sv=1&sig=abc") == "no ***"
+    assert masked("user me, 1234567890") == "user me, ***"
+
+
+def test_the_command_masks_whatever_error_it_prints(monkeypatch, capsys):
+    monkeypatch.setenv("SOME_TOKEN", "wJalrXUtnFEMI")
+    with pytest.raises(SystemExit):
+        main(["show", "/no/such/wJalrXUtnFEMI"])
+    assert "/no/such/***: no run there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -64,6 +116,7 @@ def test_secrets_of_the_environment_are_masked_in_any_text(monkeypatch):
         ({"input": {"path": ["/a", "s3://key:hidden-value@bucket/x"]}}, "input.path"),
         ({"output": "s3://key:hidden-value@bucket/x"}, "output"),
         ({"publish": {"delta": {"uri": "s3://key:hidden-value@bucket/x"}}}, "publish.delta.uri"),
+        ({"fit": {"objective": "distill", "teacher": "s3://key:hidden-value@bucket/x"}}, "fit.teacher"),
         ({"storage": {"endpoint_url": "http://key:hidden-value@localhost:9000"}}, "storage.endpoint_url"),
     ],
 )

@@ -13,10 +13,13 @@ import duckdb
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyiceberg
 import pytest
 from deltalake import DeltaTable, QueryBuilder, write_deltalake
 
+import raydc
 from raydc.config import Config, parse_config
+from raydc.config.output import CATALOG_PROPERTIES
 from raydc.data import label_files
 from raydc.data.schema import labels_schema
 from raydc.errors import ConfigError, StageError, StorageUnavailable
@@ -320,15 +323,36 @@ def test_an_embedded_catalog_needs_a_local_output():
 
 @pytest.mark.parametrize(
     "properties",
-    [{"s3.secret-access-key": "x"}, {"token": "x"}, {"credential": "a:b"}, {"uri": "postgresql://me:pass@host/db"}],
+    [
+        {"s3.secret-access-key": "hidden"},
+        {"token": "hidden"},
+        {"credential": "a:hidden"},
+        {"uri": "postgresql://me:hidden@host/db"},
+        {"header.Authorization": "Bearer hidden"},
+        {"header.X-Api-Key": "hidden"},
+        {"adls.account-key": "hidden"},
+        {"adls.connection-string": "hidden"},
+        {"hf.token": "hidden"},
+        {"anything-new": "hidden"},
+    ],
 )
-def test_secrets_among_the_catalogs_properties_are_refused(properties):
+def test_catalog_properties_that_may_be_secret_are_refused_with_the_way_to_give_them(properties):
     with pytest.raises(
-        ConfigError, match="hold a secret, and settings are saved with the run. Put it into the environ"
-    ):
+        ConfigError, match=r"may hold a secret.*PYICEBERG_CATALOG__RAYDC__<KEY>.*pyiceberg.yaml"
+    ) as said:
         parse_config({"input": {"path": "x"}, "publish": {"iceberg": {"properties": properties}}})
+    assert "hidden" not in str(said.value)
+    assert f"{[*properties]}" in str(said.value)
     kept = {"type": "rest", "uri": "https://host:8181", "warehouse": "s3://b/w"}
     assert parse_config({"input": {"path": "x"}, "publish": {"iceberg": {"properties": kept}}})
+
+
+def test_every_catalog_property_that_is_taken_is_one_of_pyicebergs_and_documented():
+    package = Path(pyiceberg.__file__).parent
+    source = "".join(p.read_text() for p in package.rglob("*.py"))
+    assert [name for name in CATALOG_PROPERTIES if f'"{name}"' not in source] == []
+    page = (Path(raydc.__file__).parents[1] / "docs/tables.md").read_text()
+    assert [name for name in CATALOG_PROPERTIES if f"`{name}`" not in page] == []
 
 
 def test_publish_registers_a_run_in_both_and_says_so_in_the_manifest(tmp_path):

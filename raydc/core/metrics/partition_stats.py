@@ -3,6 +3,7 @@
 Letters: N rows, K groups of one partition (the leaves, or a level of the tree).
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,7 +80,8 @@ class Tally:
     def to_arrays(self, prefix: str) -> dict[str, npt.NDArray[Any]]:
         """Return plain arrays, named below `prefix`."""
         body = {name: getattr(self, f"{name}_K") for name in _SUMS} | {
-            "classes": np.array(self.classes.names, dtype=np.str_),
+            # As text, not as an array of it: there each name takes the room of the longest.
+            "classes": np.frombuffer(json.dumps(self.classes.names).encode(), np.uint8),
             "class_pairs": self.classes.pair_P,
             "class_rows": self.classes.rows_P,
         }
@@ -87,10 +89,24 @@ class Tally:
 
     @classmethod
     def from_arrays(cls, prefix: str, arrays: dict[str, npt.NDArray[Any]]) -> "Tally":
-        """Return the tally that `to_arrays` wrote."""
+        """Return the tally that `to_arrays` wrote.
+
+        Raises:
+            LookupError: an array is missing.
+            ValueError: the arrays are not those of one tally.
+        """
         rows, distance, squared, silhouette = (arrays[f"{prefix}.{name}"] for name in _SUMS)
         tally = cls(num_groups=len(rows), rows_K=rows, distance_K=distance, squared_K=squared, silhouette_K=silhouette)
         names, pairs, counts = (arrays[f"{prefix}.{name}"] for name in ("classes", "class_pairs", "class_rows"))
+        # Earlier versions wrote an array of text.
+        classes = names.tolist() if names.dtype.kind == "U" else json.loads(names.tobytes())
+        if not isinstance(classes, list):
+            raise ValueError(f"{prefix}: its classes are no list of names")
+        if any(a.shape != rows.shape or a.ndim != 1 for a in (rows, distance, squared, silhouette)):
+            raise ValueError(f"{prefix}: its sums are of different numbers of groups")
+        most = len(classes) * len(rows)
+        if pairs.shape != counts.shape or pairs.ndim != 1 or np.any((pairs < 0) | (pairs >= most)):
+            raise ValueError(f"{prefix}: counts of classes that it does not have")
         # A copy, since merging adds in place.
-        tally.classes = Contingency(len(rows), names.tolist(), pairs, counts.copy())
+        tally.classes = Contingency(len(rows), classes, pairs, counts.copy())
         return tally
