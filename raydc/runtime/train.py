@@ -16,7 +16,7 @@ import ray.data
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import Tensor
 
 from raydc.config import Config
@@ -132,6 +132,7 @@ def launch(
     loop: Callable[[dict[str, Any]], Result | Failure],
     loop_config: dict[str, Any],
     name: str,
+    timeout_seconds: int,
 ) -> Result:
     """Return what the training loop returned on rank 0, after Ray Train has run it on the worker group of the settings.
 
@@ -142,6 +143,7 @@ def launch(
         loop: runs in every worker; see `in_worker`.
         loop_config: its argument.
         name: of the step, for messages.
+        timeout_seconds: how long a worker waits for the others; see raydc.runtime.patience.
 
     Raises:
         DataError, StageError: the loop returned a failure, or the workers failed too often.
@@ -150,6 +152,7 @@ def launch(
     trainer = _Trainer(
         loop,  # type: ignore[arg-type]
         train_loop_config=loop_config,
+        torch_config=TorchConfig(timeout_s=timeout_seconds),
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=name,
