@@ -228,6 +228,7 @@ class RayContext:
         self._job, self._folder = job, folder
         self._seen: list[dict[str, Any]] = []
         self._told: set[str] = set()
+        self._announced: Any = None
 
     def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
         """Report to Train, and on rank 0 to the person who watches."""
@@ -246,6 +247,11 @@ class RayContext:
         for sign in set(signs(self._seen, leaves, self._job.watch)) - self._told:
             self._told.add(sign)
             self._job.board.post.remote(f"collapse?    {sign}")
+
+    def should_checkpoint(self) -> bool:
+        """Return whether Ray has announced, since it was last asked, that a worker's node goes."""
+        known, self._announced = self._announced, ray.train.get_preemption_info()
+        return self._announced is not None and self._announced != known
 
     def latest_checkpoint(self) -> Path | None:
         """Return a local copy of the last checkpoint."""
@@ -269,6 +275,8 @@ def progress_line(metrics: dict[str, Any]) -> str:
             f"mean top q {metrics['top_q']:.2f}{target}"
         )
     done, total = metrics["epoch"] + 1, metrics["num_epochs"]
+    if "step" in metrics:
+        return f"{metrics['phase']:8s} epoch {done}/{total}  checkpoint after step {metrics['step']:,}"
     parts = [f"{metrics['phase']:8s} epoch {done}/{total}"]
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.5f}")
@@ -316,7 +324,8 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
     if streamed:
         if ranks.rank == 0:
             job.board.post.remote(
-                f"a shard of {shard_bytes / 2**20:.0f} MiB does not fit; rows are streamed each epoch"
+                f"a shard of {shard_bytes / 2**20:.0f} MiB does not fit; rows are streamed each epoch, with "
+                "checkpoints between two epochs alone"
             )
         pool = _POOL_STEPS * max(job.settings.pretrain.batch_rows, job.settings.refine.batch_rows)
         pool = math.ceil(pool / ranks.world_size)
