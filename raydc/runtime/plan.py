@@ -12,6 +12,7 @@ import torch
 from raydc.config import Config
 from raydc.core.models.autoencoder import choose_precision, precision
 from raydc.core.objectives.table import info
+from raydc.data.neighbor_cost import NeighborCost
 from raydc.data.profile import Profile
 
 # Share of the measured matrix rate that a training step reaches on a CPU: small batches, optimizer, memory traffic.
@@ -44,6 +45,9 @@ class Plan:
     neighbors_flops: float = 0.0
     """FLOPs of the search for nearest neighbors; 0 for an objective that needs none."""
 
+    neighbors: NeighborCost | None = None
+    """What that search asks of the cluster beside its arithmetic."""
+
     def lines(self) -> list[str]:
         """Return the plan as text, one fact per line."""
         steps = f"{self.pretrain_steps:,} pretraining, at most {self.refine_steps:,} refinement"
@@ -53,7 +57,7 @@ class Plan:
             duration = f"about {_duration(self.seconds)} of arithmetic, plus reading and start-up"
         search = f", {self.neighbors_flops:.2g} for the neighbors" if self.neighbors_flops else ""
         sample = "" if self.trained_rows == self.rows else f" ({self.trained_rows:,} of them in training)"
-        return [
+        lines = [
             f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {_size(self.input_bytes)} uncompressed",
             f"steps       {steps}",
             f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign{search}",
@@ -62,6 +66,9 @@ class Plan:
             f"files       about {self.files:,} to write",
             f"time        {duration}",
         ]
+        if self.neighbors is not None:
+            lines.append(_search_line(self.neighbors))
+        return lines
 
 
 def make_plan(config: Config, profile: Profile) -> Plan:
@@ -100,6 +107,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         files=2 * len(profile.slices) + 30,
         seconds=seconds,
         neighbors_flops=search,
+        neighbors=NeighborCost.of(config, profile),
     )
 
 
@@ -188,6 +196,13 @@ def _workers(config: Config) -> str:
     if isinstance(config.fit.num_workers, int):
         return f"{most} for training, {each}"
     return f"{fewest} to {most} for training, {each}, as there is room; memory and time are those of {fewest}"
+
+
+def _search_line(cost: NeighborCost) -> str:
+    return (
+        f"neighbors   {cost.slices:,} tasks, {cost.requests:,} fetches of up to {_size(cost.traffic_bytes)} in all, "
+        f"about {_size(cost.driver_bytes)} in the driver"
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -100,6 +100,12 @@ def test_the_search_of_the_neighbors_is_counted_for_the_objectives_that_need_it(
     assert sampled.neighbors_flops == 2 * 100**2 * 8
 
 
+def test_the_plan_says_what_the_search_of_the_neighbors_asks_of_the_cluster():
+    lines = make_plan(config(fit={"objective": "icon"}), profile()).lines()
+    assert lines[7].startswith("neighbors   2 tasks, 4 fetches of up to 78.1 KiB in all, about ")
+    assert len(make_plan(config(), profile()).lines()) == 7
+
+
 def test_widths_of_the_encoder():
     assert config(fit={"objective": "dec"}).encoder_widths(8) == [8, 16, 4]
     assert config(fit={"objective": "kmeans"}).encoder_widths(8) == [8]
