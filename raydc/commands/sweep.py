@@ -33,6 +33,7 @@ from raydc.runfolder.folder import SWEEP_KIND, RunDir
 from raydc.runfolder.lease import acquire
 from raydc.runtime import session
 from raydc.runtime.board import bounded
+from raydc.runtime.patience import collective_timeout
 from raydc.runtime.row_dataset import readers, slice_dataset
 from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
 
@@ -147,7 +148,8 @@ def _sweep(config: Config, folder: RunDir, found: Profile, numbers: tuple[int, .
             with_classes=found.spec.label_column is not None,
         )
         loop_config = {"job": job, "plan": plan, "held_out": config.sweep.held_out, "rows": evaluate.baseline_rows}
-        outcome = launch(config, folder, dataset, _train_loop, loop_config, _NAME)
+        patience = collective_timeout(config, expected, found.spec.dim, max(numbers))
+        outcome = launch(config, folder, dataset, _train_loop, loop_config, _NAME, patience)
     advice = recommend(cast(list[dict[str, Any]], outcome.entries))
     return {
         "objective": config.fit.objective,

@@ -186,6 +186,7 @@ class Config(Section):
             objective=self.fit.objective,
             precision=self.fit.precision,
             checkpoint_epochs=self.fit.checkpoint_epochs,
+            checkpoint_seconds=self.fit.checkpoint_seconds,
             baseline_rows=self.evaluate.baseline_rows,
             seed=self.seed,
             autoencoder=self.autoencoder,

@@ -232,5 +232,13 @@ class NeighborsConfig(Section):
     recall_rows: int = Field(1000, ge=1)
     """ivf: rows that are also searched exactly, to measure the recall; chosen by hash of the row key."""
 
+    max_slices: int = Field(2000, ge=1, json_schema_extra=OPERATIONAL)
+    """Most slices with rows. Every slice is searched in all others, so requests and driver memory grow with its square.
+
+    At 2,000 slices the driver holds about 1.5 GiB for the tasks, at 8,000 about 19 GiB."""
+
+    max_traffic_bytes: float = Field(1e14, gt=0, json_schema_extra=OPERATIONAL)
+    """Most bytes that the tasks may fetch: slices times the rows trained on, as float32. 1e14 is 22 h at 10 Gbit/s."""
+
     cpus_per_task: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
     """CPUs, and compute threads, of a task. A task searches the neighbors of one slice."""

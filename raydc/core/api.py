@@ -254,6 +254,7 @@ def _settings(settings: FitSettings | None, objective: str, num_clusters: int, s
         seed=seed,
         cluster=replace(settings.cluster, num_leaves=num_clusters),
         checkpoint_epochs=_NO_CHECKPOINTS,
+        checkpoint_seconds=None,
         fingerprint="",
     )
 

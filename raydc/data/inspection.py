@@ -16,6 +16,7 @@ from raydc.data import ids
 from raydc.data.embeddings import names_of, resolve
 from raydc.data.footers import Footer, read_footers
 from raydc.data.layouts import converted
+from raydc.data.neighbor_cost import NeighborCost
 from raydc.data.partitions import partition_values
 from raydc.data.profile import Profile
 from raydc.data.records import BadFile
@@ -89,7 +90,8 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
         bad_files=bad_files,
         notes=notes,
     )
-    return profile, general, settings
+    cost = NeighborCost.of(config, profile)
+    return profile, general, settings + (cost.problems(config) if cost is not None else [])
 
 
 def _arrays_hint(arrays: PassedOver) -> str:

@@ -12,7 +12,9 @@ import torch
 from raydc.config import Config
 from raydc.core.models.autoencoder import choose_precision, precision
 from raydc.core.objectives.table import info
+from raydc.data.neighbor_cost import NeighborCost
 from raydc.data.profile import Profile
+from raydc.runtime.exchange import ASSUMED_BYTES_PER_SECOND, Exchange, exchanges, lake_passes
 
 # Share of the measured matrix rate that a training step reaches on a CPU: small batches, optimizer, memory traffic.
 _STEP_EFFICIENCY = 0.5
@@ -44,6 +46,19 @@ class Plan:
     neighbors_flops: float = 0.0
     """FLOPs of the search for nearest neighbors; 0 for an objective that needs none."""
 
+    lake_passes: int = 1
+    """About how often fit reads its rows from the lake."""
+
+    fewest_workers: int = 1
+    exchanges: tuple[Exchange, ...] = ()
+    """The gradients that the workers exchange, where there are several."""
+
+    worker_rate: float | None = None
+    """FLOP/s that a worker reaches in a step; None for GPU workers."""
+
+    neighbors: NeighborCost | None = None
+    """What that search asks of the cluster beside its arithmetic."""
+
     def lines(self) -> list[str]:
         """Return the plan as text, one fact per line."""
         steps = f"{self.pretrain_steps:,} pretraining, at most {self.refine_steps:,} refinement"
@@ -53,7 +68,7 @@ class Plan:
             duration = f"about {_duration(self.seconds)} of arithmetic, plus reading and start-up"
         search = f", {self.neighbors_flops:.2g} for the neighbors" if self.neighbors_flops else ""
         sample = "" if self.trained_rows == self.rows else f" ({self.trained_rows:,} of them in training)"
-        return [
+        lines = [
             f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {_size(self.input_bytes)} uncompressed",
             f"steps       {steps}",
             f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign{search}",
@@ -62,6 +77,15 @@ class Plan:
             f"files       about {self.files:,} to write",
             f"time        {duration}",
         ]
+        about = "about " if self.streamed else ""
+        lines.append(f"reading     {about}{self.lake_passes} for fit, 1 for assign: passes over the lake")
+        lines += [
+            f"gradients   {e.line(self.fewest_workers, ASSUMED_BYTES_PER_SECOND, self.worker_rate)}"
+            for e in self.exchanges
+        ]
+        if self.neighbors is not None:
+            lines.append(_search_line(self.neighbors))
+        return lines
 
 
 def make_plan(config: Config, profile: Profile) -> Plan:
@@ -80,11 +104,10 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     shard = -(-trained // workers) * config.row_bytes(dim, profile.spec.dtype.itemsize)
     limit = config.fit.resident_bytes
     streamed = limit is not None and shard > limit
-    seconds = None
+    seconds = rate = None
     if not config.fit.use_gpu:
-        cpus = workers * config.fit.cpus_per_worker
-        rate = _matrix_rate(config, config.fit.cpus_per_worker) * cpus / config.fit.cpus_per_worker
-        seconds = (fit + assign + search) / (rate * _STEP_EFFICIENCY)
+        rate = _matrix_rate(config, config.fit.cpus_per_worker) * _STEP_EFFICIENCY
+        seconds = (fit + assign + search) / (rate * workers)
     return Plan(
         rows=n,
         trained_rows=trained,
@@ -100,6 +123,11 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         files=2 * len(profile.slices) + 30,
         seconds=seconds,
         neighbors_flops=search,
+        lake_passes=lake_passes(config, streamed=streamed),
+        fewest_workers=workers,
+        exchanges=tuple(exchanges(config, trained, dim)) if workers > 1 else (),
+        worker_rate=rate,
+        neighbors=NeighborCost.of(config, profile),
     )
 
 
@@ -188,6 +216,13 @@ def _workers(config: Config) -> str:
     if isinstance(config.fit.num_workers, int):
         return f"{most} for training, {each}"
     return f"{fewest} to {most} for training, {each}, as there is room; memory and time are those of {fewest}"
+
+
+def _search_line(cost: NeighborCost) -> str:
+    return (
+        f"neighbors   {cost.slices:,} tasks, {cost.requests:,} fetches of up to {_size(cost.traffic_bytes)} in all, "
+        f"about {_size(cost.driver_bytes)} in the driver"
+    )
 
 
 def _size(num_bytes: float) -> str:

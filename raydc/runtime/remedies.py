@@ -10,6 +10,10 @@ WorkerStage = Literal["fit", "merge", "assign"]
 
 _FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|OutOfDiskError|disk is full", re.I)
 
+_WAITED_TOO_LONG = re.compile(
+    r"Timed out waiting \d+ms|Watchdog caught collective|collective operation timeout|DistStoreError.*timed? ?out", re.I
+)
+
 LESS_MEMORY: dict[WorkerStage, str] = {
     "fit": (
         "lower fit.resident_bytes (a shard that does not fit is streamed), take more fit.num_workers, or give them "
@@ -55,6 +59,12 @@ def remedy(stage: WorkerStage, error: BaseException | str) -> str:
         return f" The memory did not suffice: {LESS_MEMORY[stage]}."
     if _FULL_DISK.search(text):
         return " A disk is full: free space where the run is written and under Ray's temporary folder."
+    if stage == "fit" and _WAITED_TOO_LONG.search(text):
+        return (
+            " A worker waited for another one until the bound on it. "
+            "Look whether a node hangs; else raise fit.cpus_per_worker, or lower cluster.init_rows, "
+            "cluster.num_restarts or evaluate.baseline_rows: rank 0 makes the start of k-means alone."
+        )
     if _PERHAPS_MEMORY.search(text):
         return f" If it was killed for want of memory: {LESS_MEMORY[stage]}."
     return ""

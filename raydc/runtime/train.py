@@ -16,7 +16,7 @@ import ray.data
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import Tensor
 
 from raydc.config import Config
@@ -134,6 +134,7 @@ def launch(
     loop: Callable[[dict[str, Any]], Result | Failure],
     loop_config: dict[str, Any],
     name: str,
+    timeout_seconds: int,
 ) -> Result:
     """Return what the training loop returned on rank 0, after Ray Train has run it on the worker group of the settings.
 
@@ -144,6 +145,7 @@ def launch(
         loop: runs in every worker; see `in_worker`.
         loop_config: its argument.
         name: of the step, for messages.
+        timeout_seconds: how long a worker waits for the others; see raydc.runtime.patience.
 
     Raises:
         DataError, StageError: the loop returned a failure, or the workers failed too often; see error_of.
@@ -152,6 +154,7 @@ def launch(
     trainer = _Trainer(
         loop,  # type: ignore[arg-type]
         train_loop_config=loop_config,
+        torch_config=TorchConfig(timeout_s=timeout_seconds),
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=name,
@@ -228,6 +231,7 @@ class RayContext:
         self._seen: list[dict[str, Any]] = []
         self._told: set[str] = set()
         self._gauges = Gauges(job.run.run_id, "fit")
+        self._announced: Any = None
 
     def report(self, metrics: dict[str, Any], checkpoint_dir: Path | None = None) -> None:
         """Report to Train, and on rank 0 to the person who watches."""
@@ -247,6 +251,11 @@ class RayContext:
         for sign in set(signs(self._seen, leaves, self._job.watch)) - self._told:
             self._told.add(sign)
             self._job.board.post.remote(f"collapse?    {sign}")
+
+    def should_checkpoint(self) -> bool:
+        """Return whether Ray has announced, since it was last asked, that a worker's node goes."""
+        known, self._announced = self._announced, ray.train.get_preemption_info()
+        return self._announced is not None and self._announced != known
 
     def latest_checkpoint(self) -> Path | None:
         """Return a local copy of the last checkpoint."""
@@ -270,6 +279,8 @@ def progress_line(metrics: dict[str, Any]) -> str:
             f"mean top q {metrics['top_q']:.2f}{target}"
         )
     done, total = metrics["epoch"] + 1, metrics["num_epochs"]
+    if "step" in metrics:
+        return f"{metrics['phase']:8s} epoch {done}/{total}  checkpoint after step {metrics['step']:,}"
     parts = [f"{metrics['phase']:8s} epoch {done}/{total}"]
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.5f}")
@@ -317,7 +328,8 @@ def collect(job: Job, ranks: Ranks, part: Callable[[pa.Table, Batch], Batch] = _
     if streamed:
         if ranks.rank == 0:
             job.board.post.remote(
-                f"a shard of {shard_bytes / 2**20:.0f} MiB does not fit; rows are streamed each epoch"
+                f"a shard of {shard_bytes / 2**20:.0f} MiB does not fit; rows are streamed each epoch, with "
+                "checkpoints between two epochs alone"
             )
         pool = _POOL_STEPS * max(job.settings.pretrain.batch_rows, job.settings.refine.batch_rows)
         pool = math.ceil(pool / ranks.world_size)

@@ -26,6 +26,7 @@ from raydc.runfolder.folder import RunDir
 from raydc.runfolder.teacher import load_teacher
 from raydc.runtime.attempts import known_attempts
 from raydc.runtime.board import bounded
+from raydc.runtime.patience import collective_timeout
 from raydc.runtime.row_dataset import readers, slice_dataset
 from raydc.runtime.train import Failure, Job, RayContext, collect, in_worker, launch
 
@@ -69,7 +70,8 @@ def run(config: Config, run: RunDir) -> FitMetrics:
             "fit: starting %s training worker(s), which read the rows first; a line for each epoch follows",
             config.fit.fewest_workers,
         )
-        return launch(config, run, dataset, _train_loop, {"job": job}, "fit")
+        patience = collective_timeout(config, expected, profile.spec.dim)
+        return launch(config, run, dataset, _train_loop, {"job": job}, "fit", patience)
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,9 @@ class PlainContext:
     stop_after: int | None = None
     """Raise KeyboardInterrupt at the report with this number."""
 
+    notice_after: int | None = None
+    """Want a checkpoint, once, when so many were reported."""
+
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     reports: list[dict[str, Any]] = field(default_factory=list)
 
@@ -176,6 +179,13 @@ class PlainContext:
         """Return the kept checkpoint."""
         latest = None if self.folder is None else self.folder / "latest"
         return latest if latest is not None and latest.exists() else None
+
+    def should_checkpoint(self):
+        """Return True once, when the notice is there."""
+        if self.notice_after is None or len(self.reports) < self.notice_after:
+            return False
+        self.notice_after = None
+        return True
 
 
 def blobs(num_rows=1000, dim=12, num_blobs=6, seed=0):

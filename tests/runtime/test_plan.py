@@ -100,6 +100,12 @@ def test_the_search_of_the_neighbors_is_counted_for_the_objectives_that_need_it(
     assert sampled.neighbors_flops == 2 * 100**2 * 8
 
 
+def test_the_plan_says_what_the_search_of_the_neighbors_asks_of_the_cluster():
+    lines = make_plan(config(fit={"objective": "icon"}), profile()).lines()
+    assert lines[8].startswith("neighbors   2 tasks, 4 fetches of up to 78.1 KiB in all, about ")
+    assert len(make_plan(config(), profile()).lines()) == 8
+
+
 def test_widths_of_the_encoder():
     assert config(fit={"objective": "dec"}).encoder_widths(8) == [8, 16, 4]
     assert config(fit={"objective": "kmeans"}).encoder_widths(8) == [8]
@@ -141,7 +147,7 @@ def test_half_precision_rows_take_half_the_memory():
     assert full - half == 10**6 * 768 * 2
 
 
-def test_the_plan_is_told_in_seven_lines():
+def test_the_plan_is_told_in_eight_lines():
     plan = make_plan(config(fit={"objective": "dec", "max_rows": 100}), profile())
     lines = plan.lines()
     assert lines[0] == "rows        1,000 (100 of them in training) in 2 slices, 31.2 KiB uncompressed"
@@ -151,6 +157,7 @@ def test_the_plan_is_told_in_seven_lines():
     assert lines[4].endswith("per training worker, rows resident")
     assert lines[5] == "files       about 34 to write"
     assert lines[6] == "time        about 1 s of arithmetic, plus reading and start-up"
+    assert lines[7] == "reading     1 for fit, 1 for assign: passes over the lake"
 
 
 def test_gpu_workers_are_not_given_a_guess():

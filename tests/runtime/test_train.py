@@ -28,4 +28,6 @@ def test_an_epoch_is_one_line():
     kmeans = {"phase": "kmeans", "moves": 3, "iterations": 5, "inertia": 12.5, "alpha": 1.0, "scale": 2.0}
     line = progress_line(kmeans | {"top_q": 0.5, "target_top_q": 0.5})
     assert line == "k-means      3 moves, 5 iterations, inertia 12.5; kernel alpha 1, scale 2, mean top q 0.50"
+    inside = {"phase": "pretrain", "epoch": 1, "num_epochs": 4, "step": 12_300}
+    assert progress_line(inside) == "pretrain epoch 2/4  checkpoint after step 12,300"
     assert progress_line({"phase": "sweep", "k": 5, "seconds": 1.25}) == "K = 5: done in 1.2 s"

@@ -147,12 +147,12 @@ class Distill(Objective):
 
     def refresh(self, epoch: int, step: int, num_steps: int) -> Pass | None:
         """Return the pass that gives every row its id: at the start of an epoch; of a teacher once in a process."""
-        if step != 0 or (self.teacher is not None and self.class_source is not None):
-            return None
         if self.teacher is None:
-            return _Ids(self, moves=epoch < self.settings.num_reclusterings)
+            return _Ids(self, moves=epoch < self.settings.num_reclusterings) if step == 0 else None
+        if self.class_source is not None:
+            return None
         # A teacher without a network says nothing about this code but which rows belong together.
-        return _Ids(self, moves=epoch == 0 and self.teacher.encoder is None)
+        return _Ids(self, moves=(epoch, step) == (0, 0) and self.teacher.encoder is None)
 
     def forward(self, batch: Minibatch) -> dict[str, Tensor]:
         """Return weighted sums over the rows: `loss`, and its parts `entropy` and `reconstruction`."""

@@ -18,7 +18,7 @@ FEWEST_FOR_TREE = 50
 """Leaves from which the start is a tree's by itself. Restarts find the optimum of a few leaves, and of no more."""
 
 _SAMPLE_ITERATIONS, _SAMPLE_ROUNDS = 10, 2
-_SAMPLE_FLOP = 2e13
+SAMPLE_FLOP = 2e13
 """What the passes over a sample may cost by themselves: some minutes of one core."""
 
 _FAISS_ITERATIONS, _MOST_SEEDED = 25, 10_000
@@ -91,7 +91,7 @@ def _start_of_few(sample_ND: Tensor, num_leaves: int, seed: int, weights_N: Tens
     )
 
 
-def _num_passes(sample_ND: Tensor, num_leaves: int, most_flop: float = _SAMPLE_FLOP) -> int:
+def _num_passes(sample_ND: Tensor, num_leaves: int, most_flop: float = SAMPLE_FLOP) -> int:
     """Return how many searches of the nearest center a k-means of a sample may make."""
     return int(most_flop / (2.0 * len(sample_ND) * num_leaves * sample_ND.shape[1]))
 
@@ -105,7 +105,7 @@ def sample_kmeans(
     moves: Moves = "auto",
     num_restarts: int = 1,
     weights_N: Tensor | None = None,
-    most_flop: float = _SAMPLE_FLOP,
+    most_flop: float = SAMPLE_FLOP,
 ) -> Tensor:
     """Return the (K, D) float32 centers of a whole k-means of a sample: what a baseline and a criterion compare with.
 

@@ -9,8 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-FORMAT = 2
-"""Version of the names of tensors and values. 2: the best head of temi and icon is `last_best`, before `judged`."""
+FORMAT = 3
+"""Version of the names of tensors and values.
+
+2: the best head of temi and icon is `last_best`, before `judged`. 3: `within`, how far an epoch has come."""
 
 
 def save(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

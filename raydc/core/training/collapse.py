@@ -41,16 +41,30 @@ class SpaceWatch:
         if self._handle is not None:
             self._handle.remove()
 
+    def so_far(self, ranks: Ranks) -> tuple[int, Tensor | None]:
+        """Return the calls counted and the sums over all ranks, from which `go_on` continues. Every rank must ask."""
+        sums = self._over_all(ranks)
+        return self._calls, sums if len(sums) > 1 else None
+
+    def go_on(self, calls: int, sums: Tensor | None) -> None:
+        """Continue from `so_far`; the sums are those of all ranks, so one rank takes them, and the others None."""
+        self._calls, self._sums = calls, sums
+
     def effective_rank(self, ranks: Ranks) -> float | None:
         """Return the effective rank of the codes of all ranks; None where none were seen. Every rank must ask."""
+        sums = self._over_all(ranks)
+        return effective_rank(sums) if len(sums) > 1 else None
+
+    def _over_all(self, ranks: Ranks) -> Tensor:
+        """Return the sums of all ranks; (1, 1) where nothing was seen."""
         if self._encoder is None:
-            return None
+            return torch.zeros(1, 1)
         width = torch.tensor([0 if self._sums is None else len(self._sums) - 1])
         size = int(ranks.max(width)[0]) + 1
         sums = self._sums
         if sums is None:
             sums = torch.zeros(size, size, dtype=torch.float64, device=ranks.device)
-        return effective_rank(ranks.sum(sums)) if size > 1 else None
+        return ranks.sum(sums)
 
     def _add(self, module: nn.Module, inputs: Any, codes: Any) -> None:
         if not torch.is_grad_enabled():

@@ -18,13 +18,11 @@ from raydc.core.models.autoencoder import precision
 from raydc.core.models.preprocess import Preprocess
 from raydc.core.objectives.objective import Minibatch
 from raydc.core.process import block_rows
-from raydc.core.training.collapse import SpaceWatch
+from raydc.core.training.collapse import SpaceWatch, effective_rank
 from raydc.core.training.collectives import Ranks
+from raydc.core.training.progress import Keeper, Progress
 from raydc.core.training.rows import Batch, Rows, Step
 from raydc.core.training.settings import FitSettings
-
-_CHECK_STEPS = 100
-"""Steps between two checks that all losses are finite; each check waits for the device."""
 
 
 def make_optimizer(
@@ -71,10 +69,12 @@ class Epoch(ABC):
         """
         self.phase, self.number, self.optimizer = phase, number, optimizer
         self.max_grad_norm, self.encoder, self.num_steps = max_grad_norm, encoder, num_steps
+        self.pass_numbers: dict[str, Any] = {}
+        """Numbers of the passes over all rows, for the history."""
 
     @abstractmethod
-    def steps(self) -> Iterator[Step]:
-        """Yield this rank's rows of each step."""
+    def steps(self, first: int) -> Iterator[Step]:
+        """Yield this rank's rows of each step, from number `first` on."""
 
     def before_step(self, number: int) -> bool:
         """Prepare the step of this number; return False to end the epoch before it."""
@@ -91,15 +91,17 @@ class Epoch(ABC):
 class FiniteCheck:
     """Stops a fit on every rank when a loss is not finite; nothing is saved before the check."""
 
-    def __init__(self, epoch: Epoch, ranks: Ranks) -> None:
-        self._epoch, self._ranks = epoch, ranks
+    def __init__(self, epoch: Epoch, ranks: Ranks, check_steps: int) -> None:
+        self._epoch, self._ranks, self._check_steps = epoch, ranks, check_steps
         self._losses: list[Tensor] = []
 
-    def add(self, loss: Tensor, number: int) -> None:
-        """Keep the loss of the step of this number; look at all that are kept when they are many."""
+    def add(self, loss: Tensor, number: int) -> bool:
+        """Keep the loss of the step of this number; look at all that are kept when they are many, and return True."""
         self._losses.append(loss)
-        if len(self._losses) == _CHECK_STEPS:
-            self.check(number)
+        if len(self._losses) < self._check_steps:
+            return False
+        self.check(number)
+        return True
 
     def check(self, last_number: int) -> None:
         """Look at the losses since the last check; every rank calls it.
@@ -123,6 +125,49 @@ class FiniteCheck:
                 "preprocess the rows to a smaller scale."
             )
         self._losses.clear()
+
+
+class _Sums:
+    """What the entry of an epoch in the history is made from: sums over this rank's rows, or all ranks' on rank 0."""
+
+    def __init__(self, epoch: Epoch, watch: SpaceWatch, ranks: Ranks, before: Progress | None) -> None:
+        """Begin an epoch, or go on where `before` left it."""
+        self._epoch, self._watch, self._ranks = epoch, watch, ranks
+        self._losses: dict[str, Tensor] = {}
+        self._weight = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self._started = time.perf_counter()
+        if before is not None:
+            # The sums are those of all ranks, and are added up again.
+            alone = ranks.rank == 0
+            self._losses = {
+                name: torch.tensor(value if alone else 0.0, dtype=torch.float64, device=ranks.device)
+                for name, value in before.losses.items()
+            }
+            self._weight += before.weight
+            self._started -= before.seconds
+            watched = before.watched.to(ranks.device) if alone and before.watched is not None else None
+            watch.go_on(before.watched_calls, watched)
+            epoch.pass_numbers |= before.numbers
+
+    def add(self, sums: dict[str, Tensor], step: Step) -> None:
+        """Count a step."""
+        for name, value in sums.items():
+            self._losses[name] = self._losses.get(name, 0.0) + value.detach().double()
+        self._weight += step.total_weight
+
+    def progress(self, steps: int) -> Progress:
+        """Return where the epoch stands after so many steps; every rank asks."""
+        losses = self._ranks.sum(torch.stack(list(self._losses.values()))).tolist() if self._losses else []
+        calls, watched = self._watch.so_far(self._ranks)
+        return Progress(
+            steps=steps,
+            weight=float(self._weight),
+            seconds=time.perf_counter() - self._started,
+            losses=dict(zip(self._losses, losses, strict=True)),
+            numbers=dict(self._epoch.pass_numbers),
+            watched_calls=calls,
+            watched=watched,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +204,23 @@ class Trainer:
             batch.keys_N, self.preprocess(batch.x_ND), batch.weights_N, positions_N=batch.positions_N, seed=seed
         )
 
-    def run_epoch(self, epoch: Epoch) -> dict[str, Any]:
+    def run_epoch(self, epoch: Epoch, before: Progress | None = None, keeper: Keeper | None = None) -> dict[str, Any]:
         """Step the optimizer through an epoch; return its entry in the history, with the mean of each loss over rows.
+
+        Args:
+            epoch: what a step does.
+            before: where an earlier attempt at this epoch left off; None begins it.
+            keeper: makes checkpoints inside the epoch, after a check of the losses; None makes none.
 
         Raises:
             FloatingPointError: a loss was not finite.
         """
-        started = time.perf_counter()
-        totals: dict[str, Tensor] = {}
-        weight = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        finite = FiniteCheck(epoch, self.ranks)
-        number = -1
+        finite = FiniteCheck(epoch, self.ranks, self.settings.check_steps)
+        first = 0 if before is None else before.steps
+        number = first - 1
         with SpaceWatch(epoch.encoder, epoch.num_steps) as watch:
-            for number, step in enumerate(epoch.steps()):
+            so_far = _Sums(epoch, watch, self.ranks, before)
+            for number, step in enumerate(epoch.steps(first), first):
                 if not epoch.before_step(number):
                     break
                 sums = epoch.losses(step)
@@ -184,19 +233,16 @@ class Trainer:
                     _limit_gradients(epoch.optimizer, epoch.max_grad_norm)
                 epoch.optimizer.step()
                 epoch.after_step()
-                finite.add(loss.detach(), number)
-                for name, value in sums.items():
-                    totals[name] = totals.get(name, 0.0) + value.detach().double()
-                weight += step.total_weight
+                so_far.add(sums, step)
+                if finite.add(loss.detach(), number) and keeper is not None and keeper.due():
+                    keeper.keep(so_far.progress(number + 1))
         finite.check(number)
-        entry: dict[str, Any] = {"phase": epoch.phase, "epoch": epoch.number, "steps": number + 1}
-        if totals:
-            means = self.ranks.sum(torch.stack(list(totals.values()))) / weight
-            entry |= dict(zip(totals, means.tolist(), strict=True))
-        if (rank := watch.effective_rank(self.ranks)) is not None:
-            entry["effective_rank"] = rank
-        seconds = time.perf_counter() - started
-        return entry | {"seconds": seconds, "rows_per_second": self.rows.num_rows / seconds}
+        done = so_far.progress(number + 1)
+        entry: dict[str, Any] = {"phase": epoch.phase, "epoch": epoch.number, "steps": done.steps}
+        entry |= {name: value / done.weight for name, value in done.losses.items()}
+        if done.watched is not None:
+            entry["effective_rank"] = effective_rank(done.watched)
+        return entry | {"seconds": done.seconds, "rows_per_second": self.rows.num_rows / done.seconds}
 
 
 def _limit_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:

@@ -39,7 +39,7 @@ from raydc.core.training.rows import Rows
 from raydc.core.training.settings import FitSettings
 from raydc.core.training.state import Clustering, State, restore, to_checkpoint
 
-_BASELINE_ROWS_PER_LEAF = 10
+BASELINE_ROWS_PER_LEAF = 10
 """At least, in the sample of the baseline on the raw rows."""
 
 
@@ -202,7 +202,7 @@ class _Fit:
     def _raw_kmeans(self) -> Clustering:
         """Return k-means on a sample of the preprocessed rows."""
         # The same start as that of the clusters themselves, so that the comparison is fair.
-        num_rows = max(self.settings.baseline_rows, _BASELINE_ROWS_PER_LEAF * self.settings.cluster.num_leaves)
+        num_rows = max(self.settings.baseline_rows, BASELINE_ROWS_PER_LEAF * self.settings.cluster.num_leaves)
         sample = sample_latents(self.trainer, None, num_rows)
         centers = start_centers(
             self.trainer, sample, stream_seed(self.settings.seed, 3), whole=True, sampled_by="baseline_rows"

@@ -1,6 +1,6 @@
 """Pretraining of the autoencoder: layer by layer, then as a whole. Letters: N rows, D width of a row.
 
-Both end where they left off: an epoch is the unit of resuming, and everything random is a hash of the rows' keys.
+Both go on where they left off, between two steps: everything random is a hash of the rows' keys.
 """
 
 import math
@@ -29,10 +29,12 @@ def pretrain_layers(trainer: Trainer, state: State, recorder: Recorder) -> None:
         pair = LayerPair(autoencoder, layer, share=plan.layer_corruption)
         module = trainer.distributed(pair)
         optimizer = _optimizer(plan, pair)
-        if state.epoch > layer * plan.layer_epochs:
+        if state.epoch > layer * plan.layer_epochs or state.within is not None:
             checkpoint.restore_optimizer(optimizer, state.optimizer)
         for number in range(state.epoch, (layer + 1) * plan.layer_epochs):
-            entry = trainer.run_epoch(LayerEpoch(trainer, module, optimizer, layer, number))
+            keeper = recorder.keeper(trainer, number, num_layers * plan.layer_epochs, optimizer)
+            epoch = LayerEpoch(trainer, module, optimizer, layer, number)
+            entry = trainer.run_epoch(epoch, state.within, keeper)
             recorder.end_epoch(number, num_layers * plan.layer_epochs, entry | {"layer": layer}, optimizer)
     state.phase, state.epoch, state.optimizer = "pretrain", 0, {}
 
@@ -45,7 +47,9 @@ def pretrain_whole(trainer: Trainer, state: State, recorder: Recorder) -> None:
     optimizer = _optimizer(plan, autoencoder)
     checkpoint.restore_optimizer(optimizer, state.optimizer)
     for number in range(state.epoch, plan.num_epochs):
-        entry = trainer.run_epoch(PretrainEpoch(trainer, module, optimizer, autoencoder.encoder, number))
+        epoch = PretrainEpoch(trainer, module, optimizer, autoencoder.encoder, number)
+        keeper = recorder.keeper(trainer, number, plan.num_epochs, optimizer)
+        entry = trainer.run_epoch(epoch, state.within, keeper)
         recorder.end_epoch(number, plan.num_epochs, entry, optimizer)
 
 
@@ -81,9 +85,9 @@ class _ScheduledEpoch(Epoch):
         self._first_step = epochs_done * self._steps_per_epoch
         self._num_steps = num_epochs * self._steps_per_epoch
 
-    def steps(self) -> Iterator[Step]:
-        """Yield this rank's rows of each step."""
-        return self.trainer.rows.steps(self.plan.batch_rows, self.seed)
+    def steps(self, first: int) -> Iterator[Step]:
+        """Yield this rank's rows of each step, from number `first` on."""
+        return self.trainer.rows.steps(self.plan.batch_rows, self.seed, first)
 
     def before_step(self, number: int) -> bool:
         """Set the learning rate."""

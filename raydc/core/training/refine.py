@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,10 +60,11 @@ class Refinement:
                 break
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * objective.rate_factor(number)
-            if objective.reclusters(number):
+            if objective.reclusters(number) and state.within is None:
                 objective.set_centers(*self.recluster(anew=False))
             epoch = RefineEpoch(self, module, optimizer, number)
-            entry = self.trainer.run_epoch(epoch)
+            keeper = recorder.keeper(self.trainer, number, plan.num_epochs, optimizer)
+            entry = self.trainer.run_epoch(epoch, state.within, keeper)
             recorder.end_epoch(number, plan.num_epochs, entry | epoch.pass_numbers, optimizer)
         if objective.final_centers != "keep":
             objective.set_centers(*self.recluster(anew=objective.final_centers == "kmeans"))
@@ -107,14 +108,12 @@ class RefineEpoch(Epoch):
         self.trainer, self.plan, self.module = trainer, plan, module
         self.objective, self.state, self.pairs = refinement.objective, refinement.state, refinement.pairs
         self.seed = stream_seed(trainer.settings.seed, 7, number)
-        self.pass_numbers: dict[str, Any] = {}
-        """Numbers of the passes over all rows, for the history."""
-
         self._batch: Minibatch | None = None
 
-    def steps(self) -> Iterator[Step]:
-        """Yield this rank's rows of each step."""
-        return self.trainer.rows.steps(self.plan.batch_rows, stream_seed(self.trainer.settings.seed, 5, self.number))
+    def steps(self, first: int) -> Iterator[Step]:
+        """Yield this rank's rows of each step, from number `first` on."""
+        seed = stream_seed(self.trainer.settings.seed, 5, self.number)
+        return self.trainer.rows.steps(self.plan.batch_rows, seed, first)
 
     def before_step(self, number: int) -> bool:
         """Make the pass over all rows that the objective asks for; False when few rows changed their leaf."""

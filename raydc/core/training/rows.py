@@ -59,6 +59,9 @@ class Step:
 class ResidentRows:
     """Rows kept in memory, and named in the order of their keys."""
 
+    steps_are_fixed = True
+    """A step of an epoch has the same rows each time, on any number of ranks: a fit may go on inside an epoch."""
+
     def __init__(
         self,
         x_ND: Tensor,
@@ -123,8 +126,8 @@ class ResidentRows:
         for start in range(0, self.num_local, block_rows):
             yield self.take(torch.arange(start, min(start + block_rows, self.num_local)))
 
-    def steps(self, batch_rows: int, epoch_seed: int) -> Iterator[Step]:
-        """Yield the steps of one epoch: the same number on every rank, every row in exactly one.
+    def steps(self, batch_rows: int, epoch_seed: int, first: int = 0) -> Iterator[Step]:
+        """Yield the steps of one epoch from number `first` on: as many on every rank, every row in exactly one.
 
         Where the keys count the rows, all steps have as many rows, give or take one. The layers' kernels are made for a
         number of rows, and odd ones are slower.
@@ -140,7 +143,10 @@ class ResidentRows:
         for rows, total in zip(order.split(sizes), totals, strict=True):
             # A step that got no row on any rank has nothing to learn from, and every rank sees that alike.
             if total > 0:
-                yield Step(self.take(rows), total)
+                if first == 0:
+                    yield Step(self.take(rows), total)
+                else:
+                    first -= 1
 
     def num_steps(self, batch_rows: int) -> int:
         """Return the steps of an epoch."""
@@ -196,6 +202,9 @@ class StreamedRows:
     epoch ends, on all ranks at once, when the sum is zero. No row is dropped and no rank waits for another's gradient.
     """
 
+    steps_are_fixed = False
+    """The rows of a step depend on how they arrive."""
+
     def __init__(
         self, open_stream: Callable[[], Iterator[Batch]], dim: int, ranks: Ranks, *, expected_rows: int, pool_rows: int
     ) -> None:
@@ -214,8 +223,12 @@ class StreamedRows:
             for start in range(0, len(batch), block_rows):
                 yield self._to_device(_slice(batch, slice(start, start + block_rows)))
 
-    def steps(self, batch_rows: int, epoch_seed: int) -> Iterator[Step]:
-        """Yield the steps of one epoch: the same number on every rank, every row in exactly one."""
+    def steps(self, batch_rows: int, epoch_seed: int, first: int = 0) -> Iterator[Step]:
+        """Yield the steps of one epoch: the same number on every rank, every row in exactly one.
+
+        With `first` as many steps are passed over. So a fit whose rows were resident, and are streamed on fewer ranks,
+        goes on inside an epoch: some of its rows are then seen twice in this epoch, and as many others not.
+        """
         local_rows = math.ceil(batch_rows / self._ranks.world_size)
         own = self._batches(local_rows, epoch_seed)
         while True:
@@ -224,6 +237,9 @@ class StreamedRows:
             total = self._ranks.sum(torch.tensor(weight, dtype=torch.float64))
             if float(total) == 0.0:
                 return
+            if first > 0:
+                first -= 1
+                continue
             yield Step(self._to_device(batch or self._empty()), total.to(self._ranks.device))
 
     def num_steps(self, batch_rows: int) -> int:

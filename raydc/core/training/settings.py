@@ -394,6 +394,12 @@ class ObjectiveSettings:
     checkpoint_epochs: int = Field(default=1, ge=1, json_schema_extra=OPERATIONAL)
     """Epochs between two checkpoints."""
 
+    checkpoint_seconds: float | None = Field(default=600.0, gt=0, json_schema_extra=OPERATIONAL)
+    """Seconds between two checkpoints inside an epoch of resident rows, at least; null makes none there.
+
+    A fit goes on after the step at which it was made. Streamed rows come in another order each time, so their
+    checkpoints are made between two epochs. One is made at once when Ray announces that a node goes."""
+
     @property
     def learns(self) -> bool:
         """Return whether an autoencoder is trained; otherwise the preprocessed rows are clustered as they are."""
@@ -420,6 +426,12 @@ class FitSettings(ObjectiveSettings, BaselineSettings):
 
     fingerprint: str = ""
     """Hash of the settings and the input. A checkpoint with another one is refused."""
+
+    check_steps: int = Field(default=100, ge=1)
+    """Steps between two looks at the losses and at the clock; each look waits for the device."""
+
+    look_seconds: float = Field(default=1.0, ge=0)
+    """Seconds between two questions to the launcher whether it wants a checkpoint, at least."""
 
     block_rows: int = Field(default=8192, ge=1)
     """Rows encoded at once in a pass without gradients."""

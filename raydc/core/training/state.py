@@ -1,4 +1,4 @@
-"""What a fit knows between two epochs, and how it goes into a checkpoint and back: nothing depends on the ranks."""
+"""What a fit knows between two steps, and how it goes into a checkpoint and back: nothing depends on the ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +14,7 @@ from raydc.core.objectives.objective import Objective
 from raydc.core.objectives.snapshot import encode
 from raydc.core.search.nearest import SquaredDistances, nearest
 from raydc.core.training import checkpoint
+from raydc.core.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class State:
     generator: torch.Generator
     phase: str = "pretrain"
     epoch: int = 0
+    within: Progress | None = None
+    """How far this epoch has come; None between two epochs."""
+
     converged: bool = False
     centers: Tensor | None = None
     """(K, L) centers of k-means, from which the objective starts."""
@@ -88,10 +92,13 @@ def to_checkpoint(state: State, fingerprint: str) -> tuple[dict[str, Tensor], di
         "fingerprint": fingerprint,
         "phase": state.phase,
         "epoch": state.epoch,
+        "within": None if state.within is None else state.within.values(),
         "converged": state.converged,
         "history": state.history,
         "kernels": {name: [b.kernel.alpha, b.kernel.scale] for name, b in state.baselines.items()},
     }
+    if state.within is not None:
+        tensors |= checkpoint.prefixed("within", state.within.tensors())
     if state.autoencoder is not None:
         tensors |= checkpoint.prefixed("autoencoder", state.autoencoder.state_dict())
     if state.centers is not None and state.kernel is not None:
@@ -113,6 +120,7 @@ def restore(
     """Give a fresh state what `to_checkpoint` returned, on the CPU; the objective is left to the caller."""
     state.generator.set_state(tensors["generator"])
     state.phase, state.epoch, state.converged = values["phase"], values["epoch"], values["converged"]
+    state.within = Progress.restored(values["within"], checkpoint.with_prefix("within", tensors))
     state.history = values["history"]
     state.optimizer = checkpoint.with_prefix("optimizer", tensors)
     if state.autoencoder is not None:

@@ -133,6 +133,10 @@ class _From:
         """Return the checkpoint to go on from."""
         return self._last
 
+    def should_checkpoint(self) -> bool:
+        """Return whether the launcher wants one; never for one K, whose fit keeps none."""
+        return self._num_leaves is None and self._context.should_checkpoint()
+
 
 def _entries(last: Path | None) -> list[dict[str, Any]]:
     if last is None or not (last / _RESULTS).exists():
@@ -144,6 +148,8 @@ def _entries(last: Path | None) -> list[dict[str, Any]]:
 def _settings_of(settings: FitSettings, num_leaves: int) -> FitSettings:
     return replace(
         settings,
+        # The fit of one K keeps none.
+        checkpoint_seconds=None,
         cluster=replace(settings.cluster, num_leaves=num_leaves),
         refine=replace(settings.refine, target_top_q=target_top_q(settings, num_leaves)),
         baseline_rows=min(settings.baseline_rows, max(2000, _BASELINE_ROWS_PER_LEAF * num_leaves)),
