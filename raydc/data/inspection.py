@@ -131,11 +131,11 @@ def _resolve_ids(name: str, footers: Sequence[Footer]) -> tuple[str | None, dict
     kinds: dict[str, str] = {}
     missing, doubles = [], []
     for f in footers:
-        assert f.schema is not None
-        if name not in f.schema.names:
-            problems[f.uri] = f"has no column {name!r} for the id (columns: {names_of(f.schema)})"
+        assert f.columns is not None
+        if name not in f.columns.fields:
+            problems[f.uri] = f"has no column {name!r} for the id (columns: {names_of(f.columns)})"
             continue
-        found = f.schema.field(name).type
+        found = f.columns.fields[name].type
         if pa.types.is_null(found):
             missing.append(f.uri)
         elif pa.types.is_floating(found):
@@ -186,8 +186,8 @@ def _other_columns(config: Config, footers: Sequence[Footer]) -> _Others:
     for use, name in named:
         types, absent = _types_of(name, footers)
         if not types and footers:
-            assert footers[0].schema is not None
-            found.problems.append(f"has no column {name!r} in any file (columns: {names_of(footers[0].schema)})")
+            assert footers[0].columns is not None
+            found.problems.append(f"has no column {name!r} in any file (columns: {names_of(footers[0].columns)})")
             continue
         if absent:
             meaning = {"label": "their labels are missing", "weight": "their rows weigh 1", "carried": "left empty"}
@@ -218,9 +218,9 @@ def _types_of(name: str, footers: Sequence[Footer]) -> tuple[list[pa.DataType], 
     types: dict[str, pa.DataType] = {}
     absent = []
     for f in footers:
-        assert f.schema is not None
-        if name in f.schema.names:
-            found = f.schema.field(name).type
+        assert f.columns is not None
+        if name in f.columns.fields:
+            found = f.columns.fields[name].type
             types[str(found)] = found
         elif name in partition_values(f.uri):
             types["string"] = pa.string()
