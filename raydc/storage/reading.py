@@ -1,5 +1,6 @@
 """Reading by URI: local folders, s3://, gs:// and whatever else fsspec knows."""
 
+import hashlib
 import io
 import json
 import os
@@ -36,6 +37,9 @@ class StoredFile:
     size: int
     """Bytes."""
 
+    version: str = ""
+    """ETag, or times of change, as its listing says them; "" where it says none."""
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -46,6 +50,16 @@ class Listing:
     """By kind."""
 
     notes: list[str]
+
+    @property
+    def digest(self) -> str:
+        """Hash of each file's name, size and version: equal for unchanged files. "" where a file has no version."""
+        seen = hashlib.sha256()
+        for file in self.files:
+            if not file.version:
+                return ""
+            seen.update(repr((file.uri, file.size, file.version)).encode("utf-8", "surrogatepass"))
+        return seen.hexdigest()
 
 
 class Reading:
@@ -116,8 +130,9 @@ class Reading:
                     f"input.path={uri}: no Parquet file there{f' ({passed})' if passed else ''}. "
                     "Check the path and the access rights."
                 )
-            named = ((_with_scheme(uri, path), details["size"]) for path, details in found.files.items())
-            files.update({name: StoredFile(name, size) for name, size in named})
+            for path, details in found.files.items():
+                name = _with_scheme(uri, path)
+                files[name] = StoredFile(name, details["size"], listing.version(path, details))
             for kind, some in found.passed_over.items():
                 known = passed_over.setdefault(kind, PassedOver(example=some.example))
                 known.count += some.count
