@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from raydc.config import Config
+from raydc.config import Config, digest
 from raydc.config.stages import StageName, after
-from raydc.data.inspection import inspect, refuse
+from raydc.data.inspection import inspect, refuse, settings_problems
+from raydc.data.profile import Profile
 from raydc.errors import StageError
 from raydc.runfolder import artifacts
 from raydc.runfolder.folder import RUN_KIND, RunDir, now
@@ -22,7 +23,7 @@ from raydc.runtime.gauges import Gauges
 from raydc.runtime.memory import give_back
 from raydc.runtime.plan import make_plan
 from raydc.stages import assign, evaluate, fit, merge, neighbors, profile, publish, report
-from raydc.storage.lake import Lake
+from raydc.storage.lake import Lake, Listing
 from raydc.tables import register
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ def run(config: Config, run_id: str) -> RunDir:
     folder.lake.check_writable(config.output)
     folder.check(config)
     register.check(config, folder)
-    inputs = {"input_fingerprint": _checked_fingerprint(config, folder)}
+    found, inspected = check_input(config, folder)
+    inputs = {"input_fingerprint": found.fingerprint}
     settings = {stage.name: config.settings(stage.name) | inputs for stage in stages_of(config)}
     # Other settings are refused before anything starts.
     done = _done(config, folder, settings)
@@ -126,7 +128,7 @@ def run(config: Config, run_id: str) -> RunDir:
         folder.write_header(config)
         # Twice, because joining a cluster installs Ray's own handler.
         with joined as leave, stoppable(lease, give_back):
-            _run_stages(config, folder, settings, leave)
+            _run_stages(config, folder, settings, leave, inspected)
     return folder
 
 
@@ -135,7 +137,9 @@ def _done(config: Config, folder: RunDir, settings: Settings) -> list[bool]:
     return [folder.is_done(s.name, settings[s.name], repeatable=s.repeatable) for s in stages_of(config)]
 
 
-def _run_stages(config: Config, folder: RunDir, settings: Settings, leave: Callable[[], None]) -> None:
+def _run_stages(
+    config: Config, folder: RunDir, settings: Settings, leave: Callable[[], None], inspected: Profile | None
+) -> None:
     for stage in stages_of(config):
         if not stage.on_cluster:
             leave()
@@ -155,7 +159,7 @@ def _run_stages(config: Config, folder: RunDir, settings: Settings, leave: Calla
             # The driver only waits meanwhile.
             threading.Thread(target=report.load_libraries, daemon=True).start()
         started = time.perf_counter()
-        metrics = stage.run(config, folder)
+        metrics = profile.run(config, folder, inspected) if stage.name == "profile" else stage.run(config, folder)
         seconds = time.perf_counter() - started
         folder.mark_done(stage.name, settings[stage.name], seconds, metrics)
         log.info("%s: done in %.1f s", stage.name, seconds)
@@ -170,14 +174,42 @@ def _forget_later(folder: RunDir, stage: Stage) -> None:
     folder.remove(*(artifacts.marker(name).path for name in after(stage.name)), artifacts.MANIFEST.path)
 
 
-def _checked_fingerprint(config: Config, folder: RunDir) -> str:
-    """Return the fingerprint of the input as it is now, before anything is written or started."""
-    found, data_problems, config_problems = inspect(config, folder.lake)
-    refuse(data_problems, config_problems)
+def check_input(config: Config, folder: RunDir) -> tuple[Profile, Profile | None]:
+    """Return what is known of the input as it is now, before anything is written or started.
+
+    While names, sizes and versions are those of the run's profile, that is it, and no footer is read.
+
+    Returns:
+        the profile; and the same again where its footers were read just now, for the stage that goes on from it.
+
+    Raises:
+        DataError, ConfigError: the input cannot be used, or settings do not fit it; every problem in one message.
+        StageError: no file says what its columns are.
+    """
+    listing = folder.lake.find_parquet(config.input.path)
+    found = _profiled(config, folder, listing)
+    inspected = None
+    if found is not None:
+        refuse([], settings_problems(config, found.num_rows, found.spec.dim, found.spec.id_type))
+    else:
+        inspected, data_problems, config_problems = inspect(config, folder.lake, listing)
+        refuse(data_problems, config_problems)
+        found = inspected
     if found is None:
         raise StageError(
             f"profile: input.path={config.input.path}: no file says what its columns are. Check the path and the "
             "columns of the settings."
         )
     load_teacher(config, found.spec.dim, folder.lake)
-    return found.fingerprint
+    return found, inspected
+
+
+def _profiled(config: Config, folder: RunDir, listing: Listing) -> Profile | None:
+    """Return the profile of a run if it was made of the same files with the same settings."""
+    marker = folder.marker("profile")
+    if marker is None or marker["state"] != "done" or not artifacts.PROFILE.exists(folder):
+        return None
+    found = artifacts.PROFILE.read(folder)
+    settings = config.settings("profile") | {"input_fingerprint": found.fingerprint}
+    same = found.listing == listing.digest and marker["fingerprint"] == digest(settings)
+    return found if same and found.listing else None

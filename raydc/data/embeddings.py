@@ -1,5 +1,6 @@
 """Which columns hold the embeddings, how wide they are, and which files hold them otherwise."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from raydc.config import EmbeddingColumn
 from raydc.data.columns import row_lengths
-from raydc.data.footers import Footer
+from raydc.data.footers import FileColumns, Footer
 from raydc.data.layouts import Layout, embedding_layout, is_whole, values_per_item, widest
 from raydc.data.npy import Npy, npy_uri, read_header
 from raydc.data.slices import Column
@@ -47,9 +48,9 @@ class Resolved:
         self.problems[uri] = f"{self.problems[uri]}; {problem}" if uri in self.problems else problem
 
 
-def names_of(schema: pa.Schema, most: int = 20) -> str:
+def names_of(columns: FileColumns, most: int = 20) -> str:
     """Return the column names of a file for a message."""
-    names = schema.names
+    names = columns.names
     return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])}, and {len(names) - most} more"
 
 
@@ -88,11 +89,14 @@ def _groups(wanted: Sequence[EmbeddingColumn], footers: Sequence[Footer]) -> lis
 
 
 def _layout(footer: Footer, name: str, dtype: str | None) -> Layout | str | None:
-    assert footer.schema is not None
-    if name not in footer.schema.names:
-        return None
-    arrow = footer.schema.field(name)
-    return embedding_layout(arrow.type, arrow.metadata, dtype)
+    assert footer.columns is not None
+    return _layout_in(footer.columns, name, dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout_in(columns: FileColumns, name: str, dtype: str | None) -> Layout | str | None:
+    arrow = columns.fields.get(name)
+    return None if arrow is None else embedding_layout(arrow.type, arrow.metadata, dtype)
 
 
 def _is_number(column: EmbeddingColumn, footers: Sequence[Footer]) -> bool:
@@ -135,13 +139,11 @@ def _from_parts(group: list[EmbeddingColumn], footers: Sequence[Footer], found: 
     dtypes: set[str] = set()
     usable = 0
     # Files of one schema are one question.
-    judged: dict[tuple[tuple[str, str], ...], tuple[str, set[str]]] = {}
+    judged: dict[FileColumns | None, tuple[str, set[str]]] = {}
     for f in footers:
-        assert f.schema is not None
-        key = tuple((field.name, str(field.type)) for field in f.schema)
-        if key not in judged:
-            judged[key] = _judge_parts(parts, first, f)
-        problem, here = judged[key]
+        if f.columns not in judged:
+            judged[f.columns] = _judge_parts(parts, first, f)
+        problem, here = judged[f.columns]
         if problem:
             found.add(f.uri, problem)
         else:
@@ -164,10 +166,10 @@ def _judge_parts(parts: Sequence[str], wanted: EmbeddingColumn, footer: Footer) 
     layouts = {name: _layout(footer, name, wanted.dtype) for name in parts}
     missing = [name for name, layout in layouts.items() if layout is None]
     wrong = [name for name, x in layouts.items() if isinstance(x, str) or (x and x.kind not in ("number", "null"))]
-    assert footer.schema is not None
+    assert footer.columns is not None
     problems = []
     if missing:
-        problems.append(f"has no column {_some(missing)} (columns: {names_of(footer.schema)})")
+        problems.append(f"has no column {_some(missing)} (columns: {names_of(footer.columns)})")
     if wrong:
         problems.append(f"column {_some(wrong)} holds no single number, expected one in each of {len(parts)} columns")
     if wanted.prefix is not None and (more := set(_numbered(wanted.prefix, footer)) - set(parts)):
@@ -176,15 +178,20 @@ def _judge_parts(parts: Sequence[str], wanted: EmbeddingColumn, footer: Footer) 
 
 
 def _by_prefix(prefix: str, footers: Sequence[Footer]) -> tuple[str, ...]:
-    counts = Counter(tuple(_numbered(prefix, f)) for f in footers)
+    counts = Counter(_numbered(prefix, f) for f in footers)
     return max(counts, key=lambda names: (bool(names), counts[names]), default=())
 
 
-def _numbered(prefix: str, footer: Footer) -> list[str]:
-    assert footer.schema is not None
+def _numbered(prefix: str, footer: Footer) -> tuple[str, ...]:
+    assert footer.columns is not None
+    return _numbered_in(prefix, footer.columns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbered_in(prefix: str, columns: FileColumns) -> tuple[str, ...]:
     pattern = re.compile(re.escape(prefix) + r"(\d+)")
-    numbered = [(int(m[1]), name) for name in footer.schema.names if (m := pattern.fullmatch(name))]
-    return [name for _, name in sorted(numbered)]
+    numbered = [(int(m[1]), name) for name in columns.names if (m := pattern.fullmatch(name))]
+    return tuple(name for _, name in sorted(numbered))
 
 
 def _from_column(
@@ -192,10 +199,10 @@ def _from_column(
 ) -> Column | None:
     layouts: dict[str, Layout] = {}
     for f in footers:
-        assert f.schema is not None
+        assert f.columns is not None
         layout = _layout(f, wanted.name, wanted.dtype)
         if layout is None:
-            found.add(f.uri, f"has no column {wanted.name!r} (columns: {names_of(f.schema)})")
+            found.add(f.uri, f"has no column {wanted.name!r} (columns: {names_of(f.columns)})")
         elif isinstance(layout, str):
             found.add(f.uri, f"column {wanted.name!r} {layout.replace('COLUMN', wanted.name)}")
         else:
@@ -300,8 +307,8 @@ def _not_found(wanted: EmbeddingColumn, footers: Sequence[Footer]) -> str:
         return f"input.embedding_columns: no column is called {wanted.prefix!r} and a number, such as {wanted.prefix}0"
     text = f"column {wanted.name!r}: no file holds usable embeddings in it"
     for f in footers[:1]:
-        assert f.schema is not None
-        prefixes = Counter(m[1] for name in f.schema.names if (m := re.fullmatch(r"(.*?)\d+", name)))
+        assert f.columns is not None
+        prefixes = Counter(m[1] for name in f.columns.names if (m := re.fullmatch(r"(.*?)\d+", name)))
         prefix, count = prefixes.most_common(1)[0] if prefixes else ("", 0)
         layout = _layout(f, _numbered(prefix, f)[0], None) if count >= _MANY_NUMBERS else None
         if isinstance(layout, Layout) and layout.kind == "number":

@@ -22,7 +22,7 @@ from raydc.data.profile import Profile
 from raydc.data.records import BadFile
 from raydc.data.slices import InputSpec, plan_slices
 from raydc.errors import ConfigError, DataError
-from raydc.storage.lake import Lake
+from raydc.storage.lake import Lake, Listing
 from raydc.storage.listing import PassedOver, passed_over_text
 
 _MOST_LISTED = 20
@@ -33,10 +33,13 @@ _NOT_IN_ICEBERG = {"uint64", "uuid", "fixed_size_binary", "binary", "date32", "t
 _ID_TYPES = "integers, text, a UUID, bytes, a decimal, a date or a timestamp"
 
 
-def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list[str]]:
-    """Return what the footers say: the profile without its sample, the data's problems and the settings' problems."""
+def inspect(config: Config, lake: Lake, listing: Listing | None = None) -> tuple[Profile | None, list[str], list[str]]:
+    """Return what the footers say: the profile without its sample, the data's problems and the settings' problems.
+
+    `listing` is that of the input, where the caller has it already.
+    """
     section = config.input
-    listing = lake.find_parquet(section.path)
+    listing = lake.find_parquet(section.path) if listing is None else listing
     footers = read_footers(lake, listing.files)
     file_problems = {f.uri: f"cannot be read: {f.problem}" for f in footers if f.problem}
     readable = [f for f in footers if not f.problem]
@@ -65,7 +68,7 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
             general[-1] += _remedy(general[-1], num_rows)
     if not general and num_rows == 0:
         general.append(f"input.path={section.path}: no rows in {len(footers)} files")
-    settings = _settings_problems(config, num_rows, sum(c.dim for c in embeddings.columns), id_type)
+    settings = settings_problems(config, num_rows, sum(c.dim for c in embeddings.columns), id_type)
     if general or not embeddings.columns or id_type is None:
         return None, general, settings
     spec = InputSpec(
@@ -80,18 +83,23 @@ def inspect(config: Config, lake: Lake) -> tuple[Profile | None, list[str], list
         on_bad_rows=section.on_bad_rows,
         on_bad_files=section.on_bad_files,
     )
-    passed = passed_over_text(listing.passed_over)
-    told = [f"{passed}. Name them in input.path to include them"] if passed else []
-    notes = [*told, *listing.notes, *embeddings.notes, *others.notes]
     profile = Profile(
         spec=spec,
         slices=plan_slices(good, section.slice_bytes),
         fingerprint=fingerprint,
         bad_files=bad_files,
-        notes=notes,
+        notes=[*_notes(listing), *embeddings.notes, *others.notes],
+        # .npy files beside the Parquet files are in no listing.
+        listing="" if any(c.npy for c in embeddings.columns) else listing.digest,
     )
     cost = NeighborCost.of(config, profile)
     return profile, general, settings + (cost.problems(config) if cost is not None else [])
+
+
+def _notes(listing: Listing) -> list[str]:
+    """Return what to know of the place itself."""
+    passed = passed_over_text(listing.passed_over)
+    return [*([f"{passed}. Name them in input.path to include them"] if passed else []), *listing.notes]
 
 
 def _arrays_hint(arrays: PassedOver) -> str:
@@ -110,7 +118,8 @@ def _remedy(problem: str, num_rows: int) -> str:
     return "" if "input." in problem or "To convert" in problem else ". Fix the export"
 
 
-def _settings_problems(config: Config, num_rows: int, dim: int, id_type: str | None) -> list[str]:
+def settings_problems(config: Config, num_rows: int, dim: int, id_type: str | None) -> list[str]:
+    """Return which settings do not fit the input, whose rows, width and id type these are."""
     problems = []
     if num_rows and config.cluster.num_leaves > num_rows:
         problems.append(
@@ -133,11 +142,11 @@ def _resolve_ids(name: str, footers: Sequence[Footer]) -> tuple[str | None, dict
     kinds: dict[str, str] = {}
     missing, doubles = [], []
     for f in footers:
-        assert f.schema is not None
-        if name not in f.schema.names:
-            problems[f.uri] = f"has no column {name!r} for the id (columns: {names_of(f.schema)})"
+        assert f.columns is not None
+        if name not in f.columns.fields:
+            problems[f.uri] = f"has no column {name!r} for the id (columns: {names_of(f.columns)})"
             continue
-        found = f.schema.field(name).type
+        found = f.columns.fields[name].type
         if pa.types.is_null(found):
             missing.append(f.uri)
         elif pa.types.is_floating(found):
@@ -188,8 +197,8 @@ def _other_columns(config: Config, footers: Sequence[Footer]) -> _Others:
     for use, name in named:
         types, absent = _types_of(name, footers)
         if not types and footers:
-            assert footers[0].schema is not None
-            found.problems.append(f"has no column {name!r} in any file (columns: {names_of(footers[0].schema)})")
+            assert footers[0].columns is not None
+            found.problems.append(f"has no column {name!r} in any file (columns: {names_of(footers[0].columns)})")
             continue
         if absent:
             meaning = {"label": "their labels are missing", "weight": "their rows weigh 1", "carried": "left empty"}
@@ -220,9 +229,9 @@ def _types_of(name: str, footers: Sequence[Footer]) -> tuple[list[pa.DataType], 
     types: dict[str, pa.DataType] = {}
     absent = []
     for f in footers:
-        assert f.schema is not None
-        if name in f.schema.names:
-            found = f.schema.field(name).type
+        assert f.columns is not None
+        if name in f.columns.fields:
+            found = f.columns.fields[name].type
             types[str(found)] = found
         elif name in partition_values(f.uri):
             types["string"] = pa.string()

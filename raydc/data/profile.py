@@ -19,7 +19,10 @@ class Profile:
     spec: InputSpec
     slices: list[Slice]
     fingerprint: str
-    """Digest of every file's name, size, counts and statistics."""
+    """Digest of every file's name, size and footer."""
+
+    listing: str = ""
+    """Digest of every file's name, size and version, as the listing says it; "" where it says no version."""
 
     bad_files: list[BadFile] = field(default_factory=list)
     """Files left out under on_bad_files=quarantine."""
@@ -61,6 +64,7 @@ class Profile:
         assert self.moments is not None
         return {
             "fingerprint": self.fingerprint,
+            "listing": self.listing,
             "num_rows": self.num_rows,
             "num_bytes": self.num_bytes,
             "spec": cast(SpecRecord, asdict(self.spec)),
@@ -86,6 +90,7 @@ class Profile:
             spec=InputSpec(**(spec | lists | {"columns": columns})),
             slices=[Slice.from_row(cast(dict[str, Any], s)) for s in value["slices"]],
             fingerprint=value["fingerprint"],
+            listing=value.get("listing", ""),
             bad_files=value["bad_files"],
             moments=Moments(moments["num_rows"], np.array(moments["mean"]), np.array(moments["m2"])),
             sample_rejects=value["sample_rejects"],

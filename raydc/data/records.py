@@ -86,6 +86,9 @@ class ProfileRecord(TypedDict):
     """profile.json."""
 
     fingerprint: str
+    listing: NotRequired[str]
+    """Digest of every file's name, size and ETag or times: while it stays, no footer is read again."""
+
     num_rows: int
     num_bytes: int
     spec: SpecRecord

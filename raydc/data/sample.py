@@ -37,7 +37,9 @@ _FEW = 0.05
 _MOST_NAMED = 3
 
 
-def profile_input(config: Config, lake: Lake, preprocess: Preprocess | None = None) -> Profile:
+def profile_input(
+    config: Config, lake: Lake, preprocess: Preprocess | None = None, inspected: Profile | None = None
+) -> Profile:
     """Return the checked profile of the input, sample included.
 
     Args:
@@ -45,11 +47,12 @@ def profile_input(config: Config, lake: Lake, preprocess: Preprocess | None = No
         lake: where the input is.
         preprocess: of the model that is to label the rows; by default that of the settings, with the sample's
             statistics. A row that it makes too large for float32 is bad.
+        inspected: what `inspect` has found already, so that no footer is read twice.
 
     Raises:
         DataError, ConfigError: every problem found, in one message.
     """
-    profile, data_problems, config_problems = inspect(config, lake)
+    profile, data_problems, config_problems = (inspected, [], []) if inspected else inspect(config, lake)
     if profile is not None:
         profile, sample_problems = _sample(profile, config, lake, preprocess)
         data_problems += sample_problems

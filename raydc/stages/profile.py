@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 _READERS = 16
 
 
-def run(config: Config, run: RunDir) -> ProfileMetrics:
-    """Read the input's footers and sample, and write profile.json."""
-    profile = profile_input(config, run.lake)
+def run(config: Config, run: RunDir, inspected: Profile | None = None) -> ProfileMetrics:
+    """Read the input's sample, and its footers where they are not `inspected` yet, and write profile.json."""
+    profile = profile_input(config, run.lake, inspected=inspected)
     repeated = _repeated_ids(config, profile, run)
     artifacts.PROFILE.write(run, profile)
     assert profile.moments is not None

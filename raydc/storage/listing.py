@@ -6,7 +6,7 @@ A path that exists is that path, whatever its name looks like; only what does no
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +66,24 @@ def passed_over_text(passed_over: dict[str, PassedOver]) -> str:
     kinds = [f"{p.count} {kind} (such as {p.example})" for kind, p in sorted(passed_over.items())]
     total = sum(p.count for p in passed_over.values())
     return f"passed over {total} {'entry' if total == 1 else 'entries'}: {', '.join(kinds)}"
+
+
+def version(path: str, details: Mapping[str, Any]) -> str:
+    """Return what a listing says of a file's content: its ETag or generation, else its times; "" for neither."""
+    for key in ("ETag", "etag", "generation"):
+        if details.get(key):
+            return str(details[key])
+    if "ino" not in details:
+        # Other stores say a time at most, which two writes may share.
+        return ""
+    if not details.get("islink"):
+        return f"{details['mtime']}-{details['created']}-{details['ino']}"
+    # A link has its own times: those of the file it leads to count.
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_mtime}-{found.st_ctime}-{found.st_ino}"
 
 
 def find_parquet(fs: AbstractFileSystem, path: str) -> Found:

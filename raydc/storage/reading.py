@@ -1,6 +1,7 @@
 """Reading by URI: local folders, s3://, gs:// and whatever else fsspec knows."""
 
 import datetime
+import hashlib
 import json
 import os
 import posixpath
@@ -43,6 +44,9 @@ class StoredFile:
     etag: str | None = None
     """What the store calls this content, where it does; the MD5 of the bytes, or not."""
 
+    version: str = ""
+    """ETag, or times of change, as its listing says them; "" where it says none."""
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -53,6 +57,16 @@ class Listing:
     """By kind."""
 
     notes: list[str]
+
+    @property
+    def digest(self) -> str:
+        """Hash of each file's name, size and version: equal for unchanged files. "" where a file has no version."""
+        seen = hashlib.sha256()
+        for file in self.files:
+            if not file.version:
+                return ""
+            seen.update(repr((file.uri, file.size, file.version)).encode("utf-8", "surrogatepass"))
+        return seen.hexdigest()
 
 
 class Reading:
@@ -128,8 +142,9 @@ class Reading:
                     f"input.path={uri}: no Parquet file there{f' ({passed})' if passed else ''}. "
                     "Check the path and the access rights."
                 )
-            named = ((_with_scheme(uri, path), details["size"]) for path, details in found.files.items())
-            files.update({name: StoredFile(name, size) for name, size in named})
+            for path, details in found.files.items():
+                name = _with_scheme(uri, path)
+                files[name] = StoredFile(name, details["size"], version=listing.version(path, details))
             for kind, some in found.passed_over.items():
                 known = passed_over.setdefault(kind, PassedOver(example=some.example))
                 known.count += some.count
