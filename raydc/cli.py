@@ -103,6 +103,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-id", help="name of the run folder; the same one continues an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="check the settings and the input, print the plan, stop")
     _add_retries(parser)
+    parser.add_argument("--assume-cluster", metavar="FILE", help="with --dry-run: plan for the nodes in this YAML file")
     parser.set_defaults(command=_run)
 
 
@@ -200,15 +201,18 @@ def _add_storage_argument(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     if options.config is None and not any(o.startswith("input.path=") for o in options.set):
         raise ConfigError("raydc run: give --config FILE, or at least --set input.path=FOLDER.")
+    if options.assume_cluster and not options.dry_run:
+        raise ConfigError("raydc run: --assume-cluster plans and runs nothing. Add --dry-run, or leave it out.")
     config = load_config(options.config, options.set)
-    _execute(config, options.run_id, dry_run=options.dry_run)
+    assumed = Path(options.assume_cluster) if options.assume_cluster else None
+    _execute(config, options.run_id, dry_run=options.dry_run, assume_cluster=assumed)
 
 
 def _new_run_id() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
 
 
-def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> None:
+def _execute(config: Config, run_id: str | None, *, dry_run: bool = False, assume_cluster: Path | None = None) -> None:
     run_id = _new_run_id() if run_id is None else run_id
     with _loading():
         from raydc.commands import demo
@@ -217,7 +221,7 @@ def _execute(config: Config, run_id: str | None, *, dry_run: bool = False) -> No
             from raydc.commands.plan import plan
 
         config = demo.with_data(config, partial(_check_folder, run_id=run_id))
-        for line in plan(config, run_id):
+        for line in plan(config, run_id, assume_cluster):
             print(line)
         return
     with _loading():

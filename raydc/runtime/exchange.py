@@ -21,10 +21,10 @@ class Exchange:
 
     phase: Literal["pretrain", "refine"]
     gradient_bytes: int
-    """Of one step, float32: what each worker has, and all must add up."""
+    """One step's, in float32: what each worker has, and all must add up."""
 
     steps: int
-    """Of an epoch."""
+    """In an epoch."""
 
     batch_rows: int
     row_flop: float

@@ -56,6 +56,9 @@ class Plan:
     worker_rate: float | None = None
     """FLOP/s that a worker reaches in a step; None for GPU workers."""
 
+    cpu_rate: float = 0.0
+    """FLOP/s of one CPU in training steps and in labeling, measured on this machine."""
+
     neighbors: NeighborCost | None = None
     """What that search asks of the cluster beside its arithmetic."""
 
@@ -63,19 +66,19 @@ class Plan:
         """Return the plan as text, one fact per line."""
         steps = f"{self.pretrain_steps:,} pretraining, at most {self.refine_steps:,} refinement"
         mode = "streamed each epoch" if self.streamed else "resident"
-        duration = "not estimated for GPU workers"
+        time_needed = "not estimated for GPU workers"
         if self.seconds is not None:
-            duration = f"about {_duration(self.seconds)} of arithmetic, plus reading and start-up"
+            time_needed = f"about {duration(self.seconds)} of arithmetic, plus reading and start-up"
         search = f", {self.neighbors_flops:.2g} for the neighbors" if self.neighbors_flops else ""
         sample = "" if self.trained_rows == self.rows else f" ({self.trained_rows:,} of them in training)"
         lines = [
-            f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {_size(self.input_bytes)} uncompressed",
+            f"rows        {self.rows:,}{sample} in {self.slices:,} slices, {size(self.input_bytes)} uncompressed",
             f"steps       {steps}",
             f"arithmetic  {self.fit_flops:.2g} FLOP in fit, {self.assign_flops:.2g} in assign{search}",
             f"workers     {self.workers}",
-            f"memory      {_size(self.worker_bytes)} per training worker, rows {mode}",
+            f"memory      {size(self.worker_bytes)} per training worker, rows {mode}",
             f"files       about {self.files:,} to write",
-            f"time        {duration}",
+            f"time        {time_needed}",
         ]
         about = "about " if self.streamed else ""
         lines.append(f"reading     {about}{self.lake_passes} for fit, 1 for assign: passes over the lake")
@@ -105,8 +108,9 @@ def make_plan(config: Config, profile: Profile) -> Plan:
     limit = config.fit.resident_bytes
     streamed = limit is not None and shard > limit
     seconds = rate = None
+    cpu_rate = _matrix_rate(config, config.fit.cpus_per_worker) * _STEP_EFFICIENCY / config.fit.cpus_per_worker
     if not config.fit.use_gpu:
-        rate = _matrix_rate(config, config.fit.cpus_per_worker) * _STEP_EFFICIENCY
+        rate = cpu_rate * config.fit.cpus_per_worker
         seconds = (fit + assign + search) / (rate * workers)
     return Plan(
         rows=n,
@@ -127,6 +131,7 @@ def make_plan(config: Config, profile: Profile) -> Plan:
         fewest_workers=workers,
         exchanges=tuple(exchanges(config, trained, dim)) if workers > 1 else (),
         worker_rate=rate,
+        cpu_rate=cpu_rate,
         neighbors=NeighborCost.of(config, profile),
     )
 
@@ -220,12 +225,13 @@ def _workers(config: Config) -> str:
 
 def _search_line(cost: NeighborCost) -> str:
     return (
-        f"neighbors   {cost.slices:,} tasks, {cost.requests:,} fetches of up to {_size(cost.traffic_bytes)} in all, "
-        f"about {_size(cost.driver_bytes)} in the driver"
+        f"neighbors   {cost.slices:,} tasks, {cost.requests:,} fetches of up to {size(cost.traffic_bytes)} in all, "
+        f"about {size(cost.driver_bytes)} in the driver"
     )
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Return a number of bytes for a person."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if num_bytes < 1024 or unit == "TiB":
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -233,7 +239,8 @@ def _size(num_bytes: float) -> str:
     raise AssertionError
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time for a person."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
