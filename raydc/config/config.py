@@ -109,6 +109,12 @@ class Config(Section):
                 f"refine.size_prior has {len(self.refine.size_prior)} numbers for cluster.num_leaves={leaves}; give "
                 "one for each leaf, or uniform, or kmeans"
             )
+        if self.storage.max_wait_seconds >= self.assign.stall_seconds:
+            problems.append(
+                f"storage.max_wait_seconds={self.storage.max_wait_seconds:g} must be below "
+                f"assign.stall_seconds={self.assign.stall_seconds:g}, after which an actor that waits is taken for "
+                "hung. Raise assign.stall_seconds"
+            )
         problems += self._objective_problems()
         if problems:
             raise ValueError("\n".join(problems))

@@ -181,7 +181,14 @@ class StorageConfig(Section):
     """Read public buckets without credentials."""
 
     max_attempts: int = Field(8, ge=1, le=20, json_schema_extra=OPERATIONAL)
-    """Most requests to S3 for one answer, the first included. The pause between two grows from 0.5 to 20 seconds."""
+    """Fewest requests to S3 before a failure that may pass is final, the first included.
+
+    The pause between two grows from 0.5 to 20 seconds."""
+
+    max_wait_seconds: float = Field(120.0, ge=0, le=86400, json_schema_extra=OPERATIONAL)
+    """Seconds that an outage of S3 is waited for, at least. Raise it where the store may be away for longer.
+
+    A request is given up once both this and max_attempts are used up. 0 leaves it to max_attempts alone."""
 
     timeout_seconds: float = Field(30.0, gt=0, json_schema_extra=OPERATIONAL)
     """Longest wait for a connection to S3, and for the next bytes of an answer, in seconds."""

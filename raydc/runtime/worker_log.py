@@ -4,6 +4,7 @@ Ray's own forwarding of logs is off: it repeats every line for each worker.
 """
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ class _ToBoard(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.board: Any = None
+        self.blocks = 0
         self._told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -39,20 +41,26 @@ class _ToBoard(logging.Handler):
 
 # One for each process: the bound counts over all pieces that it works on.
 _HANDLER = _ToBoard()
+_LOCK = threading.Lock()
 
 
 @contextmanager
 def warnings_to(board: Any) -> Iterator[None]:
     """Post the warnings of raydc in this process to a board while the block lasts."""
     logger = logging.getLogger("raydc")
-    before, _HANDLER.board = _HANDLER.board, board
-    logger.addHandler(_HANDLER)
+    # Blocks need not end in the order in which they began: a reader may be set aside while another one works.
+    with _LOCK:
+        _HANDLER.blocks += 1
+        _HANDLER.board = board
+        logger.addHandler(_HANDLER)
     try:
         yield
     finally:
-        _HANDLER.board = before
-        if before is None:
-            logger.removeHandler(_HANDLER)
+        with _LOCK:
+            _HANDLER.blocks -= 1
+            if not _HANDLER.blocks:
+                _HANDLER.board = None
+                logger.removeHandler(_HANDLER)
 
 
 def _text(record: logging.LogRecord) -> str:

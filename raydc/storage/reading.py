@@ -80,12 +80,17 @@ class Reading:
         profile: str | None = None,
         anonymous: bool = False,
         max_attempts: int = 8,
+        max_wait_seconds: float = 120.0,
         timeout_seconds: float = 30.0,
     ) -> None:
         client = {"region_name": region} if region else {}
         s3: dict[str, Any] = {"endpoint_url": endpoint_url, "profile": profile, "client_kwargs": client}
         self._s3_options = {k: v for k, v in s3.items() if v}
-        self._s3_options |= {"max_attempts": max_attempts, "timeout_seconds": timeout_seconds}
+        self._s3_options |= {
+            "max_attempts": max_attempts,
+            "max_wait_seconds": max_wait_seconds,
+            "timeout_seconds": timeout_seconds,
+        }
         self._anonymous = anonymous
 
     def file_system(self, uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

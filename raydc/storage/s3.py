@@ -6,9 +6,11 @@ code; its legacy mode misses connections that are reset; neither asks again when
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import random
+import time
 from typing import Any
 
 import aiohttp
@@ -111,7 +113,7 @@ _REMEDIES = {
 
 
 class PatientS3(S3FileSystem):
-    """s3fs that asks again, up to `max_attempts` times in all, where another try may succeed.
+    """s3fs that asks again where another try may succeed, until `max_attempts` and `max_wait_seconds` are both used up.
 
     The pause doubles from half a second to twenty, each time by a random part of a half to the whole, so that workers
     which were refused together do not come back together.
@@ -120,7 +122,14 @@ class PatientS3(S3FileSystem):
     # Ours is the only loop: s3fs would multiply it.
     retries = 1
 
-    def __init__(self, *args: Any, max_attempts: int = 8, timeout_seconds: float = 30.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        max_attempts: int = 8,
+        max_wait_seconds: float = 120.0,
+        timeout_seconds: float = 30.0,
+        **kwargs: Any,
+    ) -> None:
         config: dict[str, Any] = {
             "retries": {"mode": "standard", "total_max_attempts": 1},
             "connect_timeout": timeout_seconds,
@@ -135,9 +144,11 @@ class PatientS3(S3FileSystem):
         kwargs["config_kwargs"] = config | (kwargs.get("config_kwargs") or {})
         super().__init__(*args, **kwargs)
         self.max_attempts = max_attempts
+        self.max_wait_seconds = max_wait_seconds
 
     async def _call_s3(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
-        for attempt in range(1, self.max_attempts + 1):
+        first_failure = None
+        for attempt in itertools.count(1):
             try:
                 return await self._ask(method, *akwarglist, **kwargs)
             except Exception as error:
@@ -148,15 +159,19 @@ class PatientS3(S3FileSystem):
                     _refuse_for_good(told, method, kwargs)
                     raise
                 where = f"{_place(kwargs)}: {method}: {masked(_text(told))}"
-                if attempt == self.max_attempts:
+                first_failure = time.monotonic() if first_failure is None else first_failure
+                waited = time.monotonic() - first_failure
+                left = self.max_wait_seconds - waited
+                if attempt >= self.max_attempts and left <= 0:
                     raise StorageUnavailable(
-                        f"storage {where}, {attempt} times in a row. Check that the store at "
+                        f"storage {where}, {attempt} times in a row within {waited:.0f} s. Check that the store at "
                         f"{masked(self.endpoint_url or 'its default endpoint')} is up and storage.endpoint_url is "
-                        "right, or raise storage.max_attempts; the same command continues."
+                        "right, or raise storage.max_wait_seconds or storage.max_attempts; the same command continues."
                     ) from None
                 level = logging.WARNING if attempt > _QUIET_ATTEMPTS else logging.DEBUG
                 log.log(level, "storage: %s; attempt %d of %d failed", where, attempt, self.max_attempts)
-                await asyncio.sleep(pause(attempt))
+                # The last try of a long wait comes at its end, not up to a pause later.
+                await asyncio.sleep(pause(attempt) if attempt < self.max_attempts else min(pause(attempt), left))
         raise AssertionError("unreachable")
 
     # What an open file asks with. That of s3fs is bound to its own method, which asks once.
@@ -196,7 +211,8 @@ class _Body:
 
 def pause(attempt: int) -> float:
     """Return the seconds to wait after the given failed attempt, the first being 1."""
-    longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+    # Long waits have many attempts, whose powers of two no float holds.
+    longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(attempt - 1, 30))
     return longest * random.uniform(0.5, 1.0)
 
 

@@ -1,6 +1,7 @@
 """Label files in a Delta table (package deltalake): one commit, with the run's transaction number in it."""
 
 import json
+import math
 import os
 import re
 import time
@@ -38,6 +39,9 @@ from raydc.tables.common import (
 # Delta's client (object_store) says this where it asked again in vain. It does not ask again if a listing ends early,
 # nor if the answer to a commit is lost, which may be in then.
 _ASKED_AGAIN = re.compile(r"after \d+ retries")
+# What object_store waits at most between two tries, halved by chance on average; and how long it tries by default.
+_DELTA_PAUSE_SECONDS = 7.5
+_DELTA_LEAST_SECONDS = 180.0
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -171,7 +175,9 @@ def storage_options(section: StorageConfig) -> dict[str, str]:
         "AWS_PROFILE": section.profile,
         "AWS_ALLOW_HTTP": "true" if (section.endpoint_url or "").startswith("http://") else None,
         "AWS_SKIP_SIGNATURE": "true" if section.anonymous else None,
-        "max_retries": str(section.max_attempts - 1),
+        # It stops at whichever comes first: enough retries for the wait, by its own longest pause, and time for both.
+        "max_retries": str(section.max_attempts - 1 + math.ceil(section.max_wait_seconds / _DELTA_PAUSE_SECONDS)),
+        "retry_timeout": f"{max(section.max_wait_seconds, _DELTA_LEAST_SECONDS):g} seconds",
         "timeout": f"{section.timeout_seconds:g} seconds",
         "connect_timeout": f"{section.timeout_seconds:g} seconds",
     }

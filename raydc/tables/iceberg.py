@@ -61,6 +61,7 @@ _TYPES: dict[pa.DataType, IcebergType] = {
 # A property of this process's client: the settings of the storage that pyiceberg has no name for.
 _PATIENCE = "raydc.storage"
 _PHYSICAL = {IntegerType: "INT32", LongType: "INT64", FloatType: "FLOAT", StringType: "BYTE_ARRAY"}
+_PATIENT = {"anonymous", "max_attempts", "max_wait_seconds", "timeout_seconds"}
 _PARTITION = next(i for i, field in enumerate(DATA_FILE_TYPE[2].fields) if field.name == "partition")
 
 
@@ -107,7 +108,7 @@ def open_catalog(config: Config, run: RunDir) -> Catalog:
         "s3.region": config.storage.region,
         "client.profile-name": config.storage.profile,
         "py-io-impl": f"{LakeIO.__module__}.{LakeIO.__name__}",
-        _PATIENCE: config.storage.model_dump_json(include={"anonymous", "max_attempts", "timeout_seconds"}),
+        _PATIENCE: config.storage.model_dump_json(include=_PATIENT),
     }
     # The settings of the storage go to this process's client only; a catalog does not write them into the table.
     return load_catalog(section.catalog, **{k: v for k, v in storage.items() if v} | properties)

@@ -77,3 +77,13 @@ def test_warnings_of_a_worker_are_posted_once_each_masked_and_bounded(monkeypatc
     assert len(board.lines) == MOST_WARNINGS + 1
     assert board.lines[-1][0] == "a worker has more warnings than are shown here; its own log has all of them"
     assert not logging.getLogger("raydc").handlers
+
+
+def test_blocks_that_end_in_another_order_leave_nothing_behind():
+    first, second = warnings_to(Board()), warnings_to(Board())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logging.getLogger("raydc").handlers
+    second.__exit__(None, None, None)
+    assert not logging.getLogger("raydc").handlers

@@ -4,7 +4,10 @@ import contextlib
 import logging
 import os
 import pickle
+import socket
 import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,7 +34,7 @@ def faulty(s3_endpoint, monkeypatch):
 
 @pytest.fixture
 def lake(faulty, bucket):
-    return Lake(endpoint_url=faulty.url, region="us-east-1", max_attempts=4)
+    return Lake(endpoint_url=faulty.url, region="us-east-1", max_attempts=4, max_wait_seconds=0.0)
 
 
 @pytest.fixture
@@ -108,7 +111,7 @@ def test_attempts_are_bounded_and_the_last_one_says_where_and_what_to_do(faulty,
 
 def test_a_store_that_is_not_there_is_told_with_its_address(monkeypatch, bucket):
     monkeypatch.setattr(s3, "FIRST_PAUSE_SECONDS", 0.01)
-    lake = Lake(endpoint_url="http://127.0.0.1:9", max_attempts=3)
+    lake = Lake(endpoint_url="http://127.0.0.1:9", max_attempts=3, max_wait_seconds=0.0)
     with pytest.raises(
         StorageUnavailable, match=r"storage s3://b/x.* Check that the store at http://127.0.0.1:9 is up"
     ):
@@ -181,6 +184,50 @@ def test_pauses_grow_to_a_bound_and_differ():
         drawn = {s3.pause(attempt) for _ in range(50)}
         assert len(drawn) > 10
         assert all(longest / 2 <= p <= longest for p in drawn)
+
+
+def test_an_outage_is_waited_for_as_long_as_the_settings_say(monkeypatch, bucket):
+    monkeypatch.setattr(s3, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(s3, "LONGEST_PAUSE_SECONDS", 0.2)
+    lake = Lake(endpoint_url="http://127.0.0.1:9", max_attempts=2, max_wait_seconds=1.5)
+    started = time.monotonic()
+    with pytest.raises(StorageUnavailable, match=r"times in a row within [12] s.*storage.max_wait_seconds"):
+        lake.read_bytes("s3://b/x")
+    assert 1.5 <= time.monotonic() - started < 10
+    # An outage that ends before is only waited for.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            self.wfile.write(b"123")
+
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    def appear():
+        time.sleep(1.0)
+        found.append(ThreadingHTTPServer(("127.0.0.1", port), Answer))
+        found[0].serve_forever()
+
+    found = []
+    thread = threading.Thread(target=appear, daemon=True)
+    thread.start()
+    patient = Lake(endpoint_url=f"http://127.0.0.1:{port}", anonymous=True, max_attempts=1, max_wait_seconds=60.0)
+    try:
+        assert patient.read_bytes("s3://b/x") == b"123"
+    finally:
+        found[0].shutdown()
+        found[0].server_close()
 
 
 def test_only_the_third_failure_in_a_row_is_told(faulty, lake, bucket, caplog):

@@ -146,6 +146,8 @@ def test_the_door_refuses_credentials_too():
         ({"output": "memory://runs"}, "output=memory://runs lives in one process"),
         ({"storage": {"max_attempts": 0}}, "storage.max_attempts=0"),
         ({"storage": {"timeout_seconds": 0}}, "storage.timeout_seconds=0"),
+        ({"storage": {"max_wait_seconds": -1}}, "storage.max_wait_seconds=-1"),
+        ({"storage": {"max_wait_seconds": 1800}}, "max_wait_seconds=1800 must be below assign.stall_seconds=1800"),
     ],
 )
 def test_storage_that_cannot_work_is_refused_before_anything_starts(section, text):

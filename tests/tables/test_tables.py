@@ -427,7 +427,9 @@ def test_a_store_that_is_down_ends_the_commit_with_one_clear_error(form, tmp_pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
-    config = runs.config(endpoint_url=endpoint, region="us-east-1", max_attempts=2, timeout_seconds=5)
+    config = runs.config(
+        endpoint_url=endpoint, region="us-east-1", max_attempts=2, max_wait_seconds=0, timeout_seconds=5
+    )
     if form == "iceberg":
         catalog = {"type": "sql", "uri": f"sqlite:///{tmp_path}/c.db", "warehouse": "s3://bucket/warehouse"}
         section = config.publish.iceberg.model_copy(update={"properties": catalog})
