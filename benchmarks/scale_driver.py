@@ -160,7 +160,7 @@ def driver(num_files: int, folder: Path) -> dict[str, Any]:
     table = noted.take(pa.array(np.zeros(num_files, np.int64))).set_column(0, "path", pa.array(paths))
     artifacts.LABEL_FILES.write(run, table)
     size = noted["bytes"][0].as_py()
-    lake = ListedLabels([StoredFile(run.uri(path), size, 0.0) for path in paths])
+    lake = ListedLabels([StoredFile(run.uri(path), size, modified=0.0) for path in paths])
     tables: dict[str, dict[str, Any]] = {"publish": {}, "delta": {"delta": {}}, "iceberg": {"iceberg": {}}}
     for step, settings in tables.items():
         listed = RunDir(lake, str(folder / "runs"), "r1")

@@ -34,10 +34,7 @@ _ID_TYPES = "integers, text, a UUID, bytes, a decimal, a date or a timestamp"
 
 
 def inspect(config: Config, lake: Lake, listing: Listing | None = None) -> tuple[Profile | None, list[str], list[str]]:
-    """Return what the footers say: the profile without its sample, the data's problems and the settings' problems.
-
-    `listing` is that of the input, where the caller has it already.
-    """
+    """Return what the footers say: the profile without its sample, the data's problems, the settings' problems."""
     section = config.input
     listing = lake.find_parquet(section.path) if listing is None else listing
     footers = read_footers(lake, listing.files)

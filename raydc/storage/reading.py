@@ -8,7 +8,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import fsspec
@@ -38,6 +38,7 @@ class StoredFile:
     size: int
     """Bytes."""
 
+    _: KW_ONLY
     modified: float | None = None
     """Unix time of the last change, where a listing tells it."""
 
@@ -216,7 +217,7 @@ class Reading:
         fs.invalidate_cache()
         details = fs.find(path, detail=True)
         return [
-            StoredFile(_below(uri, path, p), details[p]["size"], _modified(details[p]), _etag(details[p]))
+            StoredFile(_below(uri, path, p), details[p]["size"], modified=_modified(details[p]), etag=_etag(details[p]))
             for p in sorted(details)
         ]
 

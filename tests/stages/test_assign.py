@@ -11,7 +11,7 @@ import pytest
 from raydc.data.sample import profile_input
 from raydc.data.slices import Slice
 from raydc.errors import DataError
-from raydc.labeling.label_slice import Labeling
+from raydc.labeling.label_slice import Labeling, num_groups
 from raydc.runfolder import artifacts
 from raydc.runfolder.formats import Place
 from raydc.runtime import session
@@ -97,13 +97,14 @@ def test_a_driver_that_died_after_the_sum_was_written_leaves_only_files_to_remov
     expected = {"rows": 100, "labels": 97, "rejects": 3, "slices": 3}
     files = sorted(p for p in Path(run.uri("slices")).rglob("*") if p.is_file())
     assert len(files) == 3
-    before = artifacts.STATISTICS.read(run).to_bytes()
+    groups = num_groups(artifacts.MODEL.load(run), artifacts.baselines_of(run).values())
+    before = artifacts.STATISTICS.read(run, groups).to_bytes()
     # While they were removed; a labeling would need a cluster, which is not there.
     files[1].unlink()
     for _ in range(2):
         assert assign.run(config, run) == expected
         assert not Path(run.uri("slices")).exists()
-    assert artifacts.STATISTICS.read(run).to_bytes() == before
+    assert artifacts.STATISTICS.read(run, groups).to_bytes() == before
     publish.run(config, run)
     assert artifacts.MANIFEST.read(run)["rows"] == {"input": 100, "labels": 97, "rejects": 3}
 

@@ -144,7 +144,7 @@ def test_preprocessing_takes_its_statistics_from_the_sample(tmp_path):
 def test_scale_of_rows_that_are_all_zero_is_refused(tmp_path):
     shards.write(tmp_path / "a.parquet", shards.rows(np.zeros((8, 4), np.float32)))
     config = shards.settings(tmp_path, preprocess={"method": "scale"})
-    with pytest.raises(DataError, match="profile: preprocess.method=scale: every sampled row is zero"):
+    with pytest.raises(DataError, match="profile: preprocess.method=scale: every row of the sample is zero"):
         profile_input(config, Lake()).preprocess(config)
 
 
