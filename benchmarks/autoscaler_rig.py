@@ -102,8 +102,8 @@ class Autoscaled:
         return job
 
     def kill_node(self) -> None:
-        """Kill the newest node: its raylet and every process below it."""
-        newest = max((n for n in self._alive() if n.node_type_name in _NODES), key=lambda n: n.start_time_ms)
+        """Kill the newest node of CPUs: its raylet and every process below it."""
+        newest = max((n for n in self._alive() if n.node_type_name == "cpu"), key=lambda n: n.start_time_ms)
         for pid in self._processes():
             if newest.raylet_socket_name in _command(pid):
                 for each in [pid, *_below(pid)]:

@@ -5,6 +5,7 @@
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from raydc.runfolder.folder import RunDir
 from raydc.storage.lake import Lake
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
+NUM_FILES = 120
 _NODES = 3
+_WORKING_SECONDS = 25.0
 _AUTOSCALER, _DRIVER = "Autoscaler", "Driver"
 _SIZES = (1000, 10_000, 100_000)
 _MOST_FILES = 100_000
@@ -63,7 +66,7 @@ def grow_and_shrink(folder: Path) -> dict[str, Any]:
         events (seconds, text), rows_in, labels, rejects, most_nodes, gone (whether every node left), code (of the run),
         gpu (whether a node of the GPU pool came for the fit).
     """
-    rows = fault_rig.write_rows(folder / "in", num_files=48, copies=20)
+    rows = fault_rig.write_rows(folder / "in", num_files=NUM_FILES, copies=80)
     values = {k: dict(v) for k, v in _SETTINGS.items()}
     values["input"] |= {"path": str(folder / "in"), "label_column": "label"}
     config = folder / "job.yaml"
@@ -79,16 +82,20 @@ def _grow(cluster: Autoscaled, config: Path, folder: Path) -> dict[str, Any]:
     job = cluster.run(config, "grown")
     most = 0
     lost = False
+    grown: float | None = None
 
     def over() -> bool:
-        nonlocal most, lost
-        most = max(most, len(cluster.nodes()))
-        if most == _NODES and not lost:
+        nonlocal most, lost, grown
+        most = max(most, cluster.nodes().count("cpu"))
+        if most == _NODES and grown is None:
+            grown = time.monotonic()
+        # By then the node that came last has work.
+        if grown is not None and not lost and time.monotonic() - grown > _WORKING_SECONDS:
             cluster.kill_node()
             lost = True
         return job.poll() is not None
 
-    ended = cluster.wait(over, 900)
+    ended = cluster.wait(over, 1200)
     if not ended:
         job.terminate()
     code = job.wait(60)
@@ -122,14 +129,17 @@ def autoscaler_section(found: dict[str, Any]) -> list[str]:
     return [
         "Written by `python -m benchmarks scale --autoscaler`: Ray's autoscaler (v2) on one machine.",
         "The head has no CPU. Up to three nodes of two CPUs and one with a GPU are raylets that it starts.",
-        f"The job clusters {found['rows_in']:,} rows in 48 files. When three nodes are there, the newest is killed.",
+        f"The job clusters {found['rows_in']:,} rows in {NUM_FILES} files.",
+        "When three nodes of CPUs worked, the newest is killed.",
+        "Once the pool of CPUs is at its most, Ray's autoscaler takes nodes with a GPU for work that needs none.",
+        "`assign.num_actors` bounds what is asked for.",
         "No node has the GPU that it claims: the fit that asks for one shows the placement alone. It is then stopped.",
         "",
         f"{about['date']}, commit {about['commit']}, {about['cpu']}, {about['cores']} cores for all nodes together, "
         f"ray {about['versions']['ray']}.",
         "",
         f"Rows in: {found['rows_in']:,}. Labels: {found['labels']:,}. Rejects: {found['rejects']:,}. "
-        f"Most nodes: {found['most_nodes']}. Nodes left at the end: {'none' if found['gone'] else 'some'}.",
+        f"Most nodes of CPUs: {found['most_nodes']}. Nodes left at the end: {'none' if found['gone'] else 'some'}.",
         "",
         "| s | what happened |",
         "|---|---|",

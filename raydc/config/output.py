@@ -73,7 +73,8 @@ class AssignConfig(Section):
     num_actors: int | None = Field(None, ge=1, json_schema_extra=OPERATIONAL)
     """Most actors. null is as many as there is room for, and at most one per slice.
 
-    While all are busy, an autoscaler is asked for more nodes. Set it to bound the nodes that are started."""
+    While all are busy, an autoscaler is asked for more nodes. Set it to bound the nodes that are started. Once the pool
+    of CPU nodes is full, Ray's autoscaler also starts nodes with GPUs for actors that need none."""
 
     cpus_per_actor: int = Field(1, ge=1, json_schema_extra=OPERATIONAL)
     """CPUs, and compute threads, of an actor."""

@@ -7,12 +7,12 @@ from benchmarks import scale
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1800)
 def test_a_run_grows_from_zero_nodes_to_all_loses_one_and_leaves_none(tmp_path):
     found = scale.grow_and_shrink(tmp_path)
     assert found["code"] == 0, found["events"]
     assert found["most_nodes"] == 3 and found["lost"], found["events"]
-    assert found["labels"] + found["rejects"] == found["rows_in"] and found["rejects"] == 2 * 48
+    assert found["labels"] + found["rejects"] == found["rows_in"] and found["rejects"] == 2 * scale.NUM_FILES
     assert found["gone"] and found["gone_again"], found["events"]
     # The pool with a GPU is started for the fit alone.
     assert found["gpu"], found["events"]
