@@ -96,6 +96,15 @@ def test_the_sentences_of_the_settings_are_short():
     assert not long
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_sentences_of_the_first_pages_are_short(name):
+    text = re.sub(r"```.*?```", "", (ROOT.parent / name).read_text(), flags=re.DOTALL)
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith(("|", "#", "!")))
+    parts = [" ".join(part.split()) for part in re.split(r"(?<=[.:;])\s+|\n\s*\n|\n(?=\d+\. |- )", prose)]
+    assert not [part for part in parts if len(part.split()) > MOST_WORDS]
+    assert not BRITISH.search(prose)
+
+
 def test_the_first_sentence_of_a_setting_is_whole():
     """A description begins with a capital or a name of a choice, and says more than where it belongs."""
     for key, text in settings():
