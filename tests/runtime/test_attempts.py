@@ -136,16 +136,18 @@ def test_an_actor_that_hangs_is_seen_and_replaced(ray_cluster, tmp_path, caplog)
                 os.kill(os.getpid(), signal.SIGSTOP) if uri.endswith("0.parquet") else time.sleep(3600)
             return super().open_parquet(uri)
 
-    config = shards.settings(tmp_path / "in", assign={"num_actors": 2, "stall_seconds": 8})
+    config = shards.settings(
+        tmp_path / "in", assign={"num_actors": 2, "stall_seconds": 8}, storage={"max_wait_seconds": 2}
+    )
     profile = profile_input(config, Lake())
 
     def load() -> Labeling:
-        return Labeling(HangingLake(), str(tmp_path / "out"), profile.spec, shards.corner_model())
+        return shards.corner_labeling(HangingLake(), str(tmp_path / "out"), profile.spec)
 
     started = time.monotonic()
     with (
         caplog.at_level(logging.WARNING),
-        bounded("assign", config, Lake(), str(tmp_path), stall_seconds=config.assign.stall_seconds) as bound,
+        bounded("assign", config, Place(Lake(), str(tmp_path)), stall_seconds=config.assign.stall_seconds) as bound,
     ):
         total = label_all(config, load, profile.slices, 3, bound, Place(Lake(), str(tmp_path / "out")))
     assert (total.rows, total.labels) == (150, 150)
