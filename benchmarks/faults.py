@@ -331,7 +331,7 @@ def turned_away(rig: Rig, run: Run, driver: Driver, stage: str) -> None:
         if second.process.returncode == 0:
             raise MissedError("the first one was through before the second asked")
         text = second.text()
-        assert second.process.returncode == 2 and "which is alive" in text, f"no refusal:\n{text[-2000:]}"
+        assert second.process.returncode == 75 and "which is alive" in text, f"no refusal:\n{text[-2000:]}"
     finally:
         driver.signal(signal.SIGCONT)
 

@@ -162,7 +162,7 @@ def test_statistics_whose_arrays_disagree_are_refused(changes, reason):
 
 
 def test_long_names_of_classes_take_their_own_room():
-    tally = Tally(2)
+    tally = Tally(num_groups=2)
     names = ["x" * 100_000, *map(str, range(2000))]
     tally.classes = Contingency(2, names, 2 * np.arange(len(names)), np.ones(len(names), np.int64))
     # As an array of text they would take 800 MB, which a file of this size may not claim.
@@ -181,10 +181,17 @@ def test_leaves_and_trees_of_odd_shapes_are_refused(tmp_path):
             artifacts.LINKAGE.read(place)
 
 
+def cell_merges(number: int) -> CellMerges:
+    left, right, delta = np.zeros(number, np.int64), np.zeros(number, np.int64), np.zeros(number)
+    return CellMerges(
+        left_P=left, right_P=right, delta_P=delta, num_rounds=1, num_pairs=2, num_searches=3, num_exact_searches=4
+    )
+
+
 def test_the_merges_of_a_cell_claim_no_more_than_its_round_has():
-    few = CellMerges(np.zeros(3, np.int64), np.zeros(3, np.int64), np.zeros(3), 1, 2, 3, 4)
+    few = cell_merges(3)
     assert len(merge_cells.from_bytes(merge_cells.to_bytes(few), 4).delta_P) == 3
-    many = CellMerges(np.zeros(2**20, np.int64), np.zeros(2**20, np.int64), np.zeros(2**20), 1, 2, 3, 4)
+    many = cell_merges(2**20)
     with pytest.raises(ValueError, match="claim 25166.*, 4192 are expected at most"):
         merge_cells.from_bytes(merge_cells.to_bytes(many), 4)
 
