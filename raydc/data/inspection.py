@@ -112,7 +112,14 @@ def _remedy(problem: str, num_rows: int) -> str:
     if num_rows:
         return ". Fix the export, or set input.on_bad_files=quarantine"
     # Without a good file nothing would be left.
-    return "" if "input." in problem or "To convert" in problem else ". Fix the export"
+    if "input." in problem or "To convert" in problem:
+        return ""
+    named = "has no column" in problem
+    return (
+        ". Name the columns that are there in input.embedding_columns and input.id_column"
+        if named
+        else ". Fix the export"
+    )
 
 
 def settings_problems(config: Config, num_rows: int, dim: int, id_type: str | None) -> list[str]:

@@ -133,6 +133,8 @@ def _descend(fs: AbstractFileSystem, root: str, found: Found, seen: set[str]) ->
         iceberg |= "/metadata/" in inside and name.endswith(".metadata.json")
         if info.get("islink") and fs.isdir(name):
             _follow(fs, name, inside, found, seen)
+        elif info.get("islink") and not name.lower().endswith(PARQUET_ENDINGS) and not fs.exists(name):
+            found.leave_out("links that lead nowhere", name)
         elif info["type"] not in ("file", "other") or (info["type"] == "other" and not info.get("islink")):
             found.leave_out("neither file nor folder", name)
         elif not _is_visible(inside):

@@ -436,3 +436,10 @@ def test_a_list_of_paths_is_one_input(tmp_path):
     )
     profile = profile_input(config, Lake())
     assert [s.name for s in profile.slices] == ["x/part-00000.parquet", *(f"y/part-{i:05d}.parquet" for i in range(3))]
+
+
+def test_embeddings_under_another_name_are_to_be_named(tmp_path):
+    rows = shards.rows(shards.vectors(8)).rename_columns({"embedding": "features"})
+    shards.write(tmp_path / "a.parquet", rows)
+    with pytest.raises(DataError, match=r"columns: id, features\).* Name the columns .* in input.embedding_columns"):
+        profile_input(shards.settings(tmp_path), Lake())

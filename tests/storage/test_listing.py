@@ -120,3 +120,11 @@ def test_brackets_mean_the_same_in_a_bucket(bucket):
         assert [f.uri for f in lake.list_parquet(f"{bucket}/{path}")] == [f"{bucket}/run[1]/a.parquet"]
     lake.remove(f"{bucket}/run[1]")
     assert [f.uri for f in lake.find(bucket)] == [f"{bucket}/run1/a.parquet"]
+
+
+def test_a_link_that_leads_nowhere_is_counted_and_not_opened(tmp_path):
+    shards.write(tmp_path / "in" / "a.parquet", shards.rows(shards.vectors(3)))
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "gone")
+    found = Lake().find_parquet(str(tmp_path / "in"))
+    assert [f.uri for f in found.files] == [str(tmp_path / "in" / "a.parquet")]
+    assert {kind: one.count for kind, one in found.passed_over.items()} == {"links that lead nowhere": 1}
