@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-FLOATS = ("float16", "float32", "float64")
-
 _NUMBERS = {
     "halffloat": "float16",
     "float": "float32",

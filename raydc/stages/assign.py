@@ -67,14 +67,17 @@ def run(config: Config, run: RunDir) -> AssignMetrics:
     """
     profile = artifacts.PROFILE.read(run)
     # Written last: a driver that died after it has only the files of the slices to remove.
-    if not artifacts.STATISTICS.exists(run):
-        _label(config, run, profile)
-    total = artifacts.STATISTICS.read(run, num_groups(artifacts.MODEL.load(run), artifacts.baselines_of(run).values()))
+    if artifacts.STATISTICS.exists(run):
+        groups = num_groups(artifacts.MODEL.load(run), artifacts.baselines_of(run).values())
+        total = artifacts.STATISTICS.read(run, groups)
+    else:
+        total = _label(config, run, profile)
     run.remove(artifacts.SLICES.path)
     return {"rows": total.rows, "labels": total.labels, "rejects": total.rejects, "slices": len(profile.slices)}
 
 
-def _label(config: Config, run: RunDir, profile: Profile) -> None:
+def _label(config: Config, run: RunDir, profile: Profile) -> Statistics:
+    """Label every slice, write what is counted, the statistics last, and return them."""
     load = shared(_labeling(config, run, profile.spec, profile.num_rows))
     with bounded("assign", config, run, stall_seconds=config.assign.stall_seconds) as bound:
         total = label_all(config, load, profile.slices, config.evaluate.num_exemplars, bound, run)
@@ -88,6 +91,7 @@ def _label(config: Config, run: RunDir, profile: Profile) -> None:
     if (found := neighbor_agreement(config, total)) is not None:
         artifacts.AGREEMENT.write(run, found)
     artifacts.STATISTICS.write(run, total)
+    return total
 
 
 def shared(job: Labeling) -> Callable[[], Labeling]:
